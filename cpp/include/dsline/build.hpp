@@ -1,0 +1,8 @@
+#pragma once
+
+namespace dsline {
+
+/// Which CRC32C this process uses: "sse4.2", "armv8" or "table".
+const char* crc32c_backend() noexcept;
+
+}  // namespace dsline

@@ -1,0 +1,68 @@
+#pragma once
+
+#include <new>
+#include <stdexcept>
+#include <string>
+
+namespace dsline {
+
+/// What went wrong, independent of the wording. `dsline/errors.py` maps every value to a Python class by number.
+enum class ErrorCode : int {
+  Internal = 0,
+  InvalidArgument = 1,
+  ChannelExists = 2,
+  ChannelNotFound = 3,
+  ChannelMismatch = 4,
+  ChannelLayout = 5,
+  ChannelPermission = 6,
+  ChannelClosed = 7,
+  MessageTooLarge = 8,
+  SharedMemoryFull = 9,
+  CorruptedMessage = 10,
+  TooManyHandles = 11,
+  FeatureUnavailable = 12,
+  System = 13,
+  BufferTooSmall = 14,
+  TimedOut = 15,
+};
+inline constexpr int kErrorCodeCount = 16;
+/// Not an ErrorCode: the allocator of the process failed.
+inline constexpr int kOutOfMemory = -1;
+
+/// The one exception of the core: creating, attaching, mapping and misuse throw it; the outcome of a send or
+/// a receive is a value (see Outcome).
+class Error : public std::runtime_error {
+ public:
+  Error(ErrorCode code, const std::string& message, int os_errno = 0)
+      : std::runtime_error(message), code_(code), os_errno_(os_errno) {}
+
+  ErrorCode code() const noexcept { return code_; }
+  /// The errno of the failed system call, 0 where none failed.
+  int os_errno() const noexcept { return os_errno_; }
+
+ private:
+  ErrorCode code_;
+  int os_errno_;
+};
+
+/// The exception in flight, as values. Requires: called from a catch block.
+struct ErrorInfo {
+  int code = 0;
+  int os_errno = 0;
+  std::string message;
+};
+inline ErrorInfo current_error() noexcept {
+  try {
+    throw;
+  } catch (const Error& error) {
+    return {static_cast<int>(error.code()), error.os_errno(), error.what()};
+  } catch (const std::bad_alloc&) {
+    return {kOutOfMemory, 0, "out of memory"};
+  } catch (const std::exception& error) {
+    return {static_cast<int>(ErrorCode::Internal), 0, error.what()};
+  } catch (...) {
+    return {static_cast<int>(ErrorCode::Internal), 0, "unknown C++ exception"};
+  }
+}
+
+}  // namespace dsline

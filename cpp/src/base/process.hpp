@@ -1,0 +1,33 @@
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+
+#include "base/atomic.hpp"
+
+namespace dsline::base {
+
+/// Counts the forks between this process and the one that loaded the core. A handle that remembers another
+/// value was inherited and belongs to the parent. Writer: the fork handler, alone in the new child.
+extern Atomic<std::uint32_t> fork_generation_word;
+
+inline std::uint32_t fork_generation() noexcept { return fork_generation_word.load(std::memory_order_relaxed); }
+
+/// Registers a descriptor that a forked child must close at once (it carries kernel locks of the parent),
+/// or takes it off the list. Thread-safe; the list is locked across fork().
+void close_in_child(int fd);
+void forget_close_in_child(int fd) noexcept;
+
+/// Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat); 0 where it cannot be read.
+std::uint64_t process_start_time(std::uint32_t pid) noexcept;
+
+/// The kernel's identity of this boot; 16 zero bytes where it cannot be read.
+std::array<unsigned char, 16> boot_id() noexcept;
+
+std::array<unsigned char, 16> random_id();
+
+/// 32 lower-case hexadecimal digits.
+std::string to_hex(const std::array<unsigned char, 16>& id);
+
+}  // namespace dsline::base

@@ -1,0 +1,246 @@
+#include "channel/attach.hpp"
+
+#include <time.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "base/clock.hpp"
+#include "base/process.hpp"
+#include "channel/directory.hpp"
+#include "liveness/participants.hpp"
+#include "liveness/recovery.hpp"
+#include "order/order_ring.hpp"
+#include "slots/slot_pool.hpp"
+
+namespace dsline::channel {
+namespace {
+
+using liveness::Participants;
+
+constexpr std::uint32_t kDefaultCapacity = 64;
+constexpr std::uint64_t kDefaultSlotBytes = 65536;
+constexpr std::uint32_t kDefaultParticipants = 64;
+constexpr std::uint32_t kDefaultGroups = 8;
+constexpr std::int64_t kControlPatienceNs = 10'000'000'000;
+constexpr int kAttempts = 100;
+
+void sleep_ms(long ms) noexcept {
+  timespec pause{0, ms * 1'000'000};
+  nanosleep(&pause, nullptr);
+}
+
+memory::Geometry plan(const ChannelOptions& options) {
+  return memory::plan_geometry(options.capacity == 0 ? kDefaultCapacity : options.capacity,
+                               options.slot_size == 0 ? kDefaultSlotBytes : options.slot_size,
+                               options.max_message_size,
+                               options.max_handles == 0 ? kDefaultParticipants : options.max_handles, kDefaultGroups);
+}
+
+std::unique_ptr<memory::Region> make_region(std::unique_ptr<memory::Storage> storage, const ChannelOptions& options) {
+  memory::Checksum checksum = options.checksum < 0 ? memory::Checksum::Header
+                                                   : static_cast<memory::Checksum>(options.checksum);
+  auto region = memory::Region::create(std::move(storage), plan(options), checksum, options.first_position);
+  slots::SlotPool::initialise(*region);
+  order::OrderRing::initialise(*region, options.first_position);
+  region->group(0).cursor.store(options.first_position, std::memory_order_relaxed);
+  region->group(0).state.store(1, std::memory_order_relaxed);
+  region->header().active.store(1, std::memory_order_release);
+  return region;
+}
+
+void compare(const char* what, std::uint64_t given, std::uint64_t has, std::string& differences) {
+  if (given == 0 || given == has) return;
+  if (!differences.empty()) differences += ", ";
+  differences += std::string(what) + "=" + std::to_string(given) + " was asked for, the channel has " +
+                 std::to_string(has);
+}
+
+std::string differences(const memory::Region& region, const ChannelOptions& options) {
+  static const char* const kChecksums[] = {"none", "header", "full"};
+  const memory::Geometry& g = region.geometry();
+  std::string found;
+  compare("capacity", options.capacity, g.slots, found);
+  compare("slot_size", options.slot_size, g.slot_bytes, found);
+  compare("max_message_size", options.max_message_size, g.max_message_bytes, found);
+  compare("max_handles", options.max_handles, g.participants, found);
+  if (options.checksum >= 0 && options.checksum != static_cast<int>(region.checksum())) {
+    if (!found.empty()) found += ", ";
+    found += std::string("checksum=") + kChecksums[options.checksum] + " was asked for, the channel has " +
+             kChecksums[static_cast<int>(region.checksum())];
+  }
+  return found;
+}
+
+[[noreturn]] void refuse_differences(const std::string& label, const std::string& found) {
+  throw Error(ErrorCode::ChannelMismatch, "channel '" + label + "' exists with another geometry: " + found +
+                                              "; open it without these options, or choose another name");
+}
+
+// Requires: the control lock.
+std::uint32_t join(memory::Region& region, const std::string& label) {
+  std::uint32_t me = Participants(region).try_join();
+  if (me != Participants::kNobody) return me;
+  const std::string limit = std::to_string(region.geometry().participants);
+  throw Error(ErrorCode::TooManyHandles,
+              "channel '" + label + "' has " + limit + " open handles, which is its limit max_handles=" + limit +
+                  "; close some, or create it with a larger max_handles (at most " +
+                  std::to_string(memory::kMaxParticipants) + ")");
+}
+
+void check_locks_work(memory::Storage& storage) {
+  if (!storage.try_lock(memory::kControlLock)) {
+    throw Error(ErrorCode::FeatureUnavailable,
+                storage.describe() + ": its file system has no locks that belong to an open file (F_OFD_SETLK: " +
+                    std::string(strerror(errno)) + "), which tell the living from the dead; use another directory",
+                errno);
+  }
+  storage.unlock(memory::kControlLock);
+}
+
+bool was_shut_down(const memory::Region& region) noexcept {
+  return (region.header().active.load(std::memory_order_acquire) & memory::kShutDown) != 0;
+}
+
+// A damaged or older region of this user with nobody attached stands in the way of a new one; only then it goes.
+bool replace_unusable(std::unique_ptr<memory::Storage>& storage, const std::string& path, const ChannelOptions& options,
+                      OpenMode mode) {
+  memory::Inspection inspection = memory::inspect(*storage);
+  if (inspection.found == memory::Found::Channel) return false;
+  const bool ours = inspection.found != memory::Found::Foreign;
+  const bool may = storage->kind() == memory::StorageKind::PosixShm ? mode == OpenMode::OpenOrCreate
+                                                                    : options.on_stale == OnStale::Reset;
+  bool idle = storage->try_lock(memory::kControlLock);
+  for (std::uint32_t i = 0; i < memory::kMaxParticipants; ++i) {
+    idle = idle && !storage->is_locked(memory::participant_lock(i));
+  }
+  if (ours && may && idle) {
+    remove_name(*storage, path);
+    return true;
+  }
+  throw Error(ErrorCode::ChannelLayout, path + " is not a usable channel: " + inspection.reason +
+                                            (ours && !idle ? "; processes are still attached to it: end them, then remove it"
+                                                           : "; remove it, or choose another name"));
+}
+
+enum class Verdict { Joined, Retry };
+
+// One try to take part in an existing region.
+Verdict try_attach(std::unique_ptr<memory::Storage> storage, const ChannelOptions& options, OpenMode mode,
+                   Attachment& out) {
+  out.region = memory::Region::attach(std::move(storage));
+  memory::Region& region = *out.region;
+  const bool is_shm = region.storage().kind() == memory::StorageKind::PosixShm;
+  ControlLock control(region, out.label);
+  // The name may have been removed, or have moved on to a new region, before the lock was ours.
+  if (!out.path.empty() && !is_named(region.storage(), out.path)) return Verdict::Retry;
+
+  const bool alive = Participants(region).anyone_else_alive(Participants::kNobody);
+  const std::string found = differences(region, options);
+  if (alive) {
+    if (mode == OpenMode::Create) {
+      throw Error(ErrorCode::ChannelExists, "channel '" + out.label + "' exists and is in use; open it, or choose another name",
+                  EEXIST);
+    }
+    if (!found.empty()) refuse_differences(out.label, found);
+  } else {
+    const bool empty = !holds_messages(region);
+    const bool may_replace = mode != OpenMode::Open && is_shm;
+    if (mode == OpenMode::Create && !is_shm && options.on_stale != OnStale::Reset) {
+      throw Error(ErrorCode::ChannelExists, "the file " + out.path + " exists; open it with FileChannel.open, or create it with on_stale='reset'",
+                  EEXIST);
+    }
+    if (options.on_stale == OnStale::Raise) {
+      throw Error(ErrorCode::ChannelExists,
+                  "channel '" + out.label + "' was left by processes that are all gone" +
+                      (empty ? "" : ", with messages in it") + "; take it over with on_stale='recover', or drop it with "
+                      "on_stale='reset'",
+                  EEXIST);
+    }
+    if (options.on_stale == OnStale::Reset || (may_replace && empty && (was_shut_down(region) || !found.empty()))) {
+      remove_name(region.storage(), out.path);
+      return Verdict::Retry;
+    }
+    if (!found.empty()) refuse_differences(out.label, found);
+    auto boot = base::boot_id();
+    if (std::memcmp(region.header().boot_id, boot.data(), boot.size()) != 0) {
+      liveness::rebuild(region);
+      std::memcpy(region.header().boot_id, boot.data(), boot.size());
+    }
+  }
+  liveness::recover_the_dead(region, Participants::kNobody);
+  out.participant = join(region, out.label);
+  return Verdict::Joined;
+}
+
+}  // namespace
+
+ControlLock::ControlLock(memory::Region& region, const std::string& label) : region_(&region) {
+  const std::int64_t deadline = base::monotonic_ns() + kControlPatienceNs;
+  while (!region.storage().try_lock(memory::kControlLock)) {
+    if (base::monotonic_ns() > deadline) {
+      throw Error(ErrorCode::TimedOut, "channel '" + label +
+                                           "': another process has been joining or leaving it for 10 s; it is stopped or "
+                                           "being debugged: let it go on, or end it");
+    }
+    sleep_ms(1);
+  }
+}
+
+bool holds_messages(memory::Region& region) noexcept {
+  for (std::uint32_t s = 0; s < region.geometry().slots; ++s) {
+    slots::SlotWord word{region.slot(s).word.load(std::memory_order_acquire)};
+    if (word.is(slots::SlotPhase::Committed) && word.pending() != 0) return true;
+  }
+  return false;
+}
+
+Attachment attach_path(const std::string& path, const std::string& label, memory::StorageKind kind,
+                       const ChannelOptions& options, OpenMode mode) {
+  for (int attempt = 0; attempt < kAttempts; ++attempt) {
+    Attachment out{nullptr, 0, path, label};
+    if (auto storage = open_storage(path, kind)) {
+      if (replace_unusable(storage, path, options, mode)) continue;
+      if (try_attach(std::move(storage), options, mode, out) == Verdict::Joined) return out;
+      continue;
+    }
+    if (mode == OpenMode::Open) {
+      throw Error(ErrorCode::ChannelNotFound,
+                  kind == memory::StorageKind::PosixShm
+                      ? "no channel '" + label + "' on this machine for uid of this process (" + path +
+                            "); create it first, or use ShmChannel(name), which does both"
+                      : "no file " + path + "; create it with FileChannel.create",
+                  ENOENT);
+    }
+    auto storage = make_unnamed_storage(path, kind, options.mode);
+    check_locks_work(*storage);
+    out.region = make_region(std::move(storage), options);
+    ControlLock control(*out.region, label);
+    out.participant = join(*out.region, label);
+    if (link_storage(out.region->storage(), path)) return out;
+  }
+  throw Error(ErrorCode::Internal, "channel '" + label + "' was made and removed by others " +
+                                       std::to_string(kAttempts) + " times while this process tried to open it");
+}
+
+Attachment create_unnamed(std::unique_ptr<memory::Storage> storage, const ChannelOptions& options) {
+  Attachment out{nullptr, 0, "", storage->describe()};
+  out.region = make_region(std::move(storage), options);
+  out.participant = join(*out.region, out.label);
+  return out;
+}
+
+Attachment attach_storage(std::unique_ptr<memory::Storage> storage) {
+  Attachment out{nullptr, 0, "", storage->describe()};
+  try_attach(std::move(storage), ChannelOptions{}, OpenMode::Open, out);
+  return out;
+}
+
+std::uint32_t rejoin(memory::Region& region, const std::string& label) {
+  region.storage().renew_locks();
+  ControlLock control(region, label);
+  liveness::recover_the_dead(region, Participants::kNobody);
+  return join(region, label);
+}
+
+}  // namespace dsline::channel

@@ -1,0 +1,204 @@
+#include "memory/file_storage.hpp"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <vector>
+
+#include "base/process.hpp"
+#include "dsline/error.hpp"
+#include "memory/budget.hpp"
+
+namespace dsline::memory {
+namespace {
+
+// Lock bytes lie beyond any file's end; they are names for the kernel, not bytes.
+constexpr off_t kLockBase = off_t{1} << 61;
+
+struct flock lock_of(std::uint32_t byte, short type) noexcept {
+  struct flock lock {};
+  lock.l_type = type;
+  lock.l_whence = SEEK_SET;
+  lock.l_start = kLockBase + byte;
+  lock.l_len = 1;
+  return lock;
+}
+
+// fallocate on tmpfs undoes a long reservation when a signal comes in, so signals wait until it is done.
+class SignalsBlocked {
+ public:
+  SignalsBlocked() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+ private:
+  sigset_t before_;
+};
+
+// For file systems without fallocate: adding zeros to every block allocates it and keeps its content, because
+// nobody but the caller may touch the range.
+int allocate_by_writing(int fd, std::uint64_t offset, std::uint64_t length) noexcept {
+  constexpr std::uint64_t kBlock = 4096;
+  for (std::uint64_t at = offset & ~(kBlock - 1); at < offset + length; at += kBlock) {
+    char byte = 0;
+    if (pread(fd, &byte, 1, static_cast<off_t>(at)) < 0) return errno;
+    if (pwrite(fd, &byte, 1, static_cast<off_t>(at)) != 1) return errno == 0 ? ENOSPC : errno;
+  }
+  return 0;
+}
+
+}  // namespace
+
+const char* storage_name(StorageKind kind) noexcept {
+  switch (kind) {
+    case StorageKind::Heap:
+      return "heap";
+    case StorageKind::File:
+      return "file";
+    case StorageKind::PosixShm:
+      return "shm";
+    case StorageKind::Memfd:
+      return "memfd";
+  }
+  return "unknown";
+}
+
+FileStorage::FileStorage(int fd, StorageKind kind, std::string path)
+    : data_fd_(fd), kind_(kind), path_(std::move(path)) {
+  try {
+    open_lock_descriptor();
+  } catch (...) {
+    close(data_fd_);
+    throw;
+  }
+}
+
+FileStorage::~FileStorage() {
+  drop_locks();
+  close(data_fd_);
+}
+
+// A lock belongs to an open file description, and dup() shares it; opening through /proc makes a new one, also
+// for files that have lost their name.
+void FileStorage::open_lock_descriptor() {
+  char path[48];
+  snprintf(path, sizeof path, "/proc/self/fd/%d", data_fd_);
+  int fd = open(path, O_RDWR | O_CLOEXEC);
+  if (fd < 0) {
+    throw Error(ErrorCode::System,
+                path_ + ": no second descriptor for the locks of this handle (" + strerror(errno) +
+                    "); /proc must be mounted and the limit of open files (ulimit -n) not reached",
+                errno);
+  }
+  base::close_in_child(fd);
+  lock_fd_ = fd;
+  lock_generation_ = base::fork_generation();
+}
+
+void FileStorage::renew_locks() {
+  if (lock_fd_ >= 0 && lock_generation_ == base::fork_generation()) return;
+  lock_fd_ = -1;  // the fork handler has closed it
+  open_lock_descriptor();
+}
+
+void FileStorage::drop_locks() noexcept {
+  if (lock_fd_ < 0) return;
+  // In a forked child the number may already belong to another file.
+  if (lock_generation_ == base::fork_generation()) {
+    base::forget_close_in_child(lock_fd_);
+    close(lock_fd_);
+  }
+  lock_fd_ = -1;
+}
+
+std::uint64_t FileStorage::size() const {
+  struct stat info {};
+  if (fstat(data_fd_, &info) != 0) throw Error(ErrorCode::System, path_ + ": cannot be examined", errno);
+  return static_cast<std::uint64_t>(info.st_size);
+}
+
+void FileStorage::resize(std::uint64_t bytes) {
+  if (ftruncate(data_fd_, static_cast<off_t>(bytes)) != 0) {
+    throw Error(ErrorCode::SharedMemoryFull,
+                path_ + ": its file system does not take a sparse file of " + std::to_string(bytes) + " bytes (" +
+                    strerror(errno) + "); lower max_message_size or capacity",
+                errno);
+  }
+}
+
+void FileStorage::check_room(std::uint64_t bytes, const std::string& purpose) const {
+  check_budget(bytes, data_fd_, path_, purpose);
+}
+
+void FileStorage::reserve_checked(std::uint64_t offset, std::uint64_t length, const std::string& purpose) {
+  int failure = 0;
+  {
+    SignalsBlocked guard;
+    do {
+      failure =
+          fallocate(data_fd_, 0, static_cast<off_t>(offset), static_cast<off_t>(length)) == 0 ? 0 : errno;
+    } while (failure == EINTR);
+  }
+  if (failure == EOPNOTSUPP) failure = allocate_by_writing(data_fd_, offset, length);
+  if (failure == 0) return;
+  if (failure == ENOSPC || failure == ENOMEM || failure == EDQUOT || failure == EFBIG) {
+    throw Error(ErrorCode::SharedMemoryFull,
+                purpose + " needs " + std::to_string(length) + " bytes more in " + path_ +
+                    ", but they cannot be reserved (" + strerror(failure) +
+                    "); free space, raise its limit, or use fewer or smaller slots",
+                failure);
+  }
+  throw Error(ErrorCode::System, path_ + ": reserving " + std::to_string(length) + " bytes failed: " + strerror(failure),
+              failure);
+}
+
+void FileStorage::give_back(std::uint64_t offset, std::uint64_t length) noexcept {
+  // A file system that cannot punch holes keeps the pages; nothing but memory is lost.
+  [[maybe_unused]] int result = fallocate(data_fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                                          static_cast<off_t>(offset), static_cast<off_t>(length));
+}
+
+std::byte* FileStorage::map(std::uint64_t offset, std::uint64_t length, Access access) {
+  int protection = access == Access::ReadWrite ? PROT_READ | PROT_WRITE : PROT_READ;
+  void* address = mmap(nullptr, length, protection, MAP_SHARED | MAP_NORESERVE, data_fd_, static_cast<off_t>(offset));
+  if (address == MAP_FAILED) {
+    throw Error(ErrorCode::SharedMemoryFull,
+                path_ + ": no address space to map " + std::to_string(length) + " bytes (" + strerror(errno) +
+                    "); lower max_message_size or capacity, or raise the limit (ulimit -v)",
+                errno);
+  }
+  madvise(address, length, MADV_DONTDUMP);
+  return static_cast<std::byte*>(address);
+}
+
+void FileStorage::unmap(std::byte* address, std::uint64_t length) noexcept { munmap(address, length); }
+
+bool FileStorage::try_lock(std::uint32_t byte) noexcept {
+  struct flock lock = lock_of(byte, F_WRLCK);
+  return fcntl(lock_fd_, F_OFD_SETLK, &lock) == 0;
+}
+
+void FileStorage::unlock(std::uint32_t byte) noexcept {
+  struct flock lock = lock_of(byte, F_UNLCK);
+  fcntl(lock_fd_, F_OFD_SETLK, &lock);
+}
+
+bool FileStorage::is_locked(std::uint32_t byte) const noexcept {
+  struct flock lock = lock_of(byte, F_WRLCK);
+  return fcntl(lock_fd_, F_OFD_GETLK, &lock) != 0 || lock.l_type != F_UNLCK;
+}
+
+std::unique_ptr<Storage> make_file_storage(int fd, StorageKind kind, std::string path) {
+  return std::make_unique<FileStorage>(fd, kind, std::move(path));
+}
+
+}  // namespace dsline::memory

@@ -1,0 +1,167 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "base/atomic.hpp"
+#include "base/checked.hpp"
+#include "base/checksum.hpp"
+#include "waiting/wait_point.hpp"
+
+/// Who sits at which offset of a region. Everything here is shared between processes: fixed-width integers and
+/// lock-free atomics, offsets and never pointers. docs/design/memory-layout.md has the byte table.
+namespace dsline::memory {
+
+inline constexpr std::uint32_t kRegionMagic = 0x4E4C5344;  // "DSLN", little-endian
+inline constexpr std::uint32_t kLayoutVersion = 1;
+inline constexpr std::uint32_t kPageBytes = 4096;
+
+inline constexpr std::uint32_t kMaxSlots = 1u << 20;
+inline constexpr std::uint32_t kMaxParticipants = 256;
+inline constexpr std::uint32_t kMaxGroups = 23;
+inline constexpr std::uint64_t kMaxRegionBytes = std::uint64_t{1} << 44;
+
+/// Room for a frame header and the usual metadata in front of `slot_size` bytes of payload.
+inline constexpr std::uint64_t kFrameRoomBytes = 512;
+
+/// What a creator chooses. Written once, before the region has a name; a peer copies it to private memory when
+/// it attaches, checks it, and never reads it from the region again.
+struct Geometry {
+  std::uint64_t total_bytes;
+  std::uint64_t slot_bytes;         // payload bytes reserved up front per slot
+  std::uint64_t max_message_bytes;  // payload bytes at most
+  std::uint64_t room_bytes;         // bytes of a slot that are reserved up front
+  std::uint64_t stride_bytes;       // from slot to slot: address space
+  std::uint32_t slots;
+  std::uint32_t participants;
+  std::uint32_t groups;
+  std::uint32_t order_cells;
+  std::uint64_t participants_offset;
+  std::uint64_t groups_offset;
+  std::uint64_t order_offset;
+  std::uint64_t free_map_offset;
+  std::uint64_t slots_offset;
+  std::uint64_t claims_offset;
+  std::uint64_t arena_offset;
+};
+static_assert(sizeof(Geometry) == 112 && std::is_trivially_copyable_v<Geometry>);
+
+/// Fills in everything that follows from the five choices. Throws Error(InvalidArgument) that names the value
+/// and the limit. `max_message_bytes` 0 asks for the default.
+Geometry plan_geometry(std::uint32_t slots, std::uint64_t slot_bytes, std::uint64_t max_message_bytes,
+                       std::uint32_t participants, std::uint32_t groups);
+
+/// True iff plan_geometry() of its choices gives exactly `geometry`.
+bool is_valid(const Geometry& geometry) noexcept;
+
+using base::Checksum;
+
+/// The first page. The part up to `description_crc` is written once; the lines behind it change.
+struct RegionHeader {
+  std::uint32_t magic;
+  std::uint32_t layout_version;
+  Geometry geometry;
+  std::uint8_t uuid[16];
+  std::uint8_t boot_id[16];  // rewritten by whoever takes over a file from an earlier boot, under the control lock
+  std::uint64_t created_ns;  // CLOCK_REALTIME, for people
+  std::uint64_t first_position;
+  std::uint32_t creator_pid;  // for people
+  std::uint32_t checksum;
+  std::uint32_t storage;
+  std::uint32_t description_crc;  // CRC32C of the bytes before it, less boot_id
+
+  // Bits 0…22: active groups. Bit 32: shut down. Bit 33: shut down at once. Writers: join, leave, shutdown
+  // (read-modify-write); readers: every publish and every empty take.
+  alignas(64) base::Atomic<std::uint64_t> active;
+  base::Atomic<std::uint64_t> dropped_newest;  // messages discarded by DROP_NEWEST, or with nobody listening
+  base::Atomic<std::uint64_t> corrupted;       // frames that failed their check, control words that cannot be
+  base::Atomic<std::uint64_t> recovered;       // participants recovered after death
+
+  alignas(64) waiting::WaitState space;  // producers that wait for a free slot
+};
+static_assert(offsetof(RegionHeader, magic) == 0 && offsetof(RegionHeader, layout_version) == 4);
+static_assert(offsetof(RegionHeader, geometry) == 8 && offsetof(RegionHeader, uuid) == 120);
+static_assert(offsetof(RegionHeader, boot_id) == 136 && offsetof(RegionHeader, created_ns) == 152);
+static_assert(offsetof(RegionHeader, first_position) == 160 && offsetof(RegionHeader, creator_pid) == 168);
+static_assert(offsetof(RegionHeader, checksum) == 172 && offsetof(RegionHeader, storage) == 176);
+static_assert(offsetof(RegionHeader, description_crc) == 180 && offsetof(RegionHeader, active) == 192);
+static_assert(offsetof(RegionHeader, dropped_newest) == 200 && offsetof(RegionHeader, corrupted) == 208);
+static_assert(offsetof(RegionHeader, recovered) == 216 && offsetof(RegionHeader, space) == 256);
+static_assert(sizeof(RegionHeader) == 320 && std::is_standard_layout_v<RegionHeader>);
+
+inline constexpr std::uint64_t kActiveGroupsMask = (std::uint64_t{1} << kMaxGroups) - 1;
+inline constexpr std::uint64_t kShutDown = std::uint64_t{1} << 32;
+inline constexpr std::uint64_t kShutDownAtOnce = std::uint64_t{1} << 33;
+
+/// One open handle. The kernel lock of its number says whether it lives; the rest is for people and recovery.
+struct alignas(64) ParticipantState {
+  // incarnation << 8 | state. Writers: the owner of the number's lock.
+  base::Atomic<std::uint64_t> word;
+  base::Atomic<std::uint32_t> pid;
+  base::Atomic<std::uint32_t> group;  // number of its group + 1; 0: none
+  base::Atomic<std::uint64_t> start_time;
+  base::Atomic<std::uint64_t> waiting_on;  // 0 nothing, 1 space, 2 a message
+  base::Atomic<std::uint64_t> joined_ns;   // CLOCK_REALTIME
+};
+static_assert(offsetof(ParticipantState, word) == 0 && offsetof(ParticipantState, pid) == 8);
+static_assert(offsetof(ParticipantState, group) == 12 && offsetof(ParticipantState, start_time) == 16);
+static_assert(offsetof(ParticipantState, waiting_on) == 24 && offsetof(ParticipantState, joined_ns) == 32);
+static_assert(sizeof(ParticipantState) == 64 && std::is_standard_layout_v<ParticipantState>);
+
+/// One subscriber group: members compete, every group sees every message.
+struct GroupState {
+  // Position before which no message is unclaimed. Writers: the group's members (CAS); a hint.
+  alignas(64) base::Atomic<std::uint64_t> cursor;
+
+  // sequence << 1 | raised. Raised by a recoverer, lowered by a member that scanned and found nothing.
+  alignas(64) base::Atomic<std::uint64_t> redeliver;
+  base::Atomic<std::uint32_t> state;  // 0 free, 1 active, 2 leaving
+  base::Atomic<std::uint32_t> policy;
+  base::Atomic<std::uint64_t> name_hash;
+  base::Atomic<std::uint64_t> dropped_oldest;
+  base::Atomic<std::uint64_t> redelivered;
+  base::Atomic<std::uint64_t> reserved[2];
+
+  alignas(64) waiting::WaitState messages;  // members that wait for a message
+};
+static_assert(offsetof(GroupState, cursor) == 0 && offsetof(GroupState, redeliver) == 64);
+static_assert(offsetof(GroupState, state) == 72 && offsetof(GroupState, policy) == 76);
+static_assert(offsetof(GroupState, name_hash) == 80 && offsetof(GroupState, dropped_oldest) == 88);
+static_assert(offsetof(GroupState, redelivered) == 96 && offsetof(GroupState, messages) == 128);
+static_assert(sizeof(GroupState) == 192 && std::is_standard_layout_v<GroupState>);
+
+/// The order: its tail, and behind it `order_cells` cells of 64 bits.
+struct OrderState {
+  // Never beyond the true tail. Writers: producers (CAS); a hint.
+  alignas(64) base::Atomic<std::uint64_t> tail;
+};
+static_assert(sizeof(OrderState) == 64 && std::is_standard_layout_v<OrderState>);
+
+/// What the protocol changes of one slot.
+struct alignas(64) SlotState {
+  base::Atomic<std::uint64_t> word;      // see slots/slot_word.hpp: the truth about the slot
+  base::Atomic<std::uint64_t> position;  // intended or actual position in the order; written while nobody else may
+  base::Atomic<std::uint64_t> claim;     // of group 0; see order/claim.hpp
+  // Reserved bytes of this slot. Writer: the owner of a WRITING slot, after the reservation succeeded, so a death
+  // in between only forgets pages that the next reservation finds again.
+  base::Atomic<std::uint64_t> room_bytes;
+  base::Atomic<std::uint64_t> small_uses;  // messages in a row that did not need the extra room; same writer
+};
+static_assert(offsetof(SlotState, word) == 0 && offsetof(SlotState, position) == 8);
+static_assert(offsetof(SlotState, claim) == 16 && offsetof(SlotState, room_bytes) == 24);
+static_assert(offsetof(SlotState, small_uses) == 32);
+static_assert(sizeof(SlotState) == 64 && std::is_standard_layout_v<SlotState>);
+
+/// Start of a slot's frame inside its stride: slots of a page and more are shifted by some cache lines, so that the
+/// headers of equal slots do not all fall into one set of the first-level cache.
+constexpr std::uint64_t frame_shift(const Geometry& geometry, std::uint32_t slot) noexcept {
+  return geometry.stride_bytes < kPageBytes ? 0 : std::uint64_t{slot * 5 % 16} * base::kCacheLine;
+}
+inline constexpr std::uint64_t kMaxFrameShift = 15 * base::kCacheLine;
+
+/// Kernel-lock bytes.
+inline constexpr std::uint32_t kControlLock = 0;
+constexpr std::uint32_t participant_lock(std::uint32_t participant) noexcept { return 1 + participant; }
+
+}  // namespace dsline::memory

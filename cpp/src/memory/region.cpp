@@ -1,0 +1,179 @@
+#include "memory/region.hpp"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/clock.hpp"
+#include "base/crc32c.hpp"
+#include "base/process.hpp"
+#include "dsline/error.hpp"
+
+namespace dsline::memory {
+namespace {
+
+// The part of the header that is written once.
+constexpr std::size_t kDescriptionBytes = offsetof(RegionHeader, description_crc);
+
+std::uint32_t description_crc(const unsigned char* description) {
+  std::uint32_t crc = base::crc32c(description, offsetof(RegionHeader, boot_id));
+  constexpr std::size_t behind = offsetof(RegionHeader, created_ns);
+  return base::crc32c(description + behind, kDescriptionBytes - behind, crc);
+}
+
+struct Description {
+  unsigned char bytes[sizeof(RegionHeader)];
+
+  template <class T>
+  T at(std::size_t offset) const noexcept {
+    T value;
+    std::memcpy(&value, bytes + offset, sizeof value);
+    return value;
+  }
+};
+
+Inspection inspect_description(const Storage& storage, Description& out) {
+  std::uint64_t size = storage.size();
+  ssize_t got = pread(storage.descriptor(), out.bytes, sizeof out.bytes, 0);
+  if (got < 8 || out.at<std::uint32_t>(0) != kRegionMagic) {
+    return {Found::Foreign, "it does not start with the magic number of a channel"};
+  }
+  std::uint32_t version = out.at<std::uint32_t>(offsetof(RegionHeader, layout_version));
+  if (version != kLayoutVersion) {
+    return {Found::Older, "it has layout version " + std::to_string(version) + ", this dsline reads version " +
+                              std::to_string(kLayoutVersion)};
+  }
+  if (got < static_cast<ssize_t>(sizeof out.bytes)) {
+    return {Found::Damaged, "it ends inside its header, after " + std::to_string(got) + " bytes"};
+  }
+  if (description_crc(out.bytes) != out.at<std::uint32_t>(kDescriptionBytes)) {
+    return {Found::Damaged, "the checksum of its header is wrong"};
+  }
+  Geometry geometry = out.at<Geometry>(offsetof(RegionHeader, geometry));
+  if (!is_valid(geometry) || out.at<std::uint32_t>(offsetof(RegionHeader, checksum)) > 2) {
+    return {Found::Damaged, "its geometry is impossible"};
+  }
+  if (geometry.total_bytes != size) {
+    return {Found::Damaged, "it has " + std::to_string(size) + " bytes where its header says " +
+                                std::to_string(geometry.total_bytes)};
+  }
+  return {Found::Channel, ""};
+}
+
+}  // namespace
+
+Inspection inspect(const Storage& storage) {
+  Description description{};
+  return inspect_description(storage, description);
+}
+
+std::unique_ptr<Region> Region::create(std::unique_ptr<Storage> storage, const Geometry& geometry, Checksum checksum,
+                                       std::uint64_t first_position) {
+  std::unique_ptr<Region> region(new Region(std::move(storage)));
+  Storage& bytes = *region->storage_;
+  bytes.resize(geometry.total_bytes);
+  const std::string purpose = "creating a channel with capacity=" + std::to_string(geometry.slots) +
+                              " and slot_size=" + std::to_string(geometry.slot_bytes);
+  if (geometry.room_bytes == geometry.stride_bytes) {
+    bytes.reserve(0, geometry.total_bytes, purpose);
+  } else {
+    bytes.reserve(0, geometry.arena_offset, purpose);
+    for (std::uint32_t s = 0; s < geometry.slots; ++s) {
+      // The first slot asks for the room of all, so that a channel that cannot fit is refused before it takes any.
+      if (s == 0) bytes.check_room(geometry.room_bytes * geometry.slots, purpose);
+      bytes.reserve_checked(geometry.arena_offset + s * geometry.stride_bytes, geometry.room_bytes, purpose);
+    }
+  }
+  region->map(geometry);
+  region->checksum_ = checksum;
+
+  for (std::uint32_t s = 0; s < geometry.slots; ++s) {
+    region->slot(s).room_bytes.store(geometry.room_bytes, std::memory_order_relaxed);
+  }
+
+  RegionHeader& header = region->header();
+  header.magic = kRegionMagic;
+  header.layout_version = kLayoutVersion;
+  header.geometry = geometry;
+  auto uuid = base::random_id();
+  std::memcpy(header.uuid, uuid.data(), uuid.size());
+  auto boot = base::boot_id();
+  std::memcpy(header.boot_id, boot.data(), boot.size());
+  header.created_ns = static_cast<std::uint64_t>(base::realtime_ns());
+  header.first_position = first_position;
+  header.creator_pid = static_cast<std::uint32_t>(getpid());
+  header.checksum = static_cast<std::uint32_t>(checksum);
+  header.storage = static_cast<std::uint32_t>(bytes.kind());
+  header.description_crc = description_crc(reinterpret_cast<const unsigned char*>(&header));
+  return region;
+}
+
+std::unique_ptr<Region> Region::attach(std::unique_ptr<Storage> storage) {
+  std::unique_ptr<Region> region(new Region(std::move(storage)));
+  Description description{};
+  Inspection inspection = inspect_description(*region->storage_, description);
+  if (inspection.found != Found::Channel) {
+    throw Error(ErrorCode::ChannelLayout, region->storage_->describe() + " is not a usable channel: " +
+                                              inspection.reason + "; remove it, or choose another name");
+  }
+  region->checksum_ = static_cast<Checksum>(description.at<std::uint32_t>(offsetof(RegionHeader, checksum)));
+  region->map(description.at<Geometry>(offsetof(RegionHeader, geometry)));
+  return region;
+}
+
+void Region::map(const Geometry& geometry) {
+  geometry_ = geometry;
+  control_ = storage_->map(0, geometry.arena_offset, Access::ReadWrite);
+  arena_ = storage_->map(geometry.arena_offset, geometry.total_bytes - geometry.arena_offset, Access::ReadOnly);
+  participants_ = reinterpret_cast<ParticipantState*>(control_ + geometry.participants_offset);
+  groups_ = reinterpret_cast<GroupState*>(control_ + geometry.groups_offset);
+  order_ = reinterpret_cast<OrderState*>(control_ + geometry.order_offset);
+  cells_ = reinterpret_cast<base::Atomic<std::uint64_t>*>(control_ + geometry.order_offset + sizeof(OrderState));
+  free_map_ = reinterpret_cast<base::Atomic<std::uint64_t>*>(control_ + geometry.free_map_offset);
+  slots_ = reinterpret_cast<SlotState*>(control_ + geometry.slots_offset);
+  claims_ = reinterpret_cast<base::Atomic<std::uint64_t>*>(control_ + geometry.claims_offset);
+}
+
+std::byte* Region::map_writable_arena() {
+  std::lock_guard lock(mapping_);
+  std::byte* arena = writable_arena_.load(std::memory_order_relaxed);
+  if (arena == nullptr) {
+    arena = storage_->map(geometry_.arena_offset, geometry_.total_bytes - geometry_.arena_offset, Access::ReadWrite);
+    writable_arena_.store(arena, std::memory_order_release);  // SYNC arena: pairs with writable_arena()
+  }
+  return arena;
+}
+
+Region::~Region() {
+  if (control_ == nullptr) return;
+  std::uint64_t arena_bytes = geometry_.total_bytes - geometry_.arena_offset;
+  storage_->unmap(control_, geometry_.arena_offset);
+  if (arena_ != nullptr) storage_->unmap(const_cast<std::byte*>(arena_), arena_bytes);
+  std::byte* writable = writable_arena_.load(std::memory_order_relaxed);
+  if (writable != nullptr) storage_->unmap(writable, arena_bytes);
+}
+
+void Region::reserve_slot(std::uint32_t s, std::uint64_t bytes) {
+  SlotState& state = slot(s);
+  std::uint64_t room = std::clamp(state.room_bytes.load(std::memory_order_relaxed), geometry_.room_bytes,
+                                  geometry_.stride_bytes);
+  std::uint64_t need = base::round_up(bytes, kPageBytes);
+  if (need <= room) return;
+  storage_->reserve(geometry_.arena_offset + s * geometry_.stride_bytes + room, need - room,
+                    "a message of this size");
+  state.room_bytes.store(need, std::memory_order_relaxed);
+}
+
+void Region::shrink_slot(std::uint32_t s, std::uint64_t bytes) noexcept {
+  SlotState& state = slot(s);
+  std::uint64_t room = std::min(state.room_bytes.load(std::memory_order_relaxed), geometry_.stride_bytes);
+  std::uint64_t keep = std::max(base::round_up(bytes, kPageBytes), geometry_.room_bytes);
+  if (room <= keep) return;
+  // Forgotten first: pages that a death leaves behind are found again by the next reservation.
+  state.room_bytes.store(keep, std::memory_order_relaxed);
+  storage_->give_back(geometry_.arena_offset + s * geometry_.stride_bytes + keep, room - keep);
+}
+
+}  // namespace dsline::memory

@@ -1,0 +1,103 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+
+#include "memory/layout.hpp"
+#include "memory/storage.hpp"
+
+namespace dsline::memory {
+
+/// The mapped bytes of one channel: a process-local handle over the shared state.
+///
+/// The control part is mapped for reading and writing. The arena is mapped read-only, and a second time writable at
+/// the first request; whoever only receives cannot change a payload. A region stays mapped until the last lease
+/// that points into it is gone.
+///
+/// Threads: any number; writable_arena() takes a mutex the first time.
+class Region {
+ public:
+  /// Lays out a new region in an empty storage and reserves it; slots, order and groups are still zero. Nobody else
+  /// can reach it yet.
+  static std::unique_ptr<Region> create(std::unique_ptr<Storage> storage, const Geometry& geometry, Checksum checksum,
+                                        std::uint64_t first_position);
+  /// Maps a region that exists. Throws Error(ChannelLayout) when the bytes are not one of this version.
+  static std::unique_ptr<Region> attach(std::unique_ptr<Storage> storage);
+  ~Region();
+
+  const Geometry& geometry() const noexcept { return geometry_; }
+  Storage& storage() const noexcept { return *storage_; }
+  Checksum checksum() const noexcept { return checksum_; }
+
+  RegionHeader& header() const noexcept { return *reinterpret_cast<RegionHeader*>(control_); }
+  ParticipantState& participant(std::uint32_t i) const noexcept { return participants_[i]; }
+  GroupState& group(std::uint32_t g) const noexcept { return groups_[g]; }
+  OrderState& order() const noexcept { return *order_; }
+  base::Atomic<std::uint64_t>& cell(std::uint64_t position) const noexcept {
+    return cells_[position & (geometry_.order_cells - 1)];
+  }
+  base::Atomic<std::uint64_t>& free_map(std::uint32_t word) const noexcept { return free_map_[word]; }
+  SlotState& slot(std::uint32_t s) const noexcept { return slots_[s]; }
+  base::Atomic<std::uint64_t>& claim(std::uint32_t s, std::uint32_t g) const noexcept {
+    return g == 0 ? slots_[s].claim : claims_[std::uint64_t{s} * (geometry_.groups - 1) + g - 1];
+  }
+
+  /// Offset of a slot's frame inside the arena.
+  std::uint64_t frame_offset(std::uint32_t s) const noexcept {
+    return s * geometry_.stride_bytes + frame_shift(geometry_, s);
+  }
+  const std::byte* read_frame(std::uint32_t s) const noexcept { return arena_ + frame_offset(s); }
+  /// Where the frame will be written, if anything has been written through this handle yet.
+  const std::byte* frame_to_prefetch(std::uint32_t s) const noexcept {
+    const std::byte* arena = writable_arena_.load(std::memory_order_relaxed);
+    return (arena != nullptr ? arena : arena_) + frame_offset(s);
+  }
+  std::byte* write_frame(std::uint32_t s) { return writable_arena() + frame_offset(s); }
+
+  /// Reserves the first `bytes` of a slot's stride, or gives back what lies behind them. Requires: the caller owns
+  /// the slot in state WRITING.
+  void reserve_slot(std::uint32_t s, std::uint64_t bytes);
+  void shrink_slot(std::uint32_t s, std::uint64_t bytes) noexcept;
+
+ private:
+  explicit Region(std::unique_ptr<Storage> storage) : storage_(std::move(storage)) {}
+  void map(const Geometry& geometry);
+  std::byte* writable_arena() {
+    std::byte* arena = writable_arena_.load(std::memory_order_acquire);
+    return arena != nullptr ? arena : map_writable_arena();
+  }
+  std::byte* map_writable_arena();
+
+  std::unique_ptr<Storage> storage_;
+  Geometry geometry_{};
+  Checksum checksum_ = Checksum::Header;
+  std::byte* control_ = nullptr;
+  const std::byte* arena_ = nullptr;
+  base::Atomic<std::byte*> writable_arena_{nullptr};
+  std::mutex mapping_;
+  ParticipantState* participants_ = nullptr;
+  GroupState* groups_ = nullptr;
+  OrderState* order_ = nullptr;
+  base::Atomic<std::uint64_t>* cells_ = nullptr;
+  base::Atomic<std::uint64_t>* free_map_ = nullptr;
+  SlotState* slots_ = nullptr;
+  base::Atomic<std::uint64_t>* claims_ = nullptr;
+};
+
+/// What the first bytes of a storage say it is.
+enum class Found {
+  Channel,  ///< a whole region of this layout
+  Older,    ///< a region of another layout version
+  Damaged,  ///< carries the magic, but cannot be what it says
+  Foreign,  ///< not ours
+};
+struct Inspection {
+  Found found;
+  std::string reason;  ///< for people, empty for Channel
+};
+Inspection inspect(const Storage& storage);
+
+}  // namespace dsline::memory

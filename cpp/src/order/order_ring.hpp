@@ -1,0 +1,81 @@
+#pragma once
+
+#include <cstdint>
+
+#include "memory/region.hpp"
+#include "order/cell.hpp"
+#include "slots/claim.hpp"
+
+namespace dsline::order {
+
+/// The order of the messages: a ring of cells that carry slot numbers, never payload.
+///
+/// Threads: any number of producers, of any processes.
+/// Invariants: 1. A message enters by one compare-and-swap on one cell, and only a COMMITTED slot with ENQ is
+///   entered, by its publisher or by the one that holds its dead publisher's lock. 2. The ring has at least twice as
+///   many cells as there are slots, so a cell that some group still needs is never overwritten. 3. The tail is
+///   never beyond the true tail; a producer walks from it to the true one.
+/// Death: before the cell's CAS the message is not in the order and position and claims say so (protocol V2–V4);
+///   behind it the message is delivered, only the hint and a wake-up may be missing.
+class OrderRing {
+ public:
+  explicit OrderRing(memory::Region& region) noexcept : region_(&region) {}
+
+  static void initialise(memory::Region& region, std::uint64_t first_position) noexcept {
+    const std::uint64_t cells = region.geometry().order_cells;
+    for (std::uint64_t k = 0; k < cells; ++k) {
+      // One lap before the position that the cell will hold first.
+      region.cell(first_position + k)
+          .store(Cell::make(first_position + k - cells, 0).bits, std::memory_order_relaxed);
+    }
+    region.order().tail.store(first_position, std::memory_order_relaxed);
+  }
+
+  Cell cell(std::uint64_t position) const noexcept {
+    // SYNC cell: acquire pairs with the CAS in enter(); makes word, position and claims of the slot visible.
+    return {region_->cell(position).load(std::memory_order_acquire)};
+  }
+
+  std::uint64_t tail_guess() const noexcept { return region_->order().tail.load(std::memory_order_acquire); }
+
+  struct Entered {
+    std::uint64_t position;
+    std::uint64_t hint;  ///< the tail that the walk started from
+  };
+
+  /// P2: enters slot `s` for `groups` at the next free position.
+  /// Requires: `s` is COMMITTED with ENQ, and the caller is its publisher or acts for it under its lock.
+  Entered enter(std::uint32_t s, std::uint32_t groups) noexcept {
+    const std::uint64_t hint = tail_guess();
+    std::uint64_t t = hint;
+    for (;;) {
+      Cell seen = cell(t);
+      if (seen.ahead_of(t) >= 0) {  // taken; walking makes a stale hint harmless
+        t = slots::next_position(t);
+        continue;
+      }
+      // Ordered by the CAS below. A death after these stores leaves position t in a slot that is not in cell t.
+      region_->slot(s).position.store(t, std::memory_order_relaxed);
+      for (std::uint32_t left = groups; left != 0; left &= left - 1) {
+        std::uint32_t g = static_cast<std::uint32_t>(__builtin_ctz(left));
+        region_->claim(s, g).store(slots::Claim::make(t, 0, slots::Claim::kNobody).bits, std::memory_order_relaxed);
+      }
+      // SYNC cell: release half pairs with cell(); sequentially consistent with a waiter's last look.
+      if (region_->cell(t).compare_exchange_strong(seen.bits, Cell::make(t, s).bits, std::memory_order_seq_cst)) {
+        return {t, hint};
+      }
+    }
+  }
+
+  /// P3: moves the hint from the value that enter() started from; never from t to t + 1, since then one death
+  /// would freeze it.
+  void advance_tail(Entered entered) noexcept {
+    region_->order().tail.compare_exchange_strong(entered.hint, slots::next_position(entered.position),
+                                                  std::memory_order_release, std::memory_order_relaxed);
+  }
+
+ private:
+  memory::Region* region_;
+};
+
+}  // namespace dsline::order

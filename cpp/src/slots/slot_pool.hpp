@@ -1,0 +1,269 @@
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+#include "memory/region.hpp"
+#include "slots/claim.hpp"
+#include "slots/slot_word.hpp"
+#include "waiting/wait_point.hpp"
+
+namespace dsline::slots {
+
+inline constexpr std::uint32_t kNoSlot = ~std::uint32_t{0};
+// Pools that are larger cannot be scanned whenever the map shows nothing, so their hints stay in the map.
+inline constexpr std::uint32_t kMostSlotsForHints = 64;
+
+/// Hints that one handle took out of the free map to use up by itself, so that producer and consumers do not fight for
+/// the map's cache line with every message. Threads of the handle may lose each other's updates: a hint too many or
+/// too few is harmless.
+struct HintCache {
+  base::Atomic<std::uint32_t> map_word{0};
+  base::Atomic<std::uint64_t> bits{0};
+};
+
+/// The slots of a region as a pool: take a free one, commit it, release it. protocol.md names the steps (A1 …).
+///
+/// Threads: any number, of any processes; every step that decides is one compare-and-swap on the slot's word.
+/// Invariants: 1. A WRITING slot is reached by its owner alone: it is in no cell of the order, and its claims
+///   match no position. 2. A slot becomes free by one atomic step, after its last reader and its publisher are done
+///   with it. 3. The free map is a hint: a bit that is missing is found by scanning the words, a bit too many
+///   costs a failed look.
+/// Death: a slot in the hands of a dead participant carries its number (WRITING), or its number and ENQ
+///   (COMMITTED), or its number in a claim, so recovery finds it by scanning.
+class SlotPool {
+ public:
+  explicit SlotPool(memory::Region& region) noexcept
+      : region_(&region),
+        slots_(region.geometry().slots),
+        groups_(region.geometry().groups),
+        hints_per_handle_(slots_ <= kMostSlotsForHints ? slots_ / 8 : 0),
+        space_(region.header().space, region.geometry().participants) {}
+
+  /// Makes every slot of a new region free.
+  static void initialise(memory::Region& region) noexcept {
+    const memory::Geometry& geometry = region.geometry();
+    for (std::uint32_t s = 0; s < geometry.slots; ++s) {
+      region.slot(s).word.store(SlotWord::make(0, kNoOwner, SlotPhase::Free, 0).bits, std::memory_order_relaxed);
+      region.slot(s).position.store(kNoPosition, std::memory_order_relaxed);
+      for (std::uint32_t g = 0; g < geometry.groups; ++g) {
+        region.claim(s, g).store(Claim::none().bits, std::memory_order_relaxed);
+      }
+      region.free_map(s / 64).fetch_or(map_bit(s), std::memory_order_relaxed);
+    }
+  }
+
+  SlotWord word(std::uint32_t s) const noexcept { return {region_->slot(s).word.load(std::memory_order_acquire)}; }
+
+  /// A1, A2: takes a free slot, the lowest that the free map shows, so that a stream that keeps up goes through few
+  /// slots that are still in cache. kNoSlot when the map shows none.
+  std::uint32_t try_alloc(std::uint32_t me) noexcept {
+    const std::uint32_t words = (slots_ + 63) / 64;
+    for (std::uint32_t i = 0; i < words; ++i) {
+      std::uint64_t bits = region_->free_map(i).load(std::memory_order_relaxed);
+      while (bits != 0) {
+        std::uint32_t s = i * 64 + static_cast<std::uint32_t>(std::countr_zero(bits));
+        bits &= bits - 1;
+        if (s >= slots_) break;
+        if (try_alloc_at(s, me)) return s;
+        drop_stale_hint(s);
+      }
+    }
+    return kNoSlot;
+  }
+
+  /// A1, A2 by looking at every word: finds free slots whose hint was lost with a dead process, and quarantined ones.
+  std::uint32_t try_alloc_by_scan(std::uint32_t me) noexcept {
+    std::uint32_t quarantined = kNoSlot;
+    for (std::uint32_t s = 0; s < slots_; ++s) {
+      if (try_alloc_at(s, me)) return s;
+      SlotWord seen = word(s);
+      if (!seen.is_possible()) poison(s, seen);
+      if (seen.is_quarantined()) quarantined = s;
+    }
+    if (quarantined != kNoSlot) {
+      SlotWord seen = word(quarantined);
+      if (seen.is_quarantined() && take_as_writer(quarantined, seen, me)) return quarantined;
+    }
+    return kNoSlot;
+  }
+
+  /// The same through the handle's own hints. What they hide from the map is found by others in try_alloc_by_scan().
+  std::uint32_t try_alloc_cached(HintCache& cache, std::uint32_t me) noexcept {
+    if (hints_per_handle_ == 0) return try_alloc(me);
+    for (;;) {
+      std::uint64_t bits = cache.bits.load(std::memory_order_relaxed);
+      const std::uint32_t base = cache.map_word.load(std::memory_order_relaxed) * 64;
+      while (bits != 0) {
+        const std::uint32_t s = base + static_cast<std::uint32_t>(std::countr_zero(bits));
+        bits &= bits - 1;
+        // A hint for a slot in use is dropped: whoever frees the slot puts it back into the map.
+        if (s < slots_ && try_take(s, me)) {
+          cache.bits.store(bits, std::memory_order_relaxed);
+          return s;
+        }
+      }
+      cache.bits.store(0, std::memory_order_relaxed);
+      if (!refill(cache)) return kNoSlot;
+    }
+  }
+
+  /// Puts the hints back that the handle has not used.
+  void return_hints(HintCache& cache) noexcept {
+    std::uint64_t bits = cache.bits.exchange(0, std::memory_order_relaxed);
+    const std::uint32_t i = cache.map_word.load(std::memory_order_relaxed);
+    if (bits != 0) region_->free_map(i).fetch_or(bits, std::memory_order_seq_cst);
+  }
+
+  /// The same for one slot that the caller would like best.
+  bool try_alloc_at(std::uint32_t s, std::uint32_t me) noexcept {
+    if (!try_take(s, me)) return false;
+    region_->free_map(s / 64).fetch_and(~map_bit(s), std::memory_order_seq_cst);
+    return true;
+  }
+
+  /// A1, A2 on one slot; its bit in the free map stays.
+  bool try_take(std::uint32_t s, std::uint32_t me) noexcept {
+    SlotWord seen = word(s);
+    if (!seen.is_free()) return false;
+    return take_as_writer(s, seen, me);
+  }
+
+  /// P1: from here the message will be delivered, whoever dies. Requires: `s` is WRITING and mine. `groups` is what
+  /// `active` held after the slot was taken; 0 (nobody listens) frees the slot.
+  void commit(std::uint32_t s, std::uint32_t me, std::uint32_t groups) noexcept {
+    SlotWord mine = word(s);
+    std::uint32_t pending = groups == 0 ? 0 : groups | kEnqueueing;
+    // SYNC word: pairs with the acquire loads of takers and recoverers; makes frame, position and claims visible.
+    region_->slot(s).word.store(SlotWord::make(mine.generation(), me, SlotPhase::Committed, pending).bits,
+                                std::memory_order_release);
+    if (pending == 0) free(s);
+  }
+
+  /// P2b and release: takes `bits` off the pending ones; whoever takes the last one frees the slot.
+  /// Requires: the bits are the caller's to clear (its own ENQ, or a group whose claim it holds).
+  void clear_pending(std::uint32_t s, std::uint32_t bits) noexcept {
+    // SYNC word: release pairs with A1's acquire, so that every reader is done before the next writer starts.
+    SlotWord before{region_->slot(s).word.fetch_and(~std::uint64_t{bits}, std::memory_order_acq_rel)};
+    if (before.is(SlotPhase::Committed) && (before.pending() & bits) != 0 && (before.pending() & ~bits) == 0) free(s);
+  }
+
+  /// The last release of a message whose frame failed its check: the slot is kept out of use while others are free.
+  void clear_pending_corrupted(std::uint32_t s, std::uint32_t bits) noexcept {
+    SlotWord seen = word(s);
+    while (seen.is(SlotPhase::Committed) && (seen.pending() & ~bits) == 0) {
+      SlotWord quarantined = SlotWord::make(seen.generation(), kNoOwner, SlotPhase::Corrupted, 0);
+      if (region_->slot(s).word.compare_exchange_weak(seen.bits, quarantined.bits, std::memory_order_acq_rel)) {
+        space_.wake_one_if_anyone();  // a waiter may reuse it
+        return;
+      }
+    }
+    clear_pending(s, bits);
+  }
+
+  /// Gives a WRITING slot back. False when the word is no longer `seen` (recovery: somebody else was faster).
+  bool abort(std::uint32_t s, SlotWord seen) noexcept {
+    SlotWord freed = SlotWord::make(seen.generation() + 1, kNoOwner, SlotPhase::Free, 0);
+    if (!region_->slot(s).word.compare_exchange_strong(seen.bits, freed.bits, std::memory_order_acq_rel)) return false;
+    free(s);
+    return true;
+  }
+  void abort(std::uint32_t s) noexcept { abort(s, word(s)); }
+
+  /// A control word that cannot be: never used again.
+  void poison(std::uint32_t s, SlotWord seen) noexcept {
+    SlotWord bad = SlotWord::make(seen.generation(), kNoOwner, SlotPhase::Corrupted, kPendingMask);
+    if (region_->slot(s).word.compare_exchange_strong(seen.bits, bad.bits, std::memory_order_acq_rel)) {
+      region_->header().corrupted.fetch_add(1, std::memory_order_relaxed);
+    }
+  }
+
+  bool anything_free() const noexcept {
+    const std::uint32_t words = (slots_ + 63) / 64;
+    for (std::uint32_t i = 0; i < words; ++i) {
+      if (region_->free_map(i).load(std::memory_order_relaxed) != 0) return true;
+    }
+    return false;
+  }
+
+  /// Looks at the words themselves: hints may be missing from the map.
+  bool anything_free_by_scan() const noexcept {
+    for (std::uint32_t s = 0; s < slots_; ++s) {
+      SlotWord seen = word(s);
+      if (seen.is_free() || seen.is_quarantined()) return true;
+    }
+    return false;
+  }
+
+  waiting::WaitPoint& space() noexcept { return space_; }
+
+ private:
+  static std::uint64_t map_bit(std::uint32_t s) noexcept { return std::uint64_t{1} << (s % 64); }
+
+  // free(s) of the protocol: every way of freeing a slot ends here.
+  void free(std::uint32_t s) noexcept {
+    // SYNC free: bit, full fence, load of the waiters; pairs with a waiter's bit, fence, look at the map.
+    region_->free_map(s / 64).fetch_or(map_bit(s), std::memory_order_seq_cst);
+    base::fence_seq_cst_after_rmw();
+    space_.wake_one_if_anyone();
+  }
+
+  bool take_as_writer(std::uint32_t s, SlotWord seen, std::uint32_t me) noexcept {
+    SlotWord writing = SlotWord::make(seen.generation() + 1, me, SlotPhase::Writing, 0);
+    // SYNC word: acquire pairs with the last release. Sequentially consistent with the load of `active` in publish:
+    // whoever changes `active` and then reads this word sees WRITING, or the publisher sees the change.
+    if (!region_->slot(s).word.compare_exchange_strong(seen.bits, writing.bits, std::memory_order_seq_cst)) return false;
+    // Only the owner touches these while the slot is WRITING; ordered by the commit's release.
+    region_->slot(s).position.store(kNoPosition, std::memory_order_relaxed);
+    // Looked at before it is written: the claims of groups that nobody uses stay in everybody's cache.
+    for (std::uint32_t g = 0; g < groups_; ++g) {
+      base::Atomic<std::uint64_t>& claim = region_->claim(s, g);
+      if (claim.load(std::memory_order_relaxed) != Claim::none().bits) {
+        claim.store(Claim::none().bits, std::memory_order_relaxed);
+      }
+    }
+    return true;
+  }
+
+  bool refill(HintCache& cache) noexcept {
+    const std::uint32_t words = (slots_ + 63) / 64;
+    for (std::uint32_t i = 0; i < words; ++i) {
+      std::uint64_t seen = region_->free_map(i).load(std::memory_order_relaxed);
+      if (seen == 0) continue;
+      std::uint64_t rest = seen;
+      for (std::uint32_t n = 0; n < hints_per_handle_ && rest != 0; ++n) rest &= rest - 1;
+      const std::uint64_t lowest = seen & ~rest;
+      std::uint64_t taken = region_->free_map(i).fetch_and(~lowest, std::memory_order_seq_cst) & lowest;
+      if (taken == 0) continue;
+      cache.map_word.store(i, std::memory_order_relaxed);
+      cache.bits.store(taken, std::memory_order_relaxed);
+      for (; taken != 0; taken &= taken - 1) prefetch_for_writing(i * 64 + static_cast<std::uint32_t>(std::countr_zero(taken)));
+      return true;
+    }
+    return false;
+  }
+
+  void prefetch_for_writing(std::uint32_t s) const noexcept {
+    if (s >= slots_) return;
+    __builtin_prefetch(&region_->slot(s), 1);
+    const std::byte* frame = region_->frame_to_prefetch(s);
+    __builtin_prefetch(frame, 1);
+    __builtin_prefetch(frame + base::kCacheLine, 1);
+  }
+
+  void drop_stale_hint(std::uint32_t s) noexcept {
+    SlotWord seen = word(s);
+    if (!seen.is_possible()) poison(s, seen);
+    region_->free_map(s / 64).fetch_and(~map_bit(s), std::memory_order_seq_cst);
+    // Freed between the look and the clearing: its bit was lost, so it is set again.
+    if (word(s).is_free()) region_->free_map(s / 64).fetch_or(map_bit(s), std::memory_order_seq_cst);
+  }
+
+  memory::Region* region_;
+  std::uint32_t slots_;
+  std::uint32_t groups_;
+  std::uint32_t hints_per_handle_;
+  waiting::WaitPoint space_;
+};
+
+}  // namespace dsline::slots

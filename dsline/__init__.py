@@ -1,0 +1,23 @@
+"""Shared-memory channels that hand NumPy arrays from process to process on one machine."""
+
+from dsline._core import VERSION as __version__
+from dsline._core import Message, build_config
+from dsline.channel import FileChannel, ShmChannel, Stats, get_include
+from dsline.errors import *  # noqa: F403
+from dsline.errors import __all__ as _error_names
+from dsline.options import Backpressure, Checksum, OnStale, Storage
+
+__all__ = [
+    "Backpressure",
+    "Checksum",
+    "FileChannel",
+    "Message",
+    "OnStale",
+    "ShmChannel",
+    "Stats",
+    "Storage",
+    "__version__",
+    "build_config",
+    "get_include",
+    *(name for name in _error_names if name != "TimeoutError"),
+]

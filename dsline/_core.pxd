@@ -1,0 +1,72 @@
+from libc.stddef cimport size_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libcpp.memory cimport shared_ptr
+
+from dsline._cpp.channel cimport CppBackpressure, CppChannel, CppLoan, CppReceived
+
+
+cdef class Handle:
+    cdef shared_ptr[CppChannel] _channel
+    cdef object __weakref__
+    cdef readonly uint64_t sent
+    cdef readonly uint64_t received
+    cdef readonly uint64_t bytes_sent
+    cdef readonly uint64_t bytes_received
+    cdef readonly int64_t views
+
+
+cdef class ArrayLayout:
+    cdef readonly object dtype
+    cdef readonly object names
+    cdef readonly bytes metadata
+    cdef readonly bytes format
+    cdef readonly int ndim
+    cdef readonly bint fortran
+    cdef readonly Py_ssize_t itemsize
+    cdef readonly Py_ssize_t nbytes
+    cdef uint64_t hash
+    cdef Py_ssize_t shape[64]
+    cdef Py_ssize_t strides[64]
+
+    @staticmethod
+    cdef ArrayLayout make(object dtype, int ndim, const int64_t* shape, bint fortran, bytes metadata)
+    cdef object array_at(self, void* data, object base, bint writable)
+
+
+cdef class Lease:
+    cdef Handle _handle
+    cdef ArrayLayout _layout
+    cdef const void* _payload
+    cdef Py_ssize_t _nbytes
+    cdef uint32_t _slot
+    cdef uint32_t _process
+    cdef int64_t _exports
+    cdef bint _held
+    cdef void _release(self) noexcept
+
+
+cdef class Channel:
+    cdef Handle _handle
+    cdef CppChannel* _cpp
+    cdef CppBackpressure _policy
+    cdef object _timeout
+    cdef ArrayLayout _sent_layout
+    cdef ArrayLayout _received_layout
+
+    cdef int send_nogil(self, const void* data, size_t size, long long timeout_ns) except -1 nogil
+    cdef int _require_open(self) except -1
+    cdef bint _send(self, object data, object timeout, object meta) except -1
+    cdef bint _send_frame(self, const void* payload, uint64_t size, int kind, bytes metadata, uint64_t schema,
+                          object timeout) except -1
+    cdef bint _send_gathered(self, Py_buffer* view, bytes metadata, object timeout) except -1
+    cdef bint _send_array(self, object array, object timeout, object meta) except -1
+    cdef bint _alloc(self, CppLoan& loan, uint64_t size, bytes metadata, object timeout) except -1
+    cdef bint _publish(self, CppLoan& loan, int kind, uint64_t schema) except -1
+    cdef int _wait_for_space(self, object timeout, int64_t* deadline, bint* spin) except -1
+    cdef ArrayLayout _layout_for(self, object array)
+    cdef int _receive(self, CppReceived& message, object timeout) except -1
+    cdef Lease _lease(self, CppReceived& message)
+    cdef ArrayLayout _layout_of(self, CppReceived& message)
+    cdef int _undo(self, Lease lease, CppReceived& message) except -1
+    cdef object _corrupted_error(self, CppReceived& message)
+    cdef object _malformed_error(self, CppReceived& message, str why)

@@ -1,0 +1,1192 @@
+"""The one compiled module: classes over the handles of the C++ core.
+
+Policy (names, defaults, pickling) is in `dsline/channel.py`, the protocol in `cpp/src`. What keeps what alive:
+memoryview or ndarray → Lease → Handle → C++ channel → mapping. A Lease never refers to the Python channel, so views
+and channels form no cycle.
+"""
+
+cimport cython
+cimport numpy as cnp
+from cpython.buffer cimport (
+    PyBUF_C_CONTIGUOUS, PyBUF_F_CONTIGUOUS, PyBUF_ANY_CONTIGUOUS, PyBUF_FORMAT, PyBUF_FULL_RO, PyBUF_ND, PyBUF_SIMPLE,
+    PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_IsContiguous, PyBuffer_Release, PyBuffer_ToContiguous,
+    PyObject_CheckBuffer, PyObject_GetBuffer,
+)
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.memoryview cimport PyMemoryView_FromObject
+from cpython.ref cimport Py_INCREF, PyTypeObject
+from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
+from libc.string cimport memcmp, memcpy
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+from dsline._cpp.channel cimport (
+    BackpressureBlock, BackpressureRaise, CppChannelOptions, CppChannelStats, CppLoan, CppOnStale,
+    CppOpenMode, Outcome, OutcomeClosed, OutcomeCorrupted, OutcomeDropped, OutcomeEmpty, OutcomeFull,
+    OutcomeInterrupted, OutcomeOk, OutcomeTimedOut, channel_directory as cpp_channel_directory, kArrayMessage,
+    kBytesMessage, list_channels as cpp_list_channels,
+)
+from dsline._cpp.error cimport kErrorCodeCount
+from dsline._cpp.metadata cimport (
+    CppMetadata, CppMetadataBuilder, CppTag, array_bytes, parse_metadata, schema_hash,
+)
+
+import numpy as np
+
+from dsline import dtypes as _dtypes
+from dsline.errors import (
+    BufferEmptyError, BufferFullError, BufferTooSmallError, ChannelClosedError, CorruptedMessageError,
+    SchemaMismatchError,
+)
+
+cnp.import_array()
+
+cdef extern from "numpy/arrayobject.h":
+    object PyArray_NewFromDescr(PyTypeObject* subtype, cnp.dtype descr, int nd, const cnp.npy_intp* dims,
+                                const cnp.npy_intp* strides, void* data, int flags, object obj)
+    int PyArray_SetBaseObject(cnp.ndarray arr, object obj) except -1
+    int PyArray_CopyInto(cnp.ndarray dest, cnp.ndarray src) except -1
+    int NPY_ARRAY_WRITEABLE
+
+cdef int64_t kForever = INT64_MAX
+
+
+cdef inline int64_t monotonic_ns() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <int64_t> now.tv_sec * 1000000000 + now.tv_nsec
+
+
+cdef extern from *:
+    """
+    #include "dsline/build.hpp"
+    """
+    const char* crc32c_backend "dsline::crc32c_backend"() noexcept
+    const char* DSLINE_VERSION
+    const char* DSLINE_COMPILER
+    const char* DSLINE_BUILDTYPE
+    const char* DSLINE_OPTIMIZATION
+    const char* DSLINE_SANITIZE
+
+ERROR_CODE_COUNT = kErrorCodeCount
+VERSION = DSLINE_VERSION.decode()
+
+
+def build_config():
+    """How the compiled module was built and what it chose at run time.
+
+    Returns
+    -------
+    dict of str to str
+        version, compiler, buildtype, optimization, sanitize, crc32c (sse4.2, armv8 or table).
+    """
+    return {
+        "version": VERSION, "compiler": DSLINE_COMPILER.decode(), "buildtype": DSLINE_BUILDTYPE.decode(),
+        "optimization": DSLINE_OPTIMIZATION.decode(), "sanitize": DSLINE_SANITIZE.decode(),
+        "crc32c": crc32c_backend().decode(),
+    }
+
+
+cdef object DEFAULT = object()
+DEFAULT_TIMEOUT = DEFAULT
+
+# A copy shorter than this costs less than letting go of the GIL and taking it again (60 to 90 ns).
+cdef enum:
+    NOGIL_COPY_BYTES = 65536
+
+cdef object MaskedArray = np.ma.MaskedArray
+
+# Kinds of a user tag, see dsline/metadata.hpp.
+cdef enum:
+    TAG_NONE = 0
+    TAG_BOOL = 1
+    TAG_INT = 2
+    TAG_FLOAT = 3
+    TAG_STR = 4
+    TAG_BYTES = 5
+
+
+cdef class Handle:
+    """Owns one C++ channel handle; counts what this handle did. Shared by the channel object and its leases."""
+
+    def close(self):
+        if self._channel:
+            self._channel.get().close()
+
+    def abandon(self):
+        """Release everything and leave: for the end of the process."""
+        if self._channel:
+            self._channel.get().abandon()
+
+
+cdef int64_t deadline_of(object timeout) except? -1:
+    """CLOCK_MONOTONIC nanoseconds at which `timeout` (seconds, None: never) is over."""
+    if timeout is None:
+        return kForever
+    cdef double seconds
+    try:
+        seconds = timeout
+    except TypeError:
+        raise TypeError(f"timeout is a {type(timeout).__name__}, must be a number of seconds or None") from None
+    if not seconds >= 0:
+        raise ValueError(f"timeout is {timeout!r}, must be 0 or more seconds, or None to wait for ever")
+    if seconds > 9e9:
+        return kForever
+    return monotonic_ns() + <int64_t>(seconds * 1e9)
+
+
+@cython.final
+cdef class ArrayLayout:
+    """How an array lies in a message: dtype, shape and order, with the metadata that says so. Immutable; cached."""
+
+    @staticmethod
+    cdef ArrayLayout make(object dtype, int ndim, const int64_t* shape, bint fortran, bytes metadata):
+        cdef ArrayLayout self = ArrayLayout.__new__(ArrayLayout)
+        cdef int i
+        self.dtype = dtype
+        self.names = dtype.names
+        self.metadata = metadata
+        self.format = _dtypes.buffer_format(dtype)
+        self.ndim = ndim
+        self.fortran = fortran
+        self.itemsize = dtype.itemsize
+        cdef Py_ssize_t step = self.itemsize
+        for i in range(ndim):
+            self.shape[i] = shape[i]
+        for i in (range(ndim) if fortran else reversed(range(ndim))):
+            self.strides[i] = step
+            step *= self.shape[i]
+        self.nbytes = step
+        return self
+
+    cdef object array_at(self, void* data, object base, bint writable):
+        """An ndarray over `data` that keeps `base` alive."""
+        # The fields of a structured dtype can be renamed in place, so every array gets one of its own.
+        cdef object dtype = self.dtype if self.names is None else self.dtype.newbyteorder("|")
+        Py_INCREF(dtype)  # stolen by the call
+        cdef object array = PyArray_NewFromDescr(
+            <PyTypeObject*> cnp.ndarray, dtype, self.ndim, <const cnp.npy_intp*> self.shape, <const cnp.npy_intp*> self.strides,
+            data, NPY_ARRAY_WRITEABLE if writable else 0, None)
+        if base is not None:
+            Py_INCREF(base)  # stolen by the call
+            PyArray_SetBaseObject(array, base)
+        return array
+
+
+@cython.final
+@cython.no_gc
+@cython.freelist(64)
+cdef class Lease:
+    """One received message. Exports its payload read-only; the slot is free again when the last export is gone.
+
+    In a forked child a lease of the parent stays readable and releases nothing.
+    """
+
+    cdef void _release(self) noexcept:
+        if self._held:
+            self._held = False
+            self._handle.views -= 1
+            self._handle._channel.get().release(self._slot, self._process)
+
+    def __dealloc__(self):
+        if self._handle is not None:
+            self._release()
+
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        if flags & PyBUF_WRITABLE:
+            view.obj = None
+            raise BufferError("a received message is read-only; recv_array(copy=True) or recv_bytes() give a copy")
+        cdef ArrayLayout layout = self._layout
+        if layout is None or layout.format is None:
+            PyBuffer_FillInfo(view, self, <void*> self._payload, self._nbytes, 1, flags)
+        else:
+            if layout.fortran and layout.ndim > 1:
+                if ((flags & PyBUF_STRIDES) != PyBUF_STRIDES or (flags & PyBUF_C_CONTIGUOUS) == PyBUF_C_CONTIGUOUS):
+                    view.obj = None
+                    raise BufferError("the array is in Fortran order, and C order was asked for")
+            elif ((flags & PyBUF_F_CONTIGUOUS) == PyBUF_F_CONTIGUOUS and layout.ndim > 1):
+                view.obj = None
+                raise BufferError("the array is in C order, and Fortran order was asked for")
+            view.obj = self
+            view.buf = <void*> self._payload
+            view.len = self._nbytes
+            view.readonly = 1
+            view.itemsize = layout.itemsize
+            view.format = PyBytes_AS_STRING(layout.format) if flags & PyBUF_FORMAT else NULL
+            view.ndim = layout.ndim
+            view.shape = NULL
+            if flags & PyBUF_ND:
+                view.shape = layout.shape
+            view.strides = NULL
+            if (flags & PyBUF_STRIDES) == PyBUF_STRIDES:
+                view.strides = layout.strides
+            view.suboffsets = NULL
+            view.internal = NULL
+        self._exports += 1
+
+    def __releasebuffer__(self, Py_buffer* view):
+        self._exports -= 1
+
+
+@cython.final
+@cython.no_gc
+cdef class ArrayHold:
+    """Base of an array over a lease whose exports are counted; not writable, so NumPy keeps the array read-only."""
+
+    cdef Lease _lease
+
+    def __cinit__(self, Lease lease):
+        self._lease = lease
+        lease._exports += 1
+
+    def __dealloc__(self):
+        self._lease._exports -= 1
+
+
+cdef object array_over(Lease lease, object base):
+    cdef ArrayLayout layout = lease._layout
+    if layout is None:
+        raise SchemaMismatchError(
+            f"the message holds {lease._nbytes} plain bytes, not an array; use recv() or recv_bytes(), or send an ndarray")
+    return layout.array_at(<void*> lease._payload, base, False)
+
+
+@cython.final
+cdef class Message:
+    """A received message with everything that came with it.
+
+    Attributes
+    ----------
+    sequence : int
+        Position in the channel's order, gapless per channel.
+    timestamp_ns : int
+        Time of sending, nanoseconds since the epoch, as `time.time_ns()`.
+    redelivered : bool
+        True when an earlier holder died, or gave it back, before it was done.
+    attempt : int
+        Which delivery this is, from 1.
+
+    Notes
+    -----
+    As a context manager it is released at the end of the block, and given back to the channel (redelivered, next
+    attempt) when the block is left by an exception. Views that are still alive at the end keep the slot.
+    """
+
+    cdef Lease _lease
+    cdef Channel _channel
+    cdef bytes _metadata
+    cdef dict _meta
+    cdef readonly uint64_t sequence
+    cdef readonly int64_t timestamp_ns
+    cdef readonly int attempt
+    cdef uint32_t _attempts
+
+    @property
+    def redelivered(self):
+        return self.attempt > 1
+
+    cdef Lease _open(self):
+        if self._lease is None or not self._lease._held:
+            raise ValueError("the message has been released")
+        return self._lease
+
+    @property
+    def meta(self):
+        """The user's metadata: a dict, empty when none was sent."""
+        if self._meta is None:
+            self._meta = decode_meta(self._metadata)
+        return self._meta
+
+    @property
+    def payload(self):
+        """The payload as a read-only memoryview over the slot, without a copy."""
+        return PyMemoryView_FromObject(self._open())
+
+    @property
+    def nbytes(self):
+        """Bytes of payload."""
+        return self._open()._nbytes
+
+    def array(self, *, copy=False):
+        """Return the array that was sent.
+
+        Parameters
+        ----------
+        copy : bool
+            False gives a read-only view on the slot; True a writable array of its own.
+
+        Returns
+        -------
+        numpy.ndarray
+
+        Raises
+        ------
+        SchemaMismatchError
+            Plain bytes were sent.
+        ValueError
+            The message has been released.
+        """
+        cdef Lease lease = self._open()
+        array = array_over(lease, ArrayHold(lease))
+        return array.copy(order="K") if copy else array
+
+    def release(self):
+        """Give the slot back now; a second call does nothing.
+
+        Raises
+        ------
+        BufferError
+            Views on the payload are still alive.
+        """
+        cdef Lease lease = self._lease
+        if lease is None or not lease._held:
+            return
+        if lease._exports != 0:
+            raise BufferError(
+                f"{lease._exports} view(s) on this message are alive; drop them first, or let the last one release it")
+        lease._release()
+
+    def __enter__(self):
+        self._open()
+        return self
+
+    def __exit__(self, kind, value, traceback):
+        cdef Lease lease = self._lease
+        cdef CppReceived received
+        if not lease._held:
+            return
+        if kind is None:
+            if lease._exports == 0:
+                lease._release()
+            self._lease = None
+            return
+        received.slot = lease._slot
+        received.attempts = self._attempts
+        received.sequence = self.sequence
+        received.process = lease._process
+        lease._held = False
+        lease._handle.views -= 1
+        lease._handle._channel.get().give_back(received)
+
+    def __repr__(self):
+        return f"<dsline.Message sequence={self.sequence} attempt={self.attempt}>"
+
+
+cdef bytes encode_meta(object meta, ArrayLayout layout):
+    """Metadata of a message: the layout of its array, then the user's tags."""
+    cdef CppMetadataBuilder builder
+    cdef vector[string] names
+    if layout is not None:
+        if layout.fortran:
+            add_layout(builder, layout.dtype, layout.ndim, <const int64_t*> layout.shape, <const int64_t*> layout.strides)
+        else:
+            add_layout(builder, layout.dtype, layout.ndim, <const int64_t*> layout.shape, NULL)
+    if not isinstance(meta, dict):
+        raise TypeError(f"meta is a {type(meta).__name__}, must be a dict with str keys")
+    for key, value in meta.items():
+        if not isinstance(key, str):
+            raise TypeError(f"meta has the key {key!r}, keys must be str")
+        name = key.encode()
+        if key == "columns":
+            if isinstance(value, (str, bytes)):
+                raise TypeError("meta['columns'] is a string, must be a sequence of str")
+            for column in value:
+                if not isinstance(column, str):
+                    raise TypeError(f"meta['columns'] holds {column!r}, must be a sequence of str")
+                names.push_back(column.encode())
+            builder.add_columns(names)
+        elif key == "encoding":
+            if not isinstance(value, str):
+                raise TypeError(f"meta['encoding'] is a {type(value).__name__}, must be str")
+            builder.add_encoding(value.encode())
+        elif value is None:
+            builder.add_tag_none(name)
+        elif isinstance(value, (bool, np.bool_)):
+            builder.add_tag_bool(name, bool(value))
+        elif isinstance(value, (int, np.integer)):
+            if not -(1 << 63) <= value < 1 << 63:
+                raise ValueError(f"meta[{key!r}] is {value}, must fit into a signed 64-bit integer")
+            builder.add_tag_int(name, int(value))
+        elif isinstance(value, (float, np.floating)):
+            builder.add_tag_float(name, float(value))
+        elif isinstance(value, str):
+            builder.add_tag_str(name, value.encode())
+        elif isinstance(value, (bytes, bytearray)):
+            builder.add_tag_bytes(name, bytes(value))
+        else:
+            raise TypeError(
+                f"meta[{key!r}] is a {type(value).__name__}, must be str, bytes, int, float, bool or None")
+    return as_bytes(builder.bytes())
+
+
+cdef bytes as_bytes(const string& text):
+    return PyBytes_FromStringAndSize(text.data(), text.size())
+
+
+cdef int add_layout(CppMetadataBuilder& builder, object dtype, int ndim, const int64_t* shape,
+                    const int64_t* strides) except -1:
+    builder.add_dtype(_dtypes.encode_dtype(dtype))
+    builder.add_shape(shape, ndim)
+    if strides != NULL:
+        builder.add_strides(strides, ndim)
+    return 0
+
+
+cdef dict decode_meta(bytes metadata):
+    cdef CppMetadata parsed
+    cdef string why
+    cdef CppTag tag
+    if not metadata:
+        return {}
+    if not parse_metadata(PyBytes_AS_STRING(metadata), PyBytes_GET_SIZE(metadata), parsed, why):
+        raise CorruptedMessageError(f"the metadata of the message is malformed: {why.decode()}")
+    meta = {}
+    if parsed.has_columns:
+        meta["columns"] = [name.decode() for name in parsed.columns]
+    if parsed.has_encoding:
+        meta["encoding"] = parsed.encoding.decode()
+    for tag in parsed.tags:
+        key = tag.key.decode()
+        if tag.kind == TAG_BOOL:
+            meta[key] = tag.i != 0
+        elif tag.kind == TAG_INT:
+            meta[key] = tag.i
+        elif tag.kind == TAG_FLOAT:
+            meta[key] = tag.f
+        elif tag.kind == TAG_STR:
+            meta[key] = tag.s.decode()
+        elif tag.kind == TAG_BYTES:
+            meta[key] = as_bytes(tag.s)
+        else:
+            meta[key] = None
+    return meta
+
+
+cdef class Channel:
+    """Base of ShmChannel and FileChannel: the calls that move messages."""
+
+    # --- opening -------------------------------------------------------------------------------------------------
+
+    def _open(self, str kind, target, dict options, int mode, int policy, timeout):
+        """Open or create; `kind` is named, file, anonymous, adopt or heap."""
+        cdef CppChannelOptions given
+        cdef Handle handle = Handle.__new__(Handle)
+        cdef string place
+        cdef int fd = -1
+        given.capacity = options.get("capacity") or 0
+        given.slot_size = options.get("slot_size") or 0
+        given.max_message_size = options.get("max_message_size") or 0
+        given.max_handles = options.get("max_handles") or 0
+        given.checksum = options.get("checksum", -1)
+        given.mode = options.get("mode", 0o600)
+        given.on_stale = <CppOnStale> <int> options.get("on_stale", 0)
+        given.first_position = options.get("first_position", 0)
+        deadline_of(timeout)
+        if kind == "named" or kind == "file":
+            place = target
+            if kind == "named":
+                handle._channel = CppChannel.open_named(place, given, <CppOpenMode> mode)
+            else:
+                handle._channel = CppChannel.open_file(place, given, <CppOpenMode> mode)
+        elif kind == "anonymous":
+            handle._channel = CppChannel.create_anonymous(given)
+        elif kind == "heap":
+            handle._channel = CppChannel.create_heap(given)
+        else:
+            fd = target
+            handle._channel = CppChannel.adopt_anonymous(fd)
+        self._handle = handle
+        self._cpp = handle._channel.get()
+        self._policy = <CppBackpressure> policy
+        self._timeout = timeout
+
+    cdef int _require_open(self) except -1:
+        if self._cpp == NULL:
+            raise ChannelClosedError("the channel was never opened")
+        return 0
+
+    # --- sending -------------------------------------------------------------------------------------------------
+
+    def send(self, data, *, timeout=DEFAULT, meta=None):
+        """Copy `data` into a slot and make it visible to receivers.
+
+        Parameters
+        ----------
+        data : bytes, bytearray, memoryview, numpy.ndarray or any buffer exporter
+            Arrays arrive as arrays: every dtype of fixed width, every shape, C and Fortran order kept; other strides
+            are gathered into C order by the one copy.
+        timeout : float or None, optional
+            Seconds to wait for room with backpressure "block": None for ever, 0 not at all. The handle's by default.
+        meta : dict, optional
+            Metadata: str keys; str, bytes, int, float, bool or None values.
+
+        Returns
+        -------
+        bool
+            True when the message entered the channel, False when a drop policy discarded it.
+
+        Raises
+        ------
+        BufferFullError
+            No slot became free in time.
+        ChannelClosedError
+            This handle is closed or the channel is shut down.
+        MessageTooLargeError
+            Larger than max_message_size.
+        SharedMemoryFullError
+            The slot must grow and the memory is not there; nothing was written.
+        TypeError
+            Not a buffer, or an array with Python objects in it.
+
+        Notes
+        -----
+        Copies once. Blocks with "block" only. Releases the GIL while it waits and while it copies 64 KiB and more.
+        """
+        return self._send(data, timeout, meta)
+
+    def send_nowait(self, data, *, meta=None):
+        """Same as `send` with timeout=0."""
+        return self._send(data, 0, meta)
+
+    def send_many(self, items, *, timeout=DEFAULT):
+        """Send every item of an iterable, in order.
+
+        Parameters
+        ----------
+        items : iterable
+            Of what `send` takes.
+        timeout : float or None, optional
+            Seconds for all of them together.
+
+        Returns
+        -------
+        int
+            How many entered. Fewer than given when a drop policy discarded some, or when the time was up or the
+            channel full after at least one had entered; what was not sent is still the caller's.
+
+        Raises
+        ------
+        BufferFullError
+            Not even the first one entered.
+        """
+        if timeout is DEFAULT:
+            timeout = self._timeout
+        cdef int64_t deadline = deadline_of(timeout)
+        cdef Py_ssize_t entered = 0
+        for item in items:
+            left = None if deadline == kForever else max(0, deadline - monotonic_ns()) / 1e9
+            try:
+                entered += self._send(item, left, None)
+            except BufferFullError:
+                if entered == 0:
+                    raise
+                break
+        return entered
+
+    cdef int send_nogil(self, const void* data, size_t size, long long timeout_ns) except -1 nogil:
+        """Send bytes without the GIL: 1 when they entered, 0 when a drop policy discarded them. `timeout_ns` < 0 waits
+        for ever. Requires: the caller keeps this object alive and open."""
+        cdef int64_t deadline = kForever if timeout_ns < 0 else monotonic_ns() + timeout_ns
+        cdef Outcome outcome = self._cpp.send(data, size, self._policy, deadline)
+        if outcome == OutcomeOk:
+            return 1
+        if outcome == OutcomeDropped:
+            return 0
+        with gil:
+            if outcome == OutcomeClosed:
+                raise self._closed_error()
+            raise self._full_error(timeout_ns / 1e9 if timeout_ns >= 0 else None)
+
+    cdef bint _send(self, object data, object timeout, object meta) except -1:
+        cdef Py_buffer view
+        cdef bytes metadata
+        self._require_open()
+        if PyBytes_CheckExact(data) and meta is None:
+            return self._send_frame(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), kBytesMessage, None, 0, timeout)
+        if cnp.PyArray_Check(data):
+            return self._send_array(data, timeout, meta)
+        if not PyObject_CheckBuffer(data):
+            raise TypeError(
+                f"cannot send a {type(data).__name__}: send takes bytes-like objects and arrays; encode a str, turn a list "
+                "into an array with numpy.asarray, or serialise other objects yourself")
+        metadata = None if meta is None else encode_meta(meta, None)
+        PyObject_GetBuffer(data, &view, PyBUF_FULL_RO)
+        try:
+            if not (view.ndim == 1 and (view.format == NULL or view.format[0] in b"Bbc" and view.format[1] == 0)):
+                array = array_from_buffer(data)
+                if array is not None:
+                    return self._send_array(array, timeout, meta)
+            if PyBuffer_IsContiguous(&view, b"C"):
+                return self._send_frame(view.buf, view.len, kBytesMessage, metadata, 0, timeout)
+            return self._send_gathered(&view, metadata, timeout)
+        finally:
+            PyBuffer_Release(&view)
+
+    cdef bint _send_frame(self, const void* payload, uint64_t size, int kind, bytes metadata, uint64_t schema,
+                          object timeout) except -1:
+        """One copy from contiguous memory. The caller keeps it alive."""
+        cdef const char* meta = NULL
+        cdef uint32_t meta_bytes = 0
+        cdef Outcome outcome
+        cdef int64_t deadline = -1
+        cdef bint spin = True
+        cdef int last
+        if metadata is not None:
+            meta = PyBytes_AS_STRING(metadata)
+            meta_bytes = <uint32_t> PyBytes_GET_SIZE(metadata)
+        while True:
+            if size < NOGIL_COPY_BYTES:
+                outcome = self._cpp.try_send(payload, size, kind, meta, meta_bytes, schema, self._policy)
+            else:
+                with nogil:
+                    outcome = self._cpp.try_send(payload, size, kind, meta, meta_bytes, schema, self._policy)
+            if outcome == OutcomeOk:
+                self._handle.sent += 1
+                self._handle.bytes_sent += size
+                return True
+            if outcome == OutcomeDropped:
+                return False
+            if outcome == OutcomeClosed:
+                raise self._closed_error()
+            self._wait_for_space(timeout, &deadline, &spin)
+
+    cdef bint _send_gathered(self, Py_buffer* view, bytes metadata, object timeout) except -1:
+        """One copy from a buffer of any strides into C order."""
+        cdef CppLoan loan
+        if not self._alloc(loan, view.len, metadata, timeout):
+            return False
+        try:
+            PyBuffer_ToContiguous(loan.payload, view, view.len, b"C")
+        except:
+            self._cpp.abort(loan)
+            raise
+        return self._publish(loan, kBytesMessage, 0)
+
+    cdef bint _send_array(self, object array, object timeout, object meta) except -1:
+        if not cnp.PyArray_CheckExact(array) and isinstance(array, MaskedArray):
+            raise TypeError("cannot send a masked array: its mask would be lost; send .filled(), or .data and .mask")
+        cdef cnp.ndarray source = array
+        cdef ArrayLayout layout = self._layout_for(source)
+        cdef bytes metadata = layout.metadata if meta is None else encode_meta(meta, layout)
+        cdef CppLoan loan
+        if cnp.PyArray_IS_C_CONTIGUOUS(source) or (layout.fortran and cnp.PyArray_IS_F_CONTIGUOUS(source)):
+            return self._send_frame(cnp.PyArray_DATA(source), layout.nbytes, kArrayMessage, metadata, layout.hash, timeout)
+        if not self._alloc(loan, layout.nbytes, metadata, timeout):
+            return False
+        try:
+            PyArray_CopyInto(layout.array_at(loan.payload, None, True), source)
+        except:
+            self._cpp.abort(loan)
+            raise
+        return self._publish(loan, kArrayMessage, layout.hash)
+
+    cdef bint _alloc(self, CppLoan& loan, uint64_t size, bytes metadata, object timeout) except -1:
+        """A slot with its metadata written; False when a drop policy said no."""
+        cdef Outcome outcome
+        cdef int64_t deadline = -1
+        cdef bint spin = True
+        cdef uint32_t meta_bytes = 0 if metadata is None else <uint32_t> PyBytes_GET_SIZE(metadata)
+        while True:
+            outcome = self._cpp.try_alloc(size, meta_bytes, self._policy, loan)
+            if outcome == OutcomeOk:
+                if meta_bytes != 0:
+                    memcpy(loan.meta, PyBytes_AS_STRING(metadata), meta_bytes)
+                return True
+            if outcome == OutcomeDropped:
+                return False
+            if outcome == OutcomeClosed:
+                raise self._closed_error()
+            self._wait_for_space(timeout, &deadline, &spin)
+
+    cdef bint _publish(self, CppLoan& loan, int kind, uint64_t schema) except -1:
+        if self._cpp.publish(loan, kind, schema) != OutcomeOk:
+            raise self._closed_error()
+        self._handle.sent += 1
+        self._handle.bytes_sent += loan.payload_bytes
+        return True
+
+    cdef int _wait_for_space(self, object timeout, int64_t* deadline, bint* spin) except -1:
+        """One slice of waiting for room; raises when the time is up. `deadline` is -1 before the first call."""
+        cdef Outcome outcome
+        cdef int64_t until
+        cdef bint spins = spin[0]
+        if timeout is DEFAULT:
+            timeout = self._timeout
+        if self._policy == BackpressureRaise:
+            raise self._full_error(0)
+        if deadline[0] == -1:
+            deadline[0] = deadline_of(timeout)
+        elif deadline[0] != kForever and monotonic_ns() >= deadline[0]:
+            raise self._full_error(timeout)
+        if timeout is not None and timeout == 0:
+            raise self._full_error(0)
+        until = deadline[0]
+        with nogil:
+            outcome = self._cpp.wait_for_space(until, spins)
+        spin[0] = outcome == OutcomeOk
+        try:
+            PyErr_CheckSignals()
+        except:
+            self._cpp.pass_on_wake()
+            raise
+        return 0
+
+    cdef ArrayLayout _layout_for(self, object array):
+        """The layout of an array to be sent; the last one is remembered."""
+        cdef cnp.ndarray source = array
+        cdef ArrayLayout layout = self._sent_layout
+        cdef int ndim = cnp.PyArray_NDIM(source)
+        cdef bint fortran = cnp.PyArray_IS_F_CONTIGUOUS(source) and not cnp.PyArray_IS_C_CONTIGUOUS(source)
+        cdef object dtype = source.dtype
+        cdef CppMetadataBuilder builder
+        cdef int64_t shape[64]
+        cdef int64_t strides[64]
+        cdef int i
+        if (layout is not None and layout.dtype is dtype and layout.names == dtype.names
+                and layout.ndim == ndim and layout.fortran == fortran
+                and memcmp(layout.shape, cnp.PyArray_DIMS(source), ndim * sizeof(Py_ssize_t)) == 0):
+            return layout
+        for i in range(ndim):
+            shape[i] = cnp.PyArray_DIMS(source)[i]
+        layout = ArrayLayout.make(dtype, ndim, shape, fortran, None)
+        for i in range(ndim):
+            strides[i] = layout.strides[i]
+        if fortran:
+            add_layout(builder, dtype, ndim, shape, strides)
+        else:
+            add_layout(builder, dtype, ndim, shape, NULL)
+        layout.metadata = as_bytes(builder.bytes())
+        layout.hash = schema_hash(PyBytes_AS_STRING(layout.metadata), PyBytes_GET_SIZE(layout.metadata))
+        self._sent_layout = layout
+        return layout
+
+    # --- receiving -----------------------------------------------------------------------------------------------
+
+    def recv(self, *, timeout=DEFAULT):
+        """Receive the next message without a copy.
+
+        Parameters
+        ----------
+        timeout : float or None, optional
+            Seconds to wait: None for ever, 0 not at all. The handle's by default.
+
+        Returns
+        -------
+        memoryview
+            Read-only, over the slot. With format and shape for an array whose dtype the buffer protocol can express,
+            of bytes otherwise. The slot is taken until the last view on it is gone.
+
+        Raises
+        ------
+        BufferEmptyError
+            No message came in time.
+        ChannelClosedError
+            This handle is closed, or the channel is shut down and drained.
+        CorruptedMessageError
+            The message failed its check; the next one can be received.
+
+        Notes
+        -----
+        Does not copy. Releases the GIL while it waits.
+        """
+        cdef CppReceived message
+        self._receive(message, timeout)
+        return PyMemoryView_FromObject(self._lease(message))
+
+    def recv_nowait(self):
+        """Same as `recv` with timeout=0."""
+        cdef CppReceived message
+        self._receive(message, 0)
+        return PyMemoryView_FromObject(self._lease(message))
+
+    def recv_array(self, *, timeout=DEFAULT, copy=False):
+        """Receive the next message as the array that was sent.
+
+        Parameters
+        ----------
+        timeout : float or None, optional
+            As for `recv`.
+        copy : bool
+            False gives a read-only view on the slot (no copy); True a writable array of its own (one copy).
+
+        Returns
+        -------
+        numpy.ndarray
+            With the dtype, shape and order that were sent.
+
+        Raises
+        ------
+        SchemaMismatchError
+            Plain bytes were sent. The message stays in the channel, to be received by `recv`.
+        """
+        cdef CppReceived message
+        self._receive(message, timeout)
+        cdef Lease lease = self._lease(message)
+        if lease._layout is None:
+            self._undo(lease, message)
+        array = array_over(lease, lease)
+        return array.copy(order="K") if copy else array
+
+    def recv_bytes(self, *, timeout=DEFAULT):
+        """Receive the next message as bytes of its own (one copy). Parameters and errors as for `recv`."""
+        cdef CppReceived message
+        self._receive(message, timeout)
+        cdef bytes copy
+        try:
+            copy = PyBytes_FromStringAndSize(<const char*> message.payload, message.payload_bytes)
+        except:
+            self._cpp.give_back(message)
+            raise
+        self._cpp.release(message.slot, message.process)
+        self._handle.received += 1
+        self._handle.bytes_received += message.payload_bytes
+        return copy
+
+    def recv_into(self, buffer, *, timeout=DEFAULT):
+        """Receive the next message into a buffer of the caller (one copy).
+
+        Parameters
+        ----------
+        buffer : writable, C-contiguous buffer
+            At least as large as the message.
+        timeout : float or None, optional
+            As for `recv`.
+
+        Returns
+        -------
+        int
+            Bytes written.
+
+        Raises
+        ------
+        BufferTooSmallError
+            The message is larger; it stays in the channel and comes next (marked as redelivered).
+        """
+        cdef CppReceived message
+        cdef Py_buffer view
+        cdef uint64_t room
+        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS)
+        try:
+            self._receive(message, timeout)
+            room = view.len
+            if message.payload_bytes > room:
+                self._cpp.give_back(message)
+                raise BufferTooSmallError(
+                    f"the message has {message.payload_bytes} bytes, the buffer {room}; the message stays in the channel: "
+                    "give a larger buffer, or use recv()")
+            if message.payload_bytes < NOGIL_COPY_BYTES:
+                memcpy(view.buf, message.payload, message.payload_bytes)
+            else:
+                with nogil:
+                    memcpy(view.buf, message.payload, message.payload_bytes)
+            self._cpp.release(message.slot, message.process)
+        finally:
+            PyBuffer_Release(&view)
+        self._handle.received += 1
+        self._handle.bytes_received += message.payload_bytes
+        return message.payload_bytes
+
+    def recv_with_seq(self, *, timeout=DEFAULT):
+        """Receive the next message with its sequence number: (int, memoryview). As `recv` otherwise."""
+        cdef CppReceived message
+        self._receive(message, timeout)
+        return message.sequence, PyMemoryView_FromObject(self._lease(message))
+
+    def recv_message(self, *, timeout=DEFAULT):
+        """Receive the next message with all that came with it: a `Message`. As `recv` otherwise."""
+        cdef CppReceived message
+        self._receive(message, timeout)
+        cdef Message out = Message.__new__(Message)
+        out._lease = self._lease(message)
+        out._metadata = PyBytes_FromStringAndSize(<const char*> message.meta(), message.meta_bytes)
+        out.sequence = message.sequence
+        out.timestamp_ns = message.timestamp_ns
+        out._attempts = message.attempts
+        out.attempt = message.attempts + 1
+        return out
+
+    def recv_message_nowait(self):
+        """Same as `recv_message` with timeout=0."""
+        return self.recv_message(timeout=0)
+
+    def recv_many(self, Py_ssize_t n, *, timeout=DEFAULT):
+        """Receive up to `n` messages: waits for the first, then takes what is there.
+
+        Parameters
+        ----------
+        n : int
+            At most so many, at least 1.
+        timeout : float or None, optional
+            As for `recv`, for the first one.
+
+        Returns
+        -------
+        list of memoryview
+            1 to `n` of them.
+        """
+        cdef CppReceived message
+        if n < 1:
+            raise ValueError(f"recv_many was asked for {n} messages, must be 1 or more")
+        views = [self.recv(timeout=timeout)]
+        while len(views) < n:
+            if self._cpp.try_recv(message) != OutcomeOk:
+                break  # empty, closed or corrupted: the next call says which
+            views.append(PyMemoryView_FromObject(self._lease(message)))
+        return views
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        try:
+            return self.recv()
+        except ChannelClosedError:
+            raise StopIteration from None
+
+    cdef int _receive(self, CppReceived& message, object timeout) except -1:
+        """Takes the next message, or raises."""
+        cdef Outcome outcome
+        cdef int64_t deadline
+        cdef bint spin = True, last = False
+        self._require_open()
+        outcome = self._cpp.try_recv(message)
+        if outcome == OutcomeOk:
+            return 0
+        if timeout is DEFAULT:
+            timeout = self._timeout
+        deadline = -1
+        while True:
+            if outcome == OutcomeClosed:
+                raise self._closed_error()
+            if outcome == OutcomeCorrupted:
+                raise self._corrupted_error(message)
+            if deadline == -1:
+                deadline = deadline_of(timeout)
+            if last or (timeout is not None and timeout == 0):
+                raise self._empty_error(timeout)
+            with nogil:
+                outcome = self._cpp.wait_for_message(deadline, spin)
+            spin = outcome == OutcomeOk
+            last = outcome == OutcomeTimedOut
+            try:
+                PyErr_CheckSignals()
+            except:
+                self._cpp.pass_on_wake()
+                raise
+            outcome = self._cpp.try_recv(message)
+            if outcome == OutcomeOk:
+                return 0
+
+    cdef Lease _lease(self, CppReceived& message):
+        cdef Lease lease = Lease.__new__(Lease)
+        lease._handle = self._handle
+        lease._payload = message.payload
+        lease._nbytes = message.payload_bytes
+        lease._slot = message.slot
+        lease._process = message.process
+        lease._held = True
+        self._handle.views += 1
+        if message.kind == kArrayMessage:
+            lease._layout = self._layout_of(message)
+        self._handle.received += 1
+        self._handle.bytes_received += message.payload_bytes
+        return lease
+
+    cdef ArrayLayout _layout_of(self, CppReceived& message):
+        """The layout that a received array says it has, checked; the last one is remembered."""
+        cdef ArrayLayout layout = self._received_layout
+        cdef CppMetadata parsed
+        cdef string why
+        cdef uint64_t size = 0
+        cdef bytes metadata
+        if (layout is not None and PyBytes_GET_SIZE(layout.metadata) == message.meta_bytes
+                and <uint64_t> layout.nbytes == message.payload_bytes
+                and memcmp(PyBytes_AS_STRING(layout.metadata), message.meta(), message.meta_bytes) == 0):
+            return layout
+        if (not parse_metadata(message.meta(), message.meta_bytes, parsed, why) or parsed.dtype_code.empty()
+                or not parsed.has_shape or not array_bytes(parsed, size) or size != message.payload_bytes):
+            if why.empty():
+                why = b"shape and dtype do not make up the payload"
+            raise self._malformed_error(message, why.decode())
+        try:
+            dtype = _dtypes.decode_dtype(as_bytes(parsed.dtype_code))
+        except (TypeError, ValueError) as error:
+            raise self._malformed_error(message, str(error)) from None
+        metadata = PyBytes_FromStringAndSize(<const char*> message.meta(), message.meta_bytes)
+        layout = ArrayLayout.make(dtype, <int> parsed.shape.size(), parsed.shape.data(), parsed.fortran, metadata)
+        self._received_layout = layout
+        return layout
+
+    cdef int _undo(self, Lease lease, CppReceived& message) except -1:
+        """Puts a message back that is no array."""
+        lease._held = False
+        self._handle.views -= 1
+        self._handle.received -= 1
+        self._handle.bytes_received -= message.payload_bytes
+        self._cpp.give_back(message)
+        raise SchemaMismatchError(
+            f"the message holds {message.payload_bytes} plain bytes, not an array; it stays in the channel: use recv() or "
+            "recv_bytes(), or send an ndarray")
+
+    # --- errors --------------------------------------------------------------------------------------------------
+
+    def _label(self):
+        return self._cpp.label().decode()
+
+    def _closed_error(self):
+        if self._cpp.is_closed():
+            return ChannelClosedError(f"this handle of channel '{self._label()}' is closed; open another one")
+        return ChannelClosedError(f"channel '{self._label()}' is shut down; nothing more can be sent or received")
+
+    def _empty_error(self, timeout):
+        return BufferEmptyError(f"no message in channel '{self._label()}' within {timeout or 0:g} s; timeout=None waits for ever")
+
+    def _full_error(self, timeout):
+        cdef CppChannelStats stats = self._cpp.stats()
+        text = (f"channel '{self._label()}' is full: of its capacity of {self._cpp.capacity()} slots {stats.depth} wait to be "
+                f"received, {stats.pinned_slots} are held by receivers ({self._handle.views} by views of this handle)")
+        if timeout:
+            text += f", and none came free within {timeout:g} s"
+        way = "drop the views (or take copies: recv_array(copy=True)), " if stats.pinned_slots else ""
+        return BufferFullError(f"{text}; {way}receive faster, raise capacity, wait longer, or use a drop policy")
+
+    cdef object _corrupted_error(self, CppReceived& message):
+        error = CorruptedMessageError(
+            f"message {message.sequence} of channel '{self._label()}' is damaged ({message.fault.decode()}); it is dropped and "
+            "counted in stats().corrupted, the next one can be received")
+        error.sequence = message.sequence
+        return error
+
+    cdef object _malformed_error(self, CppReceived& message, str why):
+        error = CorruptedMessageError(
+            f"message {message.sequence} of channel '{self._label()}' is damaged ({why}); it is dropped, the next one can be "
+            "received")
+        error.sequence = message.sequence
+        return error
+
+    # --- the rest ------------------------------------------------------------------------------------------------
+
+    def close(self):
+        """End this handle; a second call does nothing.
+
+        Views that it gave out stay valid, and their messages stay held, until they are gone. The last handle of a named
+        channel removes the name if the channel is empty or shut down.
+        """
+        if self._handle is not None:
+            self._handle.close()
+
+    def shutdown(self, immediate=False):
+        """End the channel for all its handles.
+
+        Parameters
+        ----------
+        immediate : bool
+            False: senders are refused at once, receivers get what is queued and then ChannelClosedError. True: what is
+            queued is discarded, and receivers are refused at once.
+        """
+        self._require_open()
+        self._cpp.shutdown(immediate)
+
+    def unlink(self):
+        """Remove the name now. Open handles go on; the next opener of the name makes a new channel."""
+        self._require_open()
+        self._cpp.unlink()
+
+    def fileno_shared(self):
+        """Descriptor of the shared bytes, -1 for heap; it stays the channel's."""
+        self._require_open()
+        return self._cpp.descriptor()
+
+    @property
+    def closed(self):
+        """True when this handle is closed or the channel is shut down."""
+        return self._cpp == NULL or self._cpp.is_closed() or self._cpp.is_shut_down()
+
+    @property
+    def capacity(self):
+        """Number of slots: messages that can be queued or held at a time."""
+        self._require_open()
+        return self._cpp.capacity()
+
+    @property
+    def slot_size(self):
+        """Bytes of payload that are reserved per slot."""
+        self._require_open()
+        return self._cpp.slot_size()
+
+    @property
+    def max_message_size(self):
+        """Bytes of payload at most; slots grow up to it."""
+        self._require_open()
+        return self._cpp.max_message_size()
+
+    @property
+    def max_handles(self):
+        """Open handles at most."""
+        self._require_open()
+        return self._cpp.max_handles()
+
+    @property
+    def empty(self):
+        """True when no message waits. A guess while others are at it."""
+        return len(self) == 0
+
+    @property
+    def full(self):
+        """True when no slot is free. A guess while others are at it."""
+        self._require_open()
+        return self._cpp.is_full()
+
+    def __len__(self):
+        self._require_open()
+        return self._cpp.depth()
+
+    def _core_path(self):
+        return self._cpp.path().decode()
+
+    def _core_uuid(self):
+        return self._cpp.uuid().decode()
+
+    def _core_storage(self):
+        return self._cpp.storage().decode()
+
+    def _core_checksum(self):
+        return self._cpp.checksum()
+
+    def _core_handle(self):
+        return self._handle
+
+    def _core_stats(self):
+        self._require_open()
+        cdef CppChannelStats s = self._cpp.stats()
+        return {
+            "depth": s.depth, "capacity": self._cpp.capacity(), "next_sequence": s.next_sequence,
+            "head_sequence": s.head_sequence, "sent": self._handle.sent, "received": self._handle.received,
+            "dropped_newest": s.dropped_newest, "dropped_oldest": s.dropped_oldest, "redelivered": s.redelivered,
+            "send_waits": s.send_waits, "recv_waits": s.recv_waits, "pinned_views": self._handle.views,
+            "pinned_slots": s.pinned_slots, "free_slots": s.free_slots, "corrupted_slots": s.corrupted_slots,
+            "bytes_sent": self._handle.bytes_sent, "bytes_received": self._handle.bytes_received,
+            "corrupted": s.corrupted, "reserved_bytes": s.reserved_bytes, "participants": s.participants,
+        }
+
+
+cdef object array_from_buffer(object data):
+    """An array over a buffer with a format or several dimensions; None where NumPy has no dtype for it."""
+    try:
+        array = np.asarray(data)
+        _dtypes.encode_dtype(array.dtype)
+    except (TypeError, ValueError, BufferError):
+        return None
+    return array
+
+
+def channel_directory():
+    """Directory of this user's named channels."""
+    return cpp_channel_directory().decode()
+
+
+def list_names():
+    """Names in the directory of this user's named channels, sorted."""
+    return [name.decode() for name in cpp_list_channels()]

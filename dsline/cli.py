@@ -1,0 +1,348 @@
+"""The command line: ``dsline`` and ``python -m dsline``.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 it failed, 2 the command was wrong,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import re
+import stat
+import struct
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from click.shell_completion import get_completion_class
+
+import dsline
+from dsline import bench as _bench
+from dsline.errors import DslineError
+
+SHM_ROOT = Path("/dev/shm")
+
+_UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+_SIZE = re.compile(r"([0-9]+)\s*(?:b|([kmg]i?)b?)?", re.IGNORECASE)
+
+
+class _Size(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """A number of bytes: 4096, 4KiB, 1MiB, 64kB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = _SIZE.fullmatch(value.strip())
+        if match is None:
+            self.fail(
+                f"{value!r} is not a size; give bytes or a number with kB, MB, GB, KiB, MiB or GiB",
+                param,
+                ctx,
+            )
+        size = int(match[1]) * _UNITS[(match[2] or "").lower()]
+        if not 1 <= size <= _bench.MAX_MESSAGE_SIZE:
+            self.fail(
+                f"{value!r} is {size} bytes; it must be from 1 to {_bench.MAX_MESSAGE_SIZE}", param, ctx
+            )
+        return size
+
+
+class _Group(click.Group):
+    """A command group that reports every failure as one line and one exit code."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        try:
+            code = super().main(
+                args=args,
+                prog_name=prog_name or "dsline",
+                complete_var=complete_var,
+                standalone_mode=False,
+                **extra,
+            )
+            sys.stdout.flush()
+        except click.UsageError as error:
+            if error.ctx is not None:
+                click.echo(error.ctx.get_usage(), err=True)
+            _fail(error.format_message(), 2)
+        except click.ClickException as error:
+            _fail(error.format_message(), 1)
+        except (click.Abort, KeyboardInterrupt):
+            _fail("interrupted", 130)
+        except BrokenPipeError:
+            # The reader of stdout has left; the interpreter must not try to flush into it again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except (DslineError, OSError, RuntimeError, ValueError, MemoryError) as error:
+            _fail(str(error) or type(error).__name__, 1)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"dsline: error: {message}", err=True)
+    sys.exit(code)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(dsline.__version__, prog_name="dsline", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Shared-memory channels between the processes of one machine."""
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def info(as_json: bool) -> None:
+    """Show version, build, shared memory and this user's channels."""
+    report = _info()
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+        return
+    shared = report["shared_memory"]
+    rows = [
+        ("dsline", report["version"]),
+        ("build", ", ".join(f"{key} {value}" for key, value in report["build"].items())),
+        ("platform", f"{report['platform']}, {report['cpus']} CPUs"),
+        ("Python", f"{report['python']}, NumPy {report['numpy']}"),
+        ("storage", ", ".join(report["storage"])),
+        ("CRC-32C", report["crc32c"]),
+        (
+            "shared memory",
+            f"{shared['path']}: {_human(shared['free_bytes'])} free of {_human(shared['size_bytes'])}"
+            if shared["available"]
+            else f"{shared['path']}: {shared['reason']}",
+        ),
+        ("limits", ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in report["limits"].items())),
+        ("channels", f"{len(report['channels'])} in {report['channel_directory']}"),
+    ]
+    for label, value in rows:
+        click.echo(f"{label + ':':<15}{value}")
+    for channel in report["channels"]:
+        click.echo(f"  {channel['name']}: {channel['state']}, {_human(channel['reserved_bytes'])} reserved")
+
+
+@cli.group(name="bench")
+def bench_group() -> None:
+    """Measure on this machine."""
+
+
+@bench_group.command(name="shm")
+@click.option(
+    "--message-size", type=_Size(), default=4096, show_default=True, metavar="SIZE", help="Bytes, or 4KiB."
+)
+@click.option(
+    "--count",
+    type=click.IntRange(1, _bench.MAX_COUNT),
+    default=100_000,
+    show_default=True,
+    help="Messages of the throughput pass.",
+)
+@click.option(
+    "--path",
+    type=click.Choice(list(_bench.DATA_PATHS)),
+    default="recv",
+    show_default=True,
+    help="Receiving call.",
+)
+@click.option("--payload", type=click.Choice(_bench.PAYLOADS), help="What is sent.  [default: fits the path]")
+@click.option(
+    "--slots",
+    type=click.IntRange(1, _bench.MAX_SLOTS),
+    help="Capacity of the channel.  [default: 8 MiB worth, 4 to 64]",
+)
+@click.option(
+    "--latency-count",
+    type=click.IntRange(0, _bench.MAX_LATENCY_COUNT),
+    help="Round trips, 0 for none.  [default: as --count, at most 10000]",
+)
+@click.option("--pin/--no-pin", default=False, show_default=True, help="Pin the two processes to two CPUs.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench_shm(
+    message_size: int,
+    count: int,
+    path: str,
+    payload: str | None,
+    slots: int | None,
+    latency_count: int | None,
+    pin: bool,
+    as_json: bool,
+) -> None:
+    """Send messages to a second process; then measure round trips."""
+    with _progress_bar() as progress:
+        result = _bench.shm(
+            message_size,
+            count,
+            path=path,
+            payload=payload,
+            slots=slots,
+            latency_count=latency_count,
+            pin=pin,
+            progress=progress,
+        )
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=2))
+        return
+    pinned = (
+        "not pinned" if result.pinned_cpus is None else "pinned to CPUs {} and {}".format(*result.pinned_cpus)
+    )
+    sent = "uint8 arrays" if result.payload == "array" else "bytes"
+    machine = result.environment
+    rows = [
+        (
+            "messages",
+            f"{result.count:,} of {result.message_size:,} B, {sent}; {result.slots} slots, {pinned}",
+        ),
+        ("data path", result.data_path),
+        (
+            "throughput",
+            f"{result.messages_per_second:,.0f} messages/s, {result.gigabytes_per_second:.3g} GB/s, "
+            f"{result.ns_per_message:,.0f} ns per message",
+        ),
+    ]
+    if (trip := result.round_trip) is not None:
+        rows.append(
+            (
+                "round trip",
+                f"p50 {trip.p50_us:.1f} us, p99 {trip.p99_us:.1f} us, p99.9 {trip.p999_us:.1f} us, "
+                f"max {trip.max_us:.1f} us ({trip.count:,} of them)",
+            )
+        )
+    rows += [
+        ("checked", result.check),
+        ("machine", f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['kernel']}"),
+        ("software", f"dsline {machine['dsline']}, {machine['python']}, NumPy {machine['numpy']}"),
+    ]
+    for label, value in rows:
+        click.echo(f"{label + ':':<12}{value}")
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of a shell.
+
+    For bash: eval "$(dsline completion bash)"
+    """
+    completer = get_completion_class(shell)
+    assert completer is not None
+    click.echo(completer(cli, {}, "dsline", "_DSLINE_COMPLETE").source())
+
+
+@contextlib.contextmanager
+def _progress_bar() -> Iterator[Callable[[int, int], None] | None]:
+    """Yield a progress callback that draws on stderr, or None where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(unit=" messages", unit_scale=True, leave=False, file=sys.stderr) as bar:
+
+        def draw(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield draw
+
+
+def _info() -> dict[str, Any]:
+    import numpy
+
+    build = dict(dsline.build_config())
+    directory = SHM_ROOT / f"dsline-{os.geteuid()}"
+    return {
+        "version": dsline.__version__,
+        "build": build,
+        "platform": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "numpy": numpy.__version__,
+        "storage": [storage.value for storage in dsline.Storage],
+        "crc32c": str(build.get("crc32c", "unknown")),
+        "shared_memory": _shared_memory(),
+        "limits": {"slots": 1 << 20, "handles_per_channel": 256},
+        "channel_directory": str(directory),
+        "channels": _channels(directory),
+    }
+
+
+def _shared_memory() -> dict[str, Any]:
+    try:
+        status = os.statvfs(SHM_ROOT)
+    except OSError as error:
+        return {"path": str(SHM_ROOT), "available": False, "reason": error.strerror}
+    return {
+        "path": str(SHM_ROOT),
+        "available": True,
+        "size_bytes": status.f_blocks * status.f_frsize,
+        "free_bytes": status.f_bavail * status.f_frsize,
+    }
+
+
+def _channels(directory: Path) -> list[dict[str, Any]]:
+    """List the segments of this user without opening a handle, which could recover or remove them."""
+    found = []
+    try:
+        entries = sorted(directory.iterdir())
+    except OSError:
+        return []
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue  # a channel that is being created
+        with contextlib.suppress(OSError):
+            descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode):
+                    continue
+                found.append(
+                    {
+                        "name": entry.name,
+                        "state": "in use" if _is_locked(descriptor) else "no live handle",
+                        "size_bytes": status.st_size,
+                        "reserved_bytes": status.st_blocks * 512,
+                    }
+                )
+            finally:
+                os.close(descriptor)
+    return found
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Tell whether any open handle holds its lock byte in the segment (a query; takes no lock)."""
+    layout = "hhqqi4x"  # struct flock: type, whence, start, length (0: to the end), pid
+    query = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, query)
+    return bool(struct.unpack(layout, answer)[0] != fcntl.F_UNLCK)
+
+
+def _human(size: int) -> str:
+    value = float(size)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} GiB"
+
+
+def main() -> NoReturn:
+    """Run the command line (the ``dsline`` console script)."""
+    cli()
+    raise AssertionError("cli() ends by SystemExit")
+
+
+if __name__ == "__main__":
+    main()

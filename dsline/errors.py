@@ -1,0 +1,210 @@
+"""Every exception that dsline raises.
+
+All derive from `DslineError`. Where people already catch something for the same reason (`queue.Empty`,
+`TimeoutError`, `FileNotFoundError`, `ValueError` …), that is a second parent. Messages name the value, the limit and
+the way out. `docs/api/errors.md` has the table.
+"""
+
+import builtins
+import errno as _errno
+import queue
+
+__all__ = [
+    "BufferEmptyError",
+    "BufferFullError",
+    "BufferTooSmallError",
+    "ChannelClosedError",
+    "ChannelError",
+    "ChannelExistsError",
+    "ChannelLayoutError",
+    "ChannelMismatchError",
+    "ChannelNotFoundError",
+    "ChannelPermissionError",
+    "ChannelSystemError",
+    "CorruptedMessageError",
+    "DslineError",
+    "FeatureUnavailableError",
+    "InvalidArgumentError",
+    "MessageTooLargeError",
+    "OperatorError",
+    "PeerDiedError",
+    "PipelineBuildError",
+    "PipelineError",
+    "PipelineRuntimeError",
+    "SchemaMismatchError",
+    "SerializationError",
+    "SharedMemoryFullError",
+    "TimeoutError",
+    "TooManyHandlesError",
+    "TransportError",
+]
+
+
+class DslineError(Exception):
+    """Parent of everything that dsline raises on purpose."""
+
+
+class ChannelError(DslineError):
+    """Something is wrong with a channel or a call on it."""
+
+
+class ChannelClosedError(ChannelError, EOFError):
+    """This handle is closed, or the channel is shut down (and drained, for a receiver)."""
+
+
+class ChannelNotFoundError(ChannelError, FileNotFoundError):
+    """No channel has this name or path."""
+
+
+class ChannelExistsError(ChannelError, FileExistsError):
+    """A new channel was asked for, but one with this name or path exists."""
+
+
+class ChannelMismatchError(ChannelError, ValueError):
+    """The channel exists with another geometry than the one asked for."""
+
+
+class ChannelLayoutError(ChannelError, OSError):
+    """The file or segment is not a channel of this layout: foreign, damaged, or from another version."""
+
+
+class ChannelPermissionError(ChannelError, PermissionError):
+    """The channel belongs to somebody else, or its place can be written by others."""
+
+
+class ChannelSystemError(ChannelError, OSError):
+    """A system call failed that should not; `errno` says how."""
+
+
+class InvalidArgumentError(ChannelError, ValueError):
+    """A value that no channel can have: a size, a count, a name, an option."""
+
+
+class TimeoutError(ChannelError, builtins.TimeoutError):
+    """The time was up before it could be done."""
+
+
+class BufferEmptyError(TimeoutError, queue.Empty):
+    """No message came in time."""
+
+
+class BufferFullError(TimeoutError, queue.Full):
+    """No slot became free in time."""
+
+
+class BufferTooSmallError(ChannelError, ValueError):
+    """The buffer given to `recv_into` is smaller than the message, which stays in the channel."""
+
+
+class MessageTooLargeError(ChannelError, ValueError):
+    """The message is larger than the channel takes."""
+
+
+class SharedMemoryFullError(ChannelError, OSError):
+    """The memory cannot be reserved (`errno` is ENOSPC or like it). Raised before a byte is written."""
+
+
+class CorruptedMessageError(ChannelError):
+    """A message failed its check. It is gone and counted; the next one can be received.
+
+    Attributes
+    ----------
+    sequence : int or None
+        Position of the message.
+    """
+
+    sequence: int | None = None
+
+
+class SchemaMismatchError(ChannelError, TypeError):
+    """The message is not of the kind that was asked for."""
+
+
+class TooManyHandlesError(ChannelError):
+    """The channel has as many open handles as it was created for."""
+
+
+class PeerDiedError(DslineError):
+    """A process that was needed for the answer is gone."""
+
+
+class SerializationError(DslineError):
+    """An object cannot be turned into a message, or a message into an object."""
+
+
+class FeatureUnavailableError(DslineError):
+    """Not available: not built yet, not asked for, or not on this platform; the message says which."""
+
+
+class PipelineError(DslineError):
+    """Parent of the errors of the dataflow layer."""
+
+
+class PipelineBuildError(PipelineError, ValueError):
+    """The description of a pipeline is wrong."""
+
+
+class PipelineRuntimeError(PipelineError):
+    """A pipeline failed while it ran."""
+
+
+class OperatorError(PipelineError):
+    """A user's function failed."""
+
+
+class TransportError(DslineError):
+    """A transport between machines failed."""
+
+
+# By dsline::ErrorCode (cpp/include/dsline/error.hpp).
+CORE_ERRORS: tuple[type[DslineError], ...] = (
+    ChannelError,
+    InvalidArgumentError,
+    ChannelExistsError,
+    ChannelNotFoundError,
+    ChannelMismatchError,
+    ChannelLayoutError,
+    ChannelPermissionError,
+    ChannelClosedError,
+    MessageTooLargeError,
+    SharedMemoryFullError,
+    CorruptedMessageError,
+    TooManyHandlesError,
+    FeatureUnavailableError,
+    ChannelSystemError,
+    BufferTooSmallError,
+    TimeoutError,
+)
+
+_DEFAULT_ERRNO: dict[type[DslineError], int] = {
+    ChannelExistsError: _errno.EEXIST,
+    ChannelNotFoundError: _errno.ENOENT,
+    ChannelPermissionError: _errno.EACCES,
+    ChannelLayoutError: _errno.EINVAL,
+    SharedMemoryFullError: _errno.ENOSPC,
+    ChannelSystemError: _errno.EIO,
+    TimeoutError: _errno.ETIMEDOUT,
+}
+
+
+def from_core(code: int, os_errno: int, message: str) -> DslineError:
+    """Make the exception for an error of the C++ core.
+
+    Parameters
+    ----------
+    code : int
+        Value of dsline::ErrorCode.
+    os_errno : int
+        The errno of the failed system call, 0 where none failed.
+    message : str
+        What went wrong, for people.
+
+    Returns
+    -------
+    DslineError
+        Not raised yet. Children of OSError have `errno` set.
+    """
+    cls = CORE_ERRORS[code] if 0 <= code < len(CORE_ERRORS) else ChannelError
+    if issubclass(cls, OSError):
+        return cls(os_errno or _DEFAULT_ERRNO[cls], message)
+    return cls(message)

@@ -1,0 +1,152 @@
+#include "order/order_ring.hpp"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <thread>
+#include <vector>
+
+#include "support/small_region.hpp"
+
+namespace dsline::order {
+namespace {
+
+using slots::Claim;
+using support::make_region;
+
+constexpr std::uint64_t kLap = std::uint64_t{1} << 44;
+
+TEST(Cell, FieldsComeBackAsTheyWereMade) {
+  Cell cell = Cell::make(0x123456789AB, 0xFFFFF);
+  EXPECT_EQ(cell.position_low(), 0x123456789ABu);
+  EXPECT_EQ(cell.slot(), 0xFFFFFu);
+}
+
+TEST(Cell, ASlotNumberPastItsWidthDoesNotChangeThePosition) {
+  EXPECT_EQ(Cell::make(3, 1u << 20).position_low(), 3u);
+}
+
+TEST(Cell, IsBehindAtAndAheadOfPositions) {
+  EXPECT_EQ(Cell::make(10, 0).ahead_of(10), 0);
+  EXPECT_EQ(Cell::make(10, 0).ahead_of(14), -4);
+  EXPECT_EQ(Cell::make(14, 0).ahead_of(10), 4);
+  EXPECT_EQ(Cell::make(kLap + 1, 0).ahead_of(kLap - 3), 4);
+}
+
+class OrderRingTest : public testing::TestWithParam<std::uint64_t> {
+ protected:
+  void make(std::uint32_t slots, std::uint32_t groups = 1) {
+    region = make_region({.slots = slots, .groups = groups, .first_position = GetParam()});
+    ring.emplace(*region);
+  }
+  std::unique_ptr<memory::Region> region;
+  std::optional<OrderRing> ring;
+};
+
+TEST_P(OrderRingTest, EveryCellOfANewRingIsOneLapBehind) {
+  make(4);
+  for (std::uint64_t p = GetParam(), k = 0; k < 8; ++k, p = slots::next_position(p)) {
+    EXPECT_LT(ring->cell(p).ahead_of(p), 0) << k;
+  }
+}
+
+TEST_P(OrderRingTest, PositionsAreGivenOneAfterTheOther) {
+  make(4);
+  std::uint64_t expected = GetParam();
+  for (int i = 0; i < 50; ++i) {
+    OrderRing::Entered entered = ring->enter(static_cast<std::uint32_t>(i % 4), 1);
+    ring->advance_tail(entered);
+    ASSERT_EQ(entered.position, expected);
+    EXPECT_EQ(ring->cell(expected).slot(), static_cast<std::uint32_t>(i % 4));
+    EXPECT_EQ(ring->cell(expected).ahead_of(expected), 0);
+    expected = slots::next_position(expected);
+    EXPECT_EQ(ring->tail_guess(), expected);
+  }
+}
+
+TEST_P(OrderRingTest, EnteringSetsPositionAndTheClaimsOfTheGroupsAlone) {
+  make(2, 3);
+  ring->enter(1, 0b101);
+  EXPECT_EQ(region->slot(1).position.load(), GetParam());
+  Claim entered = Claim::make(GetParam(), 0, Claim::kNobody);
+  EXPECT_EQ(support::claim(*region, 1, 0), entered);
+  EXPECT_EQ(support::claim(*region, 1, 1), Claim::none());
+  EXPECT_EQ(support::claim(*region, 1, 2), entered);
+}
+
+TEST_P(OrderRingTest, AStaleTailIsWalkedAndThenCorrectedInOneStep) {
+  make(4);
+  std::uint64_t expected = GetParam();
+  for (std::uint32_t s = 0; s < 3; ++s) {
+    EXPECT_EQ(ring->enter(s, 1).position, expected);  // the publisher dies before P3
+    expected = slots::next_position(expected);
+  }
+  EXPECT_EQ(ring->tail_guess(), GetParam());
+  OrderRing::Entered entered = ring->enter(3, 1);
+  EXPECT_EQ(entered.position, expected);
+  EXPECT_EQ(entered.hint, GetParam());
+  ring->advance_tail(entered);
+  EXPECT_EQ(ring->tail_guess(), slots::next_position(expected));
+}
+
+TEST_P(OrderRingTest, ATailThatAnotherMovedIsLeftAlone) {
+  make(4);
+  OrderRing::Entered first = ring->enter(0, 1);
+  OrderRing::Entered second = ring->enter(1, 1);
+  ring->advance_tail(second);
+  std::uint64_t tail = ring->tail_guess();
+  ring->advance_tail(first);
+  EXPECT_EQ(ring->tail_guess(), tail) << "the hint went backwards";
+}
+
+TEST_P(OrderRingTest, ALapLaterTheSameCellHoldsTheLaterPosition) {
+  make(2);
+  std::uint64_t p = GetParam();
+  std::uint64_t first = p;
+  for (std::uint32_t i = 0; i < 4; ++i, p = slots::next_position(p)) ring->advance_tail(ring->enter(i % 2, 1));
+  while (((p ^ first) & 3) != 0) {
+    ring->advance_tail(ring->enter(0, 1));
+    p = slots::next_position(p);
+  }
+  EXPECT_EQ(ring->cell(first).ahead_of(first), 0);
+  ring->advance_tail(ring->enter(1, 1));
+  EXPECT_GT(ring->cell(first).ahead_of(first), 0);
+  EXPECT_EQ(ring->cell(first).slot(), 1u);
+}
+
+// Shows that every publisher gets a position of its own and none is left out.
+TEST_P(OrderRingTest, CompetingPublishersGetDifferentPositionsWithoutGaps) {
+  make(4);
+  constexpr int kEach = 3000;
+  std::vector<std::uint64_t> positions[4];
+  std::vector<std::thread> threads;
+  for (std::uint32_t me = 0; me < 4; ++me) {
+    threads.emplace_back([&, me] {
+      for (int i = 0; i < kEach; ++i) {
+        OrderRing::Entered entered = ring->enter(me, 1);
+        positions[me].push_back(entered.position);
+        if (i % 3 != 0) ring->advance_tail(entered);
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  std::vector<std::uint64_t> all;
+  for (const auto& part : positions) {
+    EXPECT_TRUE(std::is_sorted(part.begin(), part.end()));
+    all.insert(all.end(), part.begin(), part.end());
+  }
+  std::sort(all.begin(), all.end());
+  std::uint64_t expected = GetParam();
+  for (std::uint64_t position : all) {
+    ASSERT_EQ(position, expected);
+    expected = slots::next_position(expected);
+  }
+  EXPECT_EQ(all.size(), 4u * kEach);
+}
+
+// From zero, across the wrap of the 44 bits of a cell (whose last position is skipped), and across a later one.
+INSTANTIATE_TEST_SUITE_P(From, OrderRingTest,
+                         testing::Values(0, 7, kLap - 2, kLap - 3, kLap - 6, kLap, 5 * kLap - 4));
+
+}  // namespace
+}  // namespace dsline::order

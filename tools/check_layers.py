@@ -1,0 +1,179 @@
+#!/usr/bin/env python3
+"""Checks that every include, cimport and import goes downward, by the tables below.
+
+``python3 tools/check_layers.py [ROOT]`` prints one line per violation and exits with 1 when there is any.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# C++: what a folder of cpp/src may include beside itself: whole folders, or single headers. The words of a slot are
+# numbers that the order compares and exchanges; the pool, which knows what a slot holds, is out of its reach.
+VOCABULARY = frozenset({"dsline/error.hpp", "dsline/metadata.hpp"})
+CPP_LAYERS: dict[str, frozenset[str]] = {
+    "base": frozenset(),
+    "frames": frozenset({"base"}),
+    "waiting": frozenset({"base"}),
+    "memory": frozenset({"base", "waiting"}),
+    "slots": frozenset({"base", "memory", "waiting"}),
+    "order": frozenset(
+        {"base", "memory", "waiting", "slots/position.hpp", "slots/claim.hpp", "slots/slot_word.hpp"}
+    ),
+    "liveness": frozenset({"base", "memory", "waiting", "slots", "order"}),
+    "channel": frozenset(
+        {
+            "base",
+            "frames",
+            "memory",
+            "waiting",
+            "slots",
+            "order",
+            "liveness",
+            "dsline/channel.hpp",
+            "dsline/build.hpp",
+        }
+    ),
+}
+NEVER_IN_CPP = re.compile(r"^(Python\.h|numpy/|pybind11/|structmember\.h)")
+
+# Python: what a module of dsline/ may import from dsline, and which installed packages it may use. "dsline" is the
+# public API, by its top-level names.
+PYTHON_LAYERS: dict[str, frozenset[str]] = {
+    "errors": frozenset(),
+    "options": frozenset({"errors"}),
+    "dtypes": frozenset({"errors"}),
+    "_core": frozenset({"errors", "dtypes"}),
+    "channel": frozenset({"_core", "dtypes", "errors", "options"}),
+    "__init__": frozenset({"_core", "channel", "errors", "options"}),
+    "testing": frozenset({"dsline", "_core", "errors"}),
+    "bench": frozenset({"dsline", "errors"}),
+    "cli": frozenset({"dsline", "bench", "errors"}),
+    "__main__": frozenset({"cli"}),
+}
+PACKAGES: dict[str, frozenset[str]] = {
+    "numpy": frozenset({"_core", "dtypes", "channel", "bench", "testing", "cli"}),
+    "click": frozenset({"cli"}),
+    "tqdm": frozenset({"cli", "bench"}),
+}
+# Cython declarations come from these, and from dsline._cpp.
+CIMPORTS = frozenset({"libc", "libcpp", "cpython", "cython", "posix", "numpy"})
+
+INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
+EXTERN = re.compile(r'^\s*cdef\s+extern\s+from\s+"([^"]+)"', re.MULTILINE)
+CIMPORT = re.compile(r"^\s*(?:from\s+([\w.]+)\s+cimport\b|cimport\s+([\w.]+))", re.MULTILINE)
+IMPORT = re.compile(r"^\s*(?:from\s+([\w.]+)\s+import\s+([^#\n]+)|import\s+([\w.]+))", re.MULTILINE)
+
+
+def cpp_violations(root: Path) -> Iterator[str]:
+    source, public = root / "cpp" / "src", root / "cpp" / "include"
+    for path in sorted([*source.rglob("*.?pp"), *public.rglob("*.?pp")]):
+        where = path.relative_to(root)
+        layer = path.relative_to(source).parts[0] if path.is_relative_to(source) else None
+        if layer is not None and layer not in CPP_LAYERS:
+            yield f"{where}: the folder {layer} is not in the table of tools/check_layers.py"
+            continue
+        for bracket, header in INCLUDE.findall(path.read_text()):
+            if NEVER_IN_CPP.match(header):
+                yield f"{where}: includes {header}; the core knows no Python"
+            if bracket == "<":
+                continue
+            folder = header.partition("/")[0]
+            if layer is None:
+                allowed = folder == "dsline"
+            else:
+                allowed = (
+                    folder == layer or bool({folder, header} & CPP_LAYERS[layer]) or header in VOCABULARY
+                )
+            if not allowed:
+                yield f'{where}: includes "{header}", which {layer or "a public header"} may not know'
+
+
+def imported(text: str) -> Iterator[tuple[str, str]]:
+    """(package, module of dsline or "") of every import statement of Cython or Python text."""
+    for from_module, names, module in IMPORT.findall(text):
+        parts = (from_module or module).split(".")
+        if parts[0] != "dsline":
+            yield parts[0], ""
+        elif len(parts) > 1:
+            yield "dsline", parts[1]
+        elif from_module:
+            for name in re.findall(r"(\w+)(?:\s+as\s+\w+)?", names):
+                yield "dsline", name if name in PYTHON_LAYERS else "dsline"
+        else:
+            yield "dsline", "dsline"
+
+
+def python_imports(path: Path) -> Iterator[tuple[str, str]]:
+    if path.suffix == ".pyx":
+        yield from imported(re.sub(r'"""(?:.|\n)*?"""', "", path.read_text()))
+        return
+    package = ["dsline", *path.parent.parts[path.parent.parts.index("dsline") + 1 :]]
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield from imported(f"import {alias.name}")
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module or "") if part)
+            yield from imported(f"from {module} import {', '.join(alias.name for alias in node.names)}")
+
+
+def python_violations(root: Path) -> Iterator[str]:
+    package = root / "dsline"
+    for path in sorted([*package.glob("*.py"), *package.glob("*.pyx")]):
+        where, module = path.relative_to(root), path.stem
+        if module not in PYTHON_LAYERS:
+            yield f"{where}: the module {module} is not in the table of tools/check_layers.py"
+            continue
+        for name, inner in python_imports(path):
+            if name == "dsline":
+                if inner != module and inner not in PYTHON_LAYERS[module]:
+                    yield f"{where}: imports {inner if inner == 'dsline' else f'dsline.{inner}'}, which {module} may not know"
+            elif name in PACKAGES:
+                if module not in PACKAGES[name]:
+                    yield f"{where}: imports {name}, which only {', '.join(sorted(PACKAGES[name]))} may"
+            elif name not in sys.stdlib_module_names and name != "cython":
+                yield f"{where}: imports {name}, which is not a dependency of dsline"
+
+
+def cython_violations(root: Path) -> Iterator[str]:
+    package = root / "dsline"
+    headers = {path.stem for path in (root / "cpp" / "include" / "dsline").glob("*.hpp")}
+    for path in sorted(package.rglob("*.p?[xd]")):
+        where, text = path.relative_to(root), path.read_text()
+        declares = path.parent.name == "_cpp"
+        if declares and path.stem not in headers | {"__init__"}:
+            yield f"{where}: no public header has this name (cpp/include/dsline/{path.stem}.hpp)"
+        for header in EXTERN.findall(text):
+            if not declares and header.startswith("dsline/"):
+                yield f"{where}: declares {header}; that belongs in dsline/_cpp"
+            if declares and not header.startswith("dsline/"):
+                yield f"{where}: declares {header}, which is no public header of dsline"
+        for from_module, module in CIMPORT.findall(text):
+            name = from_module or module
+            if (
+                name.startswith("dsline._cpp")
+                or name.split(".")[0] in CIMPORTS
+                or (name == "" and not declares)
+            ):
+                continue
+            yield f"{where}: cimports {name}; only dsline._cpp and {', '.join(sorted(CIMPORTS))} are open to it"
+
+
+def violations(root: Path) -> list[str]:
+    return [*cpp_violations(root), *python_violations(root), *cython_violations(root)]
+
+
+def main() -> int:
+    found = violations(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent)
+    print("\n".join(found), end="\n" if found else "")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
