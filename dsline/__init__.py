@@ -1,5 +1,8 @@
 """Shared-memory channels that hand NumPy arrays from process to process on one machine."""
 
+import importlib
+from types import ModuleType
+
 from dsline._core import VERSION as __version__
 from dsline._core import Message, build_config
 from dsline.channel import FileChannel, ShmChannel, Stats, get_include
@@ -21,3 +24,10 @@ __all__ = [
     "get_include",
     *(name for name in _error_names if name != "TimeoutError"),
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    # Loaded at first use: nobody who only sends and receives pays for them.
+    if name in ("bench", "testing"):
+        return importlib.import_module(f"dsline.{name}")
+    raise AttributeError(f"module 'dsline' has no attribute {name!r}")

@@ -464,6 +464,12 @@ cdef dict decode_meta(bytes metadata):
     return meta
 
 
+cdef inline int require_open(Channel channel) except -1:
+    if channel._cpp == NULL:
+        raise ChannelClosedError("the channel was never opened")
+    return 0
+
+
 cdef class Channel:
     """Base of ShmChannel and FileChannel: the calls that move messages."""
 
@@ -501,11 +507,6 @@ cdef class Channel:
         self._cpp = handle._channel.get()
         self._policy = <CppBackpressure> policy
         self._timeout = timeout
-
-    cdef int _require_open(self) except -1:
-        if self._cpp == NULL:
-            raise ChannelClosedError("the channel was never opened")
-        return 0
 
     # --- sending -------------------------------------------------------------------------------------------------
 
@@ -602,7 +603,7 @@ cdef class Channel:
     cdef bint _send(self, object data, object timeout, object meta) except -1:
         cdef Py_buffer view
         cdef bytes metadata
-        self._require_open()
+        require_open(self)
         if PyBytes_CheckExact(data) and meta is None:
             return self._send_frame(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), kBytesMessage, None, 0, timeout)
         if cnp.PyArray_Check(data):
@@ -744,7 +745,7 @@ cdef class Channel:
         cdef int64_t shape[64]
         cdef int64_t strides[64]
         cdef int i
-        if (layout is not None and layout.dtype is dtype and layout.names == dtype.names
+        if (layout is not None and layout.dtype is dtype and (layout.names is None or layout.names == dtype.names)
                 and layout.ndim == ndim and layout.fortran == fortran
                 and memcmp(layout.shape, cnp.PyArray_DIMS(source), ndim * sizeof(Py_ssize_t)) == 0):
             return layout
@@ -937,6 +938,11 @@ cdef class Channel:
         return views
 
     def __iter__(self):
+        """Iterate over the messages, as `recv` gives them, until the channel is closed or shut down.
+
+        The loop variable holds the last view while the loop waits for the next message, so a channel that several
+        loops share needs more slots than there are loops (or `del view` at the end of the body).
+        """
         return self
 
     def __next__(self):
@@ -950,7 +956,7 @@ cdef class Channel:
         cdef Outcome outcome
         cdef int64_t deadline
         cdef bint spin = True, last = False
-        self._require_open()
+        require_open(self)
         outcome = self._cpp.try_recv(message)
         if outcome == OutcomeOk:
             return 0
@@ -1086,17 +1092,17 @@ cdef class Channel:
             False: senders are refused at once, receivers get what is queued and then ChannelClosedError. True: what is
             queued is discarded, and receivers are refused at once.
         """
-        self._require_open()
+        require_open(self)
         self._cpp.shutdown(immediate)
 
     def unlink(self):
         """Remove the name now. Open handles go on; the next opener of the name makes a new channel."""
-        self._require_open()
+        require_open(self)
         self._cpp.unlink()
 
     def fileno_shared(self):
         """Descriptor of the shared bytes, -1 for heap; it stays the channel's."""
-        self._require_open()
+        require_open(self)
         return self._cpp.descriptor()
 
     @property
@@ -1107,25 +1113,25 @@ cdef class Channel:
     @property
     def capacity(self):
         """Number of slots: messages that can be queued or held at a time."""
-        self._require_open()
+        require_open(self)
         return self._cpp.capacity()
 
     @property
     def slot_size(self):
         """Bytes of payload that are reserved per slot."""
-        self._require_open()
+        require_open(self)
         return self._cpp.slot_size()
 
     @property
     def max_message_size(self):
         """Bytes of payload at most; slots grow up to it."""
-        self._require_open()
+        require_open(self)
         return self._cpp.max_message_size()
 
     @property
     def max_handles(self):
         """Open handles at most."""
-        self._require_open()
+        require_open(self)
         return self._cpp.max_handles()
 
     @property
@@ -1136,11 +1142,11 @@ cdef class Channel:
     @property
     def full(self):
         """True when no slot is free. A guess while others are at it."""
-        self._require_open()
+        require_open(self)
         return self._cpp.is_full()
 
     def __len__(self):
-        self._require_open()
+        require_open(self)
         return self._cpp.depth()
 
     def _core_path(self):
@@ -1159,7 +1165,7 @@ cdef class Channel:
         return self._handle
 
     def _core_stats(self):
-        self._require_open()
+        require_open(self)
         cdef CppChannelStats s = self._cpp.stats()
         return {
             "depth": s.depth, "capacity": self._cpp.capacity(), "next_sequence": s.next_sequence,

@@ -412,7 +412,7 @@ def test_iteration_ends_when_the_channel_is_shut_down_and_drained(make_any):
     channel = make_any(capacity=4, slot_size=64)
     receiver = Thread(lambda: [bytes(view) for view in channel])
     sent = [b"%d" % number for number in range(20)]
-    channel.send_many(sent, timeout=TIMEOUT)
+    assert channel.send_many(sent, timeout=TIMEOUT) == len(sent)
     channel.shutdown()
     assert receiver.result() == sent
 
@@ -594,10 +594,11 @@ def test_shutdown_at_once_discards(make_any):
 
 def test_shutdown_reaches_all_handles_and_all_consumers(name):
     with contextlib.ExitStack() as stack:
-        handles = [stack.enter_context(dsline.ShmChannel(name, capacity=4, slot_size=64)) for _ in range(4)]
+        # More slots than consumers: the variable of each loop holds a view while it waits for the next.
+        handles = [stack.enter_context(dsline.ShmChannel(name, capacity=8, slot_size=64)) for _ in range(4)]
         consumers = [Thread(lambda handle=handle: [bytes(view) for view in handle]) for handle in handles]
         sent = [b"%d" % number for number in range(50)]
-        handles[0].send_many(sent, timeout=TIMEOUT)
+        assert handles[0].send_many(sent, timeout=TIMEOUT) == len(sent)
         handles[3].shutdown()
         got = [message for consumer in consumers for message in consumer.result()]
         assert sorted(got) == sorted(sent)

@@ -510,7 +510,7 @@ struct Channel::Impl {
     leave();
   }
 
-  /// Frees the entry; the last one of a named channel takes the name along, unless messages are left in it.
+  /// Frees the entry; the last one of a named channel takes the name along when the channel is shut down or empty.
   void leave() noexcept {
     left = true;
     pool.return_hints(hints);
@@ -521,7 +521,8 @@ struct Channel::Impl {
       channel::ControlLock control(*region, label);
       participants.leave(me);
       if (region->storage().kind() == StorageKind::PosixShm &&
-          !participants.anyone_else_alive(liveness::Participants::kNobody) && !channel::holds_messages(*region)) {
+          !participants.anyone_else_alive(liveness::Participants::kNobody) &&
+          ((active() & memory::kShutDown) != 0 || !channel::holds_messages(*region))) {
         channel::remove_name(region->storage(), path);
       }
     } catch (const Error&) {
@@ -558,7 +559,7 @@ struct Channel::Impl {
     out.send_waits = send_waits.load(std::memory_order_relaxed);
     out.recv_waits = recv_waits.load(std::memory_order_relaxed);
     out.reserved_bytes = g.arena_offset;
-    out.participants = liveness::Participants(*region).used_guess();
+    out.participants = liveness::Participants(*region).alive_guess(is_inherited() || left ? liveness::Participants::kNobody : me);
     for (std::uint32_t s = 0; s < g.slots; ++s) {
       out.reserved_bytes += region->slot(s).room_bytes.load(std::memory_order_relaxed);
       SlotWord word = pool.word(s);

@@ -36,15 +36,10 @@ void Participants::leave(std::uint32_t me) noexcept {
   region_->storage().unlock(memory::participant_lock(me));
 }
 
-std::uint32_t Participants::used_guess() const noexcept {
-  std::uint32_t used = 0;
-  for (std::uint32_t i = 0; i < region_->geometry().participants; ++i) used += entry(i).state() == EntryState::Used;
-  return used;
-}
-
 std::uint32_t Participants::alive_guess(std::uint32_t me) const noexcept {
   std::uint32_t alive = 0;
   for (std::uint32_t i = 0; i < region_->geometry().participants; ++i) {
+    if (entry(i).state() != EntryState::Used) continue;
     if (i == me || region_->storage().is_locked(memory::participant_lock(i))) ++alive;
   }
   return alive;

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "memory/region.hpp"
 
@@ -41,10 +40,9 @@ class Participants {
   EntryWord entry(std::uint32_t number) const noexcept {
     return {region_->participant(number).word.load(std::memory_order_acquire)};
   }
-  /// Number of entries in use, dead ones included.
-  std::uint32_t used_guess() const noexcept;
   /// True when a participant other than `me` holds its lock.
   bool anyone_else_alive(std::uint32_t me) const noexcept;
+  /// Number of entries in use whose owners live, `me` included.
   std::uint32_t alive_guess(std::uint32_t me) const noexcept;
 
   /// Locks a used entry whose owner is dead, so that the caller alone may recover it. False when the owner lives, or

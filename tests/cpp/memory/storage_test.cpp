@@ -137,15 +137,22 @@ TEST_P(StorageConformance, AForkedChildDoesNotKeepTheParentsLock) {
   if (!GetParam().crosses_processes) return;
   ASSERT_TRUE(storage->try_lock(6));
   int gone[2];
+  int running[2];
   ASSERT_EQ(pipe(gone), 0);
+  ASSERT_EQ(pipe(running), 0);
   pid_t child = fork();
   if (child == 0) {
     close(gone[1]);
-    char byte;
+    char byte = 0;
+    if (write(running[1], &byte, 1) != 1) _exit(1);
     [[maybe_unused]] ssize_t n = read(gone[0], &byte, 1);  // until the parent closes its end
     _exit(0);
   }
   close(gone[0]);
+  char byte = 0;
+  ASSERT_EQ(read(running[0], &byte, 1), 1) << "until it runs, a new child has every descriptor of its parent";
+  close(running[0]);
+  close(running[1]);
   int fd = dup(storage->descriptor());
   storage->drop_locks();
   std::unique_ptr<Storage> other = make_file_storage(fd, storage->kind(), "other");

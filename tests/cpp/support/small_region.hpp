@@ -67,4 +67,11 @@ inline std::uint32_t free_slots(const memory::Region& region) {
   return free;
 }
 
+/// Entries of participants that are in use, those of the dead included.
+inline std::uint32_t used_entries(const memory::Region& region) {
+  std::uint32_t used = 0;
+  for (std::uint32_t i = 0; i < region.geometry().participants; ++i) used += region.participant(i).word.load() & 1;
+  return used;
+}
+
 }  // namespace dsline::support
