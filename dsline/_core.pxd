@@ -42,6 +42,9 @@ cdef class Lease:
     cdef uint32_t _process
     cdef int64_t _exports
     cdef bint _held
+    cdef bint _nack
+    cdef uint32_t _attempts
+    cdef uint64_t _sequence
     cdef void _release(self) noexcept
 
 
@@ -50,6 +53,7 @@ cdef class Channel:
     cdef CppChannel* _cpp
     cdef CppBackpressure _policy
     cdef object _timeout
+    cdef object _deferred
     cdef ArrayLayout _sent_layout
     cdef ArrayLayout _received_layout
 

@@ -8,7 +8,7 @@ and channels form no cycle.
 cimport cython
 cimport numpy as cnp
 from cpython.buffer cimport (
-    PyBUF_C_CONTIGUOUS, PyBUF_F_CONTIGUOUS, PyBUF_ANY_CONTIGUOUS, PyBUF_FORMAT, PyBUF_FULL_RO, PyBUF_ND, PyBUF_SIMPLE,
+    PyBUF_C_CONTIGUOUS, PyBUF_F_CONTIGUOUS, PyBUF_FORMAT, PyBUF_FULL_RO, PyBUF_ND,
     PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_IsContiguous, PyBuffer_Release, PyBuffer_ToContiguous,
     PyObject_CheckBuffer, PyObject_GetBuffer,
 )
@@ -23,10 +23,9 @@ from libcpp.vector cimport vector
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from dsline._cpp.channel cimport (
-    BackpressureBlock, BackpressureRaise, CppChannelOptions, CppChannelStats, CppLoan, CppOnStale,
-    CppOpenMode, Outcome, OutcomeClosed, OutcomeCorrupted, OutcomeDropped, OutcomeEmpty, OutcomeFull,
-    OutcomeInterrupted, OutcomeOk, OutcomeTimedOut, channel_directory as cpp_channel_directory, kArrayMessage,
-    kBytesMessage, list_channels as cpp_list_channels,
+    BackpressureRaise, CppChannelOptions, CppChannelStats, CppLoan, CppOnStale, CppOpenMode, Outcome, OutcomeClosed,
+    OutcomeCorrupted, OutcomeDropped, OutcomeOk, OutcomeTimedOut, channel_directory as cpp_channel_directory,
+    kArrayMessage, kBytesMessage, list_channels as cpp_list_channels,
 )
 from dsline._cpp.error cimport kErrorCodeCount
 from dsline._cpp.metadata cimport (
@@ -80,7 +79,7 @@ def build_config():
     Returns
     -------
     dict of str to str
-        version, compiler, buildtype, optimization, sanitize, crc32c (sse4.2, armv8 or table).
+        version, compiler, buildtype, optimization, sanitize, crc32c (sse4.2, armv8-crc or table).
     """
     return {
         "version": VERSION, "compiler": DSLINE_COMPILER.decode(), "buildtype": DSLINE_BUILDTYPE.decode(),
@@ -111,14 +110,27 @@ cdef enum:
 cdef class Handle:
     """Owns one C++ channel handle; counts what this handle did. Shared by the channel object and its leases."""
 
+    def __dealloc__(self):
+        with nogil:
+            self._channel.reset()
+
     def close(self):
         if self._channel:
-            self._channel.get().close()
+            with nogil:
+                self._channel.get().close()
 
-    def abandon(self):
-        """Release everything and leave: for the end of the process."""
-        if self._channel:
-            self._channel.get().abandon()
+
+def leave_all():
+    """Close every handle of this process and release what they hold: before a process ends by os._exit in order."""
+    with nogil:
+        CppChannel.abandon_all()
+
+
+cdef inline int check_timeout(object timeout) except -1:
+    """Bad timeouts are refused also where nothing has to be waited for."""
+    if timeout is not DEFAULT and timeout is not None and not (type(timeout) in (int, float) and timeout >= 0):
+        deadline_of(timeout)
+    return 0
 
 
 cdef int64_t deadline_of(object timeout) except? -1:
@@ -185,9 +197,18 @@ cdef class Lease:
     """
 
     cdef void _release(self) noexcept:
-        if self._held:
-            self._held = False
-            self._handle.views -= 1
+        cdef CppReceived message
+        if not self._held:
+            return
+        self._held = False
+        self._handle.views -= 1
+        if self._nack:
+            message.slot = self._slot
+            message.process = self._process
+            message.attempts = self._attempts
+            message.sequence = self._sequence
+            self._handle._channel.get().give_back(message)
+        else:
             self._handle._channel.get().release(self._slot, self._process)
 
     def __dealloc__(self):
@@ -198,6 +219,9 @@ cdef class Lease:
         if flags & PyBUF_WRITABLE:
             view.obj = None
             raise BufferError("a received message is read-only; recv_array(copy=True) or recv_bytes() give a copy")
+        if not self._held:
+            view.obj = None
+            raise BufferError("the message has been released")
         cdef ArrayLayout layout = self._layout
         if layout is None or layout.format is None:
             PyBuffer_FillInfo(view, self, <void*> self._payload, self._nbytes, 1, flags)
@@ -281,7 +305,6 @@ cdef class Message:
     cdef readonly uint64_t sequence
     cdef readonly int64_t timestamp_ns
     cdef readonly int attempt
-    cdef uint32_t _attempts
 
     @property
     def redelivered(self):
@@ -354,21 +377,13 @@ cdef class Message:
 
     def __exit__(self, kind, value, traceback):
         cdef Lease lease = self._lease
-        cdef CppReceived received
-        if not lease._held:
+        if lease is None or not lease._held:
             return
-        if kind is None:
-            if lease._exports == 0:
-                lease._release()
-            self._lease = None
-            return
-        received.slot = lease._slot
-        received.attempts = self._attempts
-        received.sequence = self.sequence
-        received.process = lease._process
-        lease._held = False
-        lease._handle.views -= 1
-        lease._handle._channel.get().give_back(received)
+        # With views alive, the last of them does it: nobody may reuse what they show.
+        lease._nack = kind is not None
+        if lease._exports == 0:
+            lease._release()
+        self._lease = None
 
     def __repr__(self):
         return f"<dsline.Message sequence={self.sequence} attempt={self.attempt}>"
@@ -493,16 +508,21 @@ cdef class Channel:
         if kind == "named" or kind == "file":
             place = target
             if kind == "named":
-                handle._channel = CppChannel.open_named(place, given, <CppOpenMode> mode)
+                with nogil:
+                    handle._channel = CppChannel.open_named(place, given, <CppOpenMode> mode)
             else:
-                handle._channel = CppChannel.open_file(place, given, <CppOpenMode> mode)
+                with nogil:
+                    handle._channel = CppChannel.open_file(place, given, <CppOpenMode> mode)
         elif kind == "anonymous":
-            handle._channel = CppChannel.create_anonymous(given)
+            with nogil:
+                handle._channel = CppChannel.create_anonymous(given)
         elif kind == "heap":
-            handle._channel = CppChannel.create_heap(given)
+            with nogil:
+                handle._channel = CppChannel.create_heap(given)
         else:
             fd = target
-            handle._channel = CppChannel.adopt_anonymous(fd)
+            with nogil:
+                handle._channel = CppChannel.adopt_anonymous(fd)
         self._handle = handle
         self._cpp = handle._channel.get()
         self._policy = <CppBackpressure> policy
@@ -543,7 +563,8 @@ cdef class Channel:
 
         Notes
         -----
-        Copies once. Blocks with "block" only. Releases the GIL while it waits and while it copies 64 KiB and more.
+        Copies once. Blocks with "block" only. Releases the GIL while it waits and while it copies 64 KiB and more of
+        contiguous memory.
         """
         return self._send(data, timeout, meta)
 
@@ -565,7 +586,7 @@ cdef class Channel:
         -------
         int
             How many entered. Fewer than given when a drop policy discarded some, or when the time was up or the
-            channel full after at least one had entered; what was not sent is still the caller's.
+            channel full after at least one had entered; of an iterator, the item after these has been drawn and not sent.
 
         Raises
         ------
@@ -589,6 +610,9 @@ cdef class Channel:
     cdef int send_nogil(self, const void* data, size_t size, long long timeout_ns) except -1 nogil:
         """Send bytes without the GIL: 1 when they entered, 0 when a drop policy discarded them. `timeout_ns` < 0 waits
         for ever. Requires: the caller keeps this object alive and open."""
+        if self._cpp == NULL:
+            with gil:
+                require_open(self)
         cdef int64_t deadline = kForever if timeout_ns < 0 else monotonic_ns() + timeout_ns
         cdef Outcome outcome = self._cpp.send(data, size, self._policy, deadline)
         if outcome == OutcomeOk:
@@ -604,6 +628,7 @@ cdef class Channel:
         cdef Py_buffer view
         cdef bytes metadata
         require_open(self)
+        check_timeout(timeout)
         if PyBytes_CheckExact(data) and meta is None:
             return self._send_frame(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), kBytesMessage, None, 0, timeout)
         if cnp.PyArray_Check(data):
@@ -633,7 +658,6 @@ cdef class Channel:
         cdef Outcome outcome
         cdef int64_t deadline = -1
         cdef bint spin = True
-        cdef int last
         if metadata is not None:
             meta = PyBytes_AS_STRING(metadata)
             meta_bytes = <uint32_t> PyBytes_GET_SIZE(metadata)
@@ -828,7 +852,13 @@ cdef class Channel:
         if lease._layout is None:
             self._undo(lease, message)
         array = array_over(lease, lease)
-        return array.copy(order="K") if copy else array
+        if not copy:
+            return array
+        try:
+            return array.copy(order="K")
+        except:
+            lease._nack = True  # the message comes again
+            raise
 
     def recv_bytes(self, *, timeout=DEFAULT):
         """Receive the next message as bytes of its own (one copy). Parameters and errors as for `recv`."""
@@ -904,7 +934,6 @@ cdef class Channel:
         out._metadata = PyBytes_FromStringAndSize(<const char*> message.meta(), message.meta_bytes)
         out.sequence = message.sequence
         out.timestamp_ns = message.timestamp_ns
-        out._attempts = message.attempts
         out.attempt = message.attempts + 1
         return out
 
@@ -925,16 +954,24 @@ cdef class Channel:
         Returns
         -------
         list of memoryview
-            1 to `n` of them.
+            1 to `n` of them. After a damaged message the list ends, and the next receiving call raises its error.
         """
         cdef CppReceived message
+        cdef Outcome outcome
         if n < 1:
             raise ValueError(f"recv_many was asked for {n} messages, must be 1 or more")
         views = [self.recv(timeout=timeout)]
         while len(views) < n:
-            if self._cpp.try_recv(message) != OutcomeOk:
-                break  # empty, closed or corrupted: the next call says which
-            views.append(PyMemoryView_FromObject(self._lease(message)))
+            outcome = self._cpp.try_recv(message)
+            if outcome == OutcomeCorrupted:
+                self._deferred = self._corrupted_error(message)
+            if outcome != OutcomeOk:
+                break
+            try:
+                views.append(PyMemoryView_FromObject(self._lease(message)))
+            except CorruptedMessageError as error:
+                self._deferred = error
+                break
         return views
 
     def __iter__(self):
@@ -957,6 +994,10 @@ cdef class Channel:
         cdef int64_t deadline
         cdef bint spin = True, last = False
         require_open(self)
+        check_timeout(timeout)
+        if self._deferred is not None:
+            error, self._deferred = self._deferred, None
+            raise error
         outcome = self._cpp.try_recv(message)
         if outcome == OutcomeOk:
             return 0
@@ -986,7 +1027,15 @@ cdef class Channel:
                 return 0
 
     cdef Lease _lease(self, CppReceived& message):
-        cdef Lease lease = Lease.__new__(Lease)
+        cdef Lease lease
+        try:
+            lease = Lease.__new__(Lease)
+        except:
+            self._cpp.give_back(message)
+            raise
+        lease._attempts = message.attempts
+        lease._sequence = message.sequence
+        lease._nack = False
         lease._handle = self._handle
         lease._payload = message.payload
         lease._nbytes = message.payload_bytes
@@ -1039,6 +1088,7 @@ cdef class Channel:
     # --- errors --------------------------------------------------------------------------------------------------
 
     def _label(self):
+        require_open(self)
         return self._cpp.label().decode()
 
     def _closed_error(self):
@@ -1047,7 +1097,8 @@ cdef class Channel:
         return ChannelClosedError(f"channel '{self._label()}' is shut down; nothing more can be sent or received")
 
     def _empty_error(self, timeout):
-        return BufferEmptyError(f"no message in channel '{self._label()}' within {timeout or 0:g} s; timeout=None waits for ever")
+        return BufferEmptyError(
+            f"no message in channel '{self._label()}' within {timeout or 0:g} s; timeout=None waits for ever")
 
     def _full_error(self, timeout):
         cdef CppChannelStats stats = self._cpp.stats()
@@ -1098,7 +1149,8 @@ cdef class Channel:
     def unlink(self):
         """Remove the name now. Open handles go on; the next opener of the name makes a new channel."""
         require_open(self)
-        self._cpp.unlink()
+        with nogil:
+            self._cpp.unlink()
 
     def fileno_shared(self):
         """Descriptor of the shared bytes, -1 for heap; it stays the channel's."""
@@ -1150,15 +1202,19 @@ cdef class Channel:
         return self._cpp.depth()
 
     def _core_path(self):
+        require_open(self)
         return self._cpp.path().decode()
 
     def _core_uuid(self):
+        require_open(self)
         return self._cpp.uuid().decode()
 
     def _core_storage(self):
+        require_open(self)
         return self._cpp.storage().decode()
 
     def _core_checksum(self):
+        require_open(self)
         return self._cpp.checksum()
 
     def _core_handle(self):
@@ -1182,9 +1238,9 @@ cdef object array_from_buffer(object data):
     """An array over a buffer with a format or several dimensions; None where NumPy has no dtype for it."""
     try:
         array = np.asarray(data)
-        _dtypes.encode_dtype(array.dtype)
-    except (TypeError, ValueError, BufferError):
+    except (TypeError, ValueError, BufferError, RuntimeError):
         return None
+    _dtypes.encode_dtype(array.dtype)  # refuses Python objects: their addresses mean nothing elsewhere
     return array
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import multiprocessing
 import multiprocessing.context
@@ -10,7 +9,7 @@ import multiprocessing.reduction
 import multiprocessing.util
 import os
 import pathlib
-import weakref
+import threading
 from typing import Any, NoReturn
 
 from dsline import _core
@@ -91,18 +90,17 @@ def get_include() -> str:
 
 # --- the end of the process ---------------------------------------------------------------------------------------------
 
-_handles: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-def _leave_all() -> None:
-    # A process that ends in order has not died: what its views still hold is released, not redelivered.
-    for handle in list(_handles):
-        handle.abandon()
+def _leave_child() -> None:
+    # The threads of a child are joined only after its finalizers: they may still send.
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.current_thread() and thread is not threading.main_thread():
+            thread.join()
+    _core.leave_all()
 
 
 def _leave_at_exit_of_child(_: object) -> None:
-    # Children of multiprocessing end by os._exit, which skips atexit.
-    multiprocessing.util.Finalize(None, _leave_all, exitpriority=-100)
+    # Children of multiprocessing end by os._exit; what ends by exit() needs no help.
+    multiprocessing.util.Finalize(None, _leave_child, exitpriority=-100)
 
 
 class _Anchor:
@@ -110,7 +108,6 @@ class _Anchor:
 
 
 _anchor = _Anchor()
-atexit.register(_leave_all)
 multiprocessing.util.register_after_fork(_anchor, _leave_at_exit_of_child)
 if multiprocessing.parent_process() is not None:
     _leave_at_exit_of_child(None)
@@ -165,7 +162,6 @@ class _Channel(_core.Channel):
         self._backpressure = parse_enum(Backpressure, policy, "backpressure")
         self._open(kind, target, options, mode, BACKPRESSURE_CODES[self._backpressure], timeout)
         self._default_timeout = timeout
-        _handles.add(self._core_handle())
 
     @property
     def name(self) -> str | None:
@@ -216,6 +212,8 @@ class _Channel(_core.Channel):
         self.close()
 
     def __repr__(self) -> str:
+        if self._core_handle() is None:
+            return f"<dsline.{type(self).__name__}: never opened>"
         what = self._name or self.storage
         state = "closed" if self.closed else f"{len(self)} of {self.capacity} queued"
         return f"<dsline.{type(self).__name__} {what!r}: {state}>"

@@ -54,7 +54,8 @@ class Leaks:
     mappings : tuple of str
         Files, or memfds, that this process maps writable and shared, as channels do.
     names : tuple of str
-        Channels in this user's directory, unless a process that is no descendant of this one has them open.
+        Channels in this user's directory, without those of processes that do not descend from this one: that such a
+        process has open, or that have its PID in their name.
     memory_bytes : int
         Growth of the anonymous memory of this process, where a limit was given and passed; else 0.
     """
@@ -109,7 +110,7 @@ class LeakCheck:
         return Leaks(
             descriptors=tuple((_open_descriptors() - self._descriptors).elements()),
             mappings=tuple((_shared_mappings() - self._mappings).elements()),
-            names=tuple(sorted(names - _open_elsewhere(names))),
+            names=tuple(sorted(names - _of_others(names))),
             memory_bytes=grown if self._limit is not None and grown > self._limit else 0,
         )
 
@@ -175,25 +176,27 @@ def _anonymous_bytes() -> int:
     return 0
 
 
-def _open_elsewhere(names: set[str]) -> set[str]:
-    """Those of `names` that a process has open which is neither this one nor one of its descendants."""
+def _of_others(names: set[str]) -> set[str]:
+    """Those of `names` that belong to a process which is neither this one nor one of its descendants.
+
+    It has them open, or its PID is in them, as `unique_name` writes it.
+    """
     if not names:
         return set()
     paths = {f"{channel_directory()}/{name}": name for name in names}
     parents: dict[str, str] = {}
-    holders: dict[str, set[str]] = {}
+    held: dict[str, set[str]] = {}
     for process in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
             # The command name, field 2, may hold blanks and parentheses.
             parents[process] = pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]
-            for target in _open_descriptors(process):
-                if target in paths:
-                    holders.setdefault(process, set()).add(paths[target])
+            held[process] = {name for name in names if process in name.split("-")}
+            held[process] |= {paths[target] for target in _open_descriptors(process) if target in paths}
     found: set[str] = set()
-    for process, held in holders.items():
+    for process, names_of_it in held.items():
         ancestor = process
         while ancestor in parents and ancestor != str(os.getpid()):
             ancestor = parents[ancestor]
         if ancestor != str(os.getpid()):
-            found |= held
+            found |= names_of_it
     return found

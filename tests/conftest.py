@@ -22,7 +22,12 @@ def _children():
         with contextlib.suppress(OSError):
             for pid in (task / "children").read_text().split():
                 with contextlib.suppress(OSError):
-                    command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    command = (
+                        Path(f"/proc/{pid}/cmdline")
+                        .read_bytes()
+                        .replace(b"\0", b" ")
+                        .decode(errors="replace")
+                    )
                     if not any(helper in command for helper in _RESIDENT):
                         found[int(pid)] = command or "(ended, but nobody waited for it)"
     return found
@@ -50,6 +55,7 @@ def nothing_left_behind(request):
     children = _children()
     check = LeakCheck()
     yield
+    request.node.funcargs.clear()  # a channel that a fixture returned keeps its memory until it is gone
     found = check.find()
     left = {pid: command for pid, command in _children().items() if pid not in children}
     for name in found.names:

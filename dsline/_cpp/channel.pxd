@@ -115,7 +115,8 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         cbool is_shut_down() noexcept
         void close() noexcept
         cbool is_closed() noexcept
-        void abandon() noexcept
+        @staticmethod
+        void abandon_all() noexcept
         void unlink() except +raise_current_error
 
         uint64_t depth() noexcept

@@ -1,6 +1,7 @@
 """Sending, receiving, waiting, ending and opening: the same for every storage where that makes sense."""
 
 import contextlib
+import itertools
 import os
 import queue
 import threading
@@ -136,7 +137,9 @@ def test_an_empty_message_is_a_message(make_any):
     assert (len(view), view.nbytes, bytes(view)) == (0, 0, b"")
 
 
-@pytest.mark.parametrize("size", [1, 63, 64, 65, 255, 256, 257, 4095, 4096, 4097, 65535, 65536, 65537, 300_000])
+@pytest.mark.parametrize(
+    "size", [1, 63, 64, 65, 255, 256, 257, 4095, 4096, 4097, 65535, 65536, 65537, 300_000]
+)
 def test_sizes_around_the_edges_of_slots_lines_and_pages(make_any, size):
     channel = make_any(capacity=3, slot_size=256)
     payloads = [bytes([number]) * size for number in range(3)]
@@ -175,7 +178,7 @@ def test_sequences_go_on_past_the_44_bits_of_a_cell(name):
             sequences.append(sequence)
             del view
     assert sequences[0] == first
-    steps = {after - before for before, after in zip(sequences, sequences[1:], strict=False)}
+    steps = {after - before for before, after in itertools.pairwise(sequences)}
     assert steps <= {1, 2}, "positions go up by one, or skip the reserved value"
     assert sequences[-1] > 1 << 44
 
@@ -465,7 +468,9 @@ def test_stats_count_messages_bytes_and_memory(make_any):
 
 
 def test_properties(name, segment):
-    with dsline.ShmChannel(name, capacity=5, slot_size=100, max_message_size=1000, checksum="full") as channel:
+    with dsline.ShmChannel(
+        name, capacity=5, slot_size=100, max_message_size=1000, checksum="full"
+    ) as channel:
         assert channel.name == name
         assert channel.path == str(segment(name))
         assert (channel.capacity, channel.slot_size, channel.max_message_size) == (5, 100, 1000)
@@ -685,7 +690,13 @@ GEOMETRY = {"capacity": 4, "slot_size": 128, "max_message_size": 4096, "max_hand
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("capacity", 5), ("slot_size", 127), ("max_message_size", 4097), ("max_handles", 9), ("checksum", "full")],
+    [
+        ("capacity", 5),
+        ("slot_size", 127),
+        ("max_message_size", 4097),
+        ("max_handles", 9),
+        ("checksum", "full"),
+    ],
 )
 def test_another_geometry_is_refused_and_named(name, option, value):
     with dsline.ShmChannel(name, **GEOMETRY) as channel:
@@ -807,4 +818,6 @@ def test_many_channels_open_at_once(tmp_path):
         channels = [stack.enter_context(dsline.ShmChannel(capacity=1, slot_size=64)) for _ in range(50)]
         for number, channel in enumerate(channels):
             channel.send(b"%d" % number)
-        assert [channel.recv_bytes(timeout=0) for channel in channels] == [b"%d" % number for number in range(50)]
+        assert [channel.recv_bytes(timeout=0) for channel in channels] == [
+            b"%d" % number for number in range(50)
+        ]

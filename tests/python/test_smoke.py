@@ -23,7 +23,9 @@ with dsline.ShmChannel.open(sys.argv[1], timeout=30) as inbox, dsline.ShmChannel
 
 def test_the_public_names_are_there():
     assert all(hasattr(dsline, name) for name in dsline.__all__)
-    assert {"ShmChannel", "FileChannel", "Message", "Backpressure", "Checksum", "Storage"} <= set(dsline.__all__)
+    assert {"ShmChannel", "FileChannel", "Message", "Backpressure", "Checksum", "Storage"} <= set(
+        dsline.__all__
+    )
 
 
 def test_version_and_build():

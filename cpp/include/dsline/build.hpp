@@ -2,7 +2,7 @@
 
 namespace dsline {
 
-/// Which CRC32C this process uses: "sse4.2", "armv8" or "table".
+/// Which CRC32C this process uses: "sse4.2", "armv8-crc" or "table".
 const char* crc32c_backend() noexcept;
 
 }  // namespace dsline

@@ -46,8 +46,10 @@ struct ChannelOptions {
   std::uint64_t first_position = 0;  ///< for tests that start near a wrap
 };
 
-/// A slot that is the caller's to write.
+/// A slot that is the caller's to write, until it is published or aborted, in the process that took it.
 struct Loan {
+  std::uint64_t word = 0;     ///< the slot's word while it is this loan's
+  std::uint32_t process = 0;  ///< fork generation of the owner
   std::uint32_t slot = 0;
   std::uint32_t meta_bytes = 0;
   std::uint64_t payload_bytes = 0;
@@ -98,8 +100,8 @@ struct ChannelStats {
 
 /// One open handle of a channel: sends and receives.
 ///
-/// Threads: any number may call; close() must not run while another thread is inside a try_ call (blocking calls
-/// are woken). A handle that was inherited by fork() registers itself anew at its first use in the child.
+/// Threads: any number may call; close() must not run while another thread is inside a try_ call (send() and recv() may,
+/// and are woken). A handle that was inherited by fork() registers itself anew at its first use in the child.
 /// Death: whatever instruction a process dies at, the others find what it held by its participant number.
 class Channel {
  public:
@@ -120,8 +122,10 @@ class Channel {
   /// Takes a free slot for a message. Ok, Full (Block and Raise), Dropped (drop policies) or Closed.
   /// Throws Error(MessageTooLarge) and Error(SharedMemoryFull); no slot is taken then.
   Outcome try_alloc(std::uint64_t payload_bytes, std::uint32_t meta_bytes, Backpressure policy, Loan& loan);
-  /// Makes a written loan visible. Closed when the channel was shut down meanwhile; the loan is aborted then.
+  /// Makes a written loan visible. Closed when the channel was shut down meanwhile (the loan is aborted then), or when
+  /// the loan is no longer the caller's: published or aborted before, or taken by the parent of this process.
   Outcome publish(const Loan& loan, int kind, std::uint64_t schema_hash) noexcept;
+  /// Gives it back. Does nothing when it is no longer the caller's.
   void abort(const Loan& loan) noexcept;
   /// try_alloc, one copy, publish.
   Outcome try_send(const void* payload, std::uint64_t payload_bytes, int kind, const void* meta,
@@ -156,9 +160,11 @@ class Channel {
   /// Ends this handle. Messages that it holds stay held until they are released.
   void close() noexcept;
   bool is_closed() const noexcept;
-  /// Releases everything that this handle holds, whether or not somebody still looks at it, and closes it: for the end
-  /// of the process.
+  /// Closes this handle and releases what it holds, whether or not somebody still looks at it.
   void abandon() noexcept;
+  /// Closes every handle of this process and releases what they hold, whether or not somebody still looks at it: for the
+  /// end of a process. exit() does it; a process that ends by _exit() in order calls it first.
+  static void abandon_all() noexcept;
   /// Removes the name; handles that are open go on.
   void unlink();
 

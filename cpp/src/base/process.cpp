@@ -32,31 +32,48 @@ ChildList& child_list() {
 }
 
 // The mutex is held across fork(), so the child sees a whole list and an unlocked mutex.
-void before_fork() { child_list().mutex.lock(); }
-void after_fork_parent() { child_list().mutex.unlock(); }
+void before_fork() {
+  process_mutex().lock();
+  child_list().mutex.lock();
+}
+void after_fork_parent() {
+  child_list().mutex.unlock();
+  process_mutex().unlock();
+}
 void after_fork_child() {
   ChildList& list = child_list();
   for (int fd : list.descriptors) close(fd);
   list.descriptors.clear();
   fork_generation_word.fetch_add(1, std::memory_order_relaxed);
   list.mutex.unlock();
+  process_mutex().unlock();
 }
 
 [[maybe_unused]] const int fork_handlers_installed = [] {
   child_list();
+  process_mutex();
   return pthread_atfork(before_fork, after_fork_parent, after_fork_child);
 }();
 
 }  // namespace
 
-void close_in_child(int fd) {
-  std::lock_guard lock(child_list().mutex);
-  child_list().descriptors.push_back(fd);
+std::mutex& process_mutex() {
+  static std::mutex* mutex = new std::mutex;
+  return *mutex;
 }
 
-void forget_close_in_child(int fd) noexcept {
+int open_closed_in_child(const char* path, int flags) {
+  std::lock_guard lock(child_list().mutex);
+  child_list().descriptors.reserve(child_list().descriptors.size() + 1);
+  int fd = open(path, flags | O_CLOEXEC);
+  if (fd >= 0) child_list().descriptors.push_back(fd);
+  return fd;
+}
+
+void close_closed_in_child(int fd) noexcept {
   std::lock_guard lock(child_list().mutex);
   std::erase(child_list().descriptors, fd);
+  close(fd);
 }
 
 std::uint64_t process_start_time(std::uint32_t pid) noexcept {

@@ -2,6 +2,7 @@
 
 #include <array>
 #include <cstdint>
+#include <mutex>
 #include <string>
 
 #include "base/atomic.hpp"
@@ -14,10 +15,15 @@ extern Atomic<std::uint32_t> fork_generation_word;
 
 inline std::uint32_t fork_generation() noexcept { return fork_generation_word.load(std::memory_order_relaxed); }
 
-/// Registers a descriptor that a forked child must close at once (it carries kernel locks of the parent),
-/// or takes it off the list. Thread-safe; the list is locked across fork().
-void close_in_child(int fd);
-void forget_close_in_child(int fd) noexcept;
+/// Opens a file whose descriptor a forked child must close at once, because it carries kernel locks of the parent; -1
+/// with errno as open(). No fork comes between the opening and the registration.
+int open_closed_in_child(const char* path, int flags);
+/// Closes it, in the process that opened it.
+void close_closed_in_child(int fd) noexcept;
+
+/// Serialises what changes per process: registering handles anew in a forked child, and the list of handles. Locked
+/// across fork(), so that the child finds it unlocked. Taken before the list of descriptors above.
+std::mutex& process_mutex();
 
 /// Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat); 0 where it cannot be read.
 std::uint64_t process_start_time(std::uint32_t pid) noexcept;

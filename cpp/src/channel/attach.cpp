@@ -22,7 +22,8 @@ constexpr std::uint32_t kDefaultCapacity = 64;
 constexpr std::uint64_t kDefaultSlotBytes = 65536;
 constexpr std::uint32_t kDefaultParticipants = 64;
 constexpr std::uint32_t kDefaultGroups = 8;
-constexpr std::int64_t kControlPatienceNs = 10'000'000'000;
+// A participant that looks after the dead may hold the lock of a free number for a moment.
+constexpr int kJoinAttempts = 200;
 constexpr int kAttempts = 100;
 
 void sleep_ms(long ms) noexcept {
@@ -40,10 +41,12 @@ memory::Geometry plan(const ChannelOptions& options) {
 std::unique_ptr<memory::Region> make_region(std::unique_ptr<memory::Storage> storage, const ChannelOptions& options) {
   memory::Checksum checksum = options.checksum < 0 ? memory::Checksum::Header
                                                    : static_cast<memory::Checksum>(options.checksum);
-  auto region = memory::Region::create(std::move(storage), plan(options), checksum, options.first_position);
+  std::uint64_t first = options.first_position;
+  if ((first & slots::kPositionMask) == slots::kNoPositionLow) ++first;
+  auto region = memory::Region::create(std::move(storage), plan(options), checksum, first);
   slots::SlotPool::initialise(*region);
-  order::OrderRing::initialise(*region, options.first_position);
-  region->group(0).cursor.store(options.first_position, std::memory_order_relaxed);
+  order::OrderRing::initialise(*region, first);
+  region->group(0).cursor.store(first, std::memory_order_relaxed);
   region->group(0).state.store(1, std::memory_order_relaxed);
   region->header().active.store(1, std::memory_order_release);
   return region;
@@ -79,8 +82,16 @@ std::string differences(const memory::Region& region, const ChannelOptions& opti
 
 // Requires: the control lock.
 std::uint32_t join(memory::Region& region, const std::string& label) {
-  std::uint32_t me = Participants(region).try_join();
-  if (me != Participants::kNobody) return me;
+  for (int attempt = 0; attempt < kJoinAttempts; ++attempt) {
+    std::uint32_t me = Participants(region).try_join();
+    if (me != Participants::kNobody) {
+      liveness::recover_leftovers(region, me);
+      return me;
+    }
+    if (Participants(region).alive_guess(Participants::kNobody) == region.geometry().participants) break;
+    liveness::recover_the_dead(region, Participants::kNobody);
+    sleep_ms(1);
+  }
   const std::string limit = std::to_string(region.geometry().participants);
   throw Error(ErrorCode::TooManyHandles,
               "channel '" + label + "' has " + limit + " open handles, which is its limit max_handles=" + limit +
@@ -175,12 +186,13 @@ Verdict try_attach(std::unique_ptr<memory::Storage> storage, const ChannelOption
 
 }  // namespace
 
-ControlLock::ControlLock(memory::Region& region, const std::string& label) : region_(&region) {
-  const std::int64_t deadline = base::monotonic_ns() + kControlPatienceNs;
+ControlLock::ControlLock(memory::Region& region, const std::string& label, std::int64_t patience_ns)
+    : region_(&region) {
+  const std::int64_t deadline = base::monotonic_ns() + patience_ns;
   while (!region.storage().try_lock(memory::kControlLock)) {
     if (base::monotonic_ns() > deadline) {
       throw Error(ErrorCode::TimedOut, "channel '" + label +
-                                           "': another process has been joining or leaving it for 10 s; it is stopped or "
+                                           "': another process has been joining or leaving it for seconds; it is stopped or "
                                            "being debugged: let it go on, or end it");
     }
     sleep_ms(1);

@@ -30,8 +30,8 @@ std::uint32_t rejoin(memory::Region& region, const std::string& label);
 /// The control lock of a region: joining, leaving and removing names. Waits for a limited time.
 class ControlLock {
  public:
-  /// Throws Error(TimedOut) when somebody holds it for more than ten seconds.
-  explicit ControlLock(memory::Region& region, const std::string& label);
+  /// Throws Error(TimedOut) when somebody holds it for longer than `patience_ns`.
+  ControlLock(memory::Region& region, const std::string& label, std::int64_t patience_ns = 10'000'000'000);
   ~ControlLock() { region_->storage().unlock(memory::kControlLock); }
   ControlLock(const ControlLock&) = delete;
   ControlLock& operator=(const ControlLock&) = delete;

@@ -1,8 +1,11 @@
 #include "dsline/channel.hpp"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <optional>
+#include <set>
 
 #include "base/clock.hpp"
 #include "base/crc32c.hpp"
@@ -28,11 +31,16 @@ using slots::SlotPhase;
 using slots::SlotWord;
 
 constexpr std::int64_t kSliceNs = 50'000'000;
+// For the end of a handle: without the lock its name stays for the next one, which is harmless.
+constexpr std::int64_t kLeavePatienceNs = 500'000'000;
+// From this size on callers let other threads run while the payload is copied.
+constexpr std::uint64_t kLongCopyBytes = 65536;
 // Extra pages of a slot are given back after this many messages in a row that did not need them.
 constexpr std::uint64_t kSmallUsesBeforeShrink = 256;
 // From this size on, waiting a little for the slot that is still in cache is cheaper than copying into a cold one.
 constexpr std::uint64_t kHotWaitBytes = 256 * 1024;
 constexpr std::uint32_t kHotMisses = 16;
+constexpr std::uint64_t kPollsPerSweep = 16;
 // Up to this size the fight for the free map's cache line costs more than a slot that is less warm.
 constexpr std::uint64_t kHintedBytes = 8 * 1024;
 
@@ -40,7 +48,7 @@ std::string too_large(const std::string& label, const memory::Geometry& g, std::
   std::string text = "message needs " + std::to_string(payload) + " bytes";
   if (payload <= g.max_message_bytes) text += " and " + std::to_string(meta) + " bytes of metadata";
   return text + ", channel '" + label + "' takes at most " + std::to_string(g.max_message_bytes) +
-         "; create it with max_message_size>=" + std::to_string(std::max(payload, g.max_message_bytes + meta));
+         "; create it with max_message_size>=" + std::to_string(payload > g.max_message_bytes ? payload : g.max_message_bytes + meta);
 }
 
 }  // namespace
@@ -71,17 +79,45 @@ struct Channel::Impl {
         process(base::fork_generation()),
         local(std::make_unique<Local>()) {
     region->participant(me).group.store(1, std::memory_order_relaxed);
+    std::lock_guard lock(base::process_mutex());
+    handles().insert(this);
+  }
+
+  /// The handles of this process; never destroyed, since the last ones may go after static objects.
+  static std::set<Impl*>& handles() {
+    static std::set<Impl*>* list = new std::set<Impl*>;
+    static const int at_exit = std::atexit(abandon_all);
+    static_cast<void>(at_exit);
+    return *list;
+  }
+
+  // A process that ends in order has not died: what its views still hold is released, not redelivered.
+  static void abandon_all() {
+    std::lock_guard lock(base::process_mutex());
+    for (Impl* handle : handles()) handle->abandon();
   }
 
   ~Impl() {
+    {
+      std::lock_guard lock(base::process_mutex());
+      handles().erase(this);
+    }
     close();
-    if (!left && !is_inherited()) leave();
+    if (left || is_inherited()) return;
+    return_everything();
+    std::lock_guard lock(local->closing);
+    leave();
   }
 
-  bool is_inherited() const noexcept { return process != base::fork_generation(); }
+  bool is_inherited() const noexcept {
+    // SYNC process: pairs with renew(), whose other changes come before.
+    return process.load(std::memory_order_acquire) != base::fork_generation();
+  }
 
   /// In a forked child: registers anew. The parent's leases and loans stay the parent's.
   void renew() {
+    std::lock_guard lock(base::process_mutex());
+    if (!is_inherited()) return;  // another thread of the child was first
     static_cast<void>(local.release());  // a mutex that another thread of the parent held is never unlocked here
     local = std::make_unique<Local>();
     if (closed.load(std::memory_order_relaxed)) {
@@ -91,17 +127,13 @@ struct Channel::Impl {
       region->participant(me).group.store(1, std::memory_order_relaxed);
     }
     busy.store(0, std::memory_order_relaxed);
-    process = base::fork_generation();
+    process.store(base::fork_generation(), std::memory_order_release);
   }
   void enter() {
     if (is_inherited()) [[unlikely]] renew();
   }
 
   std::uint64_t active() const noexcept { return region->header().active.load(std::memory_order_seq_cst); }
-
-  std::uint64_t frame_room(std::uint32_t s) const noexcept {
-    return region->geometry().stride_bytes - memory::frame_shift(region->geometry(), s);
-  }
 
   // Threads of one handle may lose each other's counts: they only tell a stream from single messages.
   static void count(base::Atomic<std::uint64_t>& counter) noexcept {
@@ -141,15 +173,15 @@ struct Channel::Impl {
     return kNoSlot;
   }
 
-  /// Recovers the dead, at most once per slice.
-  void sweep() noexcept {
+  /// Recovers the dead, at most once per slice; true when there were any.
+  bool sweep() noexcept {
     std::unique_lock lock(local->recovery, std::try_to_lock);
-    if (!lock.owns_lock()) return;
+    if (!lock.owns_lock() || left) return false;
     std::int64_t now = base::monotonic_ns();
     const std::int64_t last = local->last_sweep_ns.load(std::memory_order_relaxed);
-    if (last != 0 && now - last < kSliceNs) return;
+    if (last != 0 && now - last < kSliceNs) return false;
     local->last_sweep_ns.store(now, std::memory_order_relaxed);
-    if (region->storage().kind() != StorageKind::Heap) liveness::recover_the_dead(*region, me);
+    return region->storage().kind() != StorageKind::Heap && liveness::recover_the_dead(*region, me) != 0;
   }
   /// Takes the oldest message that the group has not taken, and releases it.
   bool drop_oldest() noexcept {
@@ -168,9 +200,10 @@ struct Channel::Impl {
         frame > g.stride_bytes - (g.stride_bytes < memory::kPageBytes ? 0 : memory::kMaxFrameShift)) [[unlikely]] {
       throw Error(ErrorCode::MessageTooLarge, too_large(label, g, payload_bytes, meta_bytes));
     }
-    if (closed.load(std::memory_order_relaxed) || (active() & memory::kShutDown) != 0) [[unlikely]] {
+    if (closed.load(std::memory_order_seq_cst) || (active() & memory::kShutDown) != 0) [[unlikely]] {
       return Outcome::Closed;
     }
+    region->prepare_writing();
     std::uint32_t s = take_slot(payload_bytes);
     if (s == kNoSlot) [[unlikely]] {
       s = take_slot_when_full(policy);
@@ -181,6 +214,8 @@ struct Channel::Impl {
       }
     }
     fit(s, frame);
+    loan.word = pool.word(s).bits;
+    loan.process = process.load(std::memory_order_relaxed);
     std::byte* at = region->write_frame(s);
     loan.slot = s;
     loan.meta_bytes = meta_bytes;
@@ -198,7 +233,7 @@ struct Channel::Impl {
       local->last_scan_ns.store(now, std::memory_order_relaxed);
       sweep();
     }
-    if (due || region->geometry().slots <= slots::kMostSlotsForHints) {
+    if (due || policy == Backpressure::Block || region->geometry().slots <= slots::kMostSlotsForHints) {
       std::uint32_t s = pool.try_alloc_by_scan(me);
       if (s != kNoSlot) return s;
     }
@@ -243,7 +278,7 @@ struct Channel::Impl {
         region->reserve_slot(s, need);
       }
     } catch (...) {
-      pool.abort(s);
+      pool.abort(s, pool.word(s));
       throw;
     }
   }
@@ -258,12 +293,24 @@ struct Channel::Impl {
         region->shrink_slot(s, g.room_bytes);
         any = true;
       }
-      pool.abort(s);
+      pool.abort(s, pool.word(s));
     }
     return any;
   }
 
+  bool is_mine(const Loan& loan) const noexcept {
+    return loan.process == base::fork_generation() && !left.load(std::memory_order_relaxed) &&
+           pool.word(loan.slot).bits == loan.word && SlotWord{loan.word}.is(SlotPhase::Writing);
+  }
+
+  void abort(const Loan& loan) noexcept {
+    if (!is_mine(loan)) return;
+    pool.abort(loan.slot, SlotWord{loan.word});
+    if (closed.load(std::memory_order_seq_cst)) [[unlikely]] leave_if_idle();
+  }
+
   Outcome publish(const Loan& loan, int kind, std::uint64_t schema_hash) noexcept {
+    if (!is_mine(loan)) [[unlikely]] return Outcome::Closed;
     FrameHeader header{};
     header.magic = frames::kFrameMagic;
     header.version = frames::kFrameVersion;
@@ -279,22 +326,28 @@ struct Channel::Impl {
     // or this load sees the change.
     const std::uint64_t state = active();
     if ((state & memory::kShutDown) != 0) [[unlikely]] {
-      pool.abort(loan.slot);
+      abort(loan);
+      group.messages().wake_all();  // receivers may have waited for this slot to see the end
       return Outcome::Closed;
     }
     const std::uint32_t groups = static_cast<std::uint32_t>(state & memory::kActiveGroupsMask);
-    pool.commit(loan.slot, me, groups);
+    if (!pool.commit(loan.slot, SlotWord{loan.word}, groups)) [[unlikely]] return Outcome::Closed;
     if (groups == 0) {
       region->header().dropped_newest.fetch_add(1, std::memory_order_relaxed);
-      return Outcome::Ok;
+    } else {
+      enter_order(loan.slot, groups);
     }
+    if (closed.load(std::memory_order_seq_cst)) [[unlikely]] leave_if_idle();
+    return Outcome::Ok;
+  }
+
+  void enter_order(std::uint32_t slot, std::uint32_t groups) noexcept {
     count(sent);
-    order::OrderRing::Entered entered = ring.enter(loan.slot, groups);
-    pool.clear_pending(loan.slot, slots::kEnqueueing);
+    order::OrderRing::Entered entered = ring.enter(slot, groups);
+    pool.clear_pending(slot, slots::kEnqueueing);
     ring.advance_tail(entered);
     base::fence_seq_cst_after_rmw();
     group.messages().wake_one_if_anyone();
-    return Outcome::Ok;
   }
 
   // --- receiving ---
@@ -303,13 +356,29 @@ struct Channel::Impl {
     enter();
     if (closed.load(std::memory_order_relaxed)) [[unlikely]] return Outcome::Closed;
     order::Held held{};
-    if (!group.try_take(me, held)) return empty_or_ended();
+    if (!group.try_take(me, held)) {
+      // Whoever only polls looks after the dead as well, now and then.
+      count(empties);
+      const bool due = (empties.load(std::memory_order_relaxed) & (kPollsPerSweep - 1)) == 0;
+      if (!due || !sweep() || !group.try_take(me, held)) return empty_or_ended();
+    }
+    if ((active() & memory::kShutDownAtOnce) != 0) [[unlikely]] {
+      // Its sender had looked before the shutdown.
+      pool.clear_pending(held.slot, group.bit());
+      return empty_or_ended();
+    }
     count(taken);
     message.slot = held.slot;
     message.attempts = held.attempts;
     message.sequence = held.position;
-    message.process = process;
-    const char* fault = read_frame(held.slot, message);
+    message.process = process.load(std::memory_order_relaxed);
+    const char* fault = nullptr;
+    try {
+      fault = read_frame(held.slot, message);
+    } catch (...) {  // no memory for long metadata
+      group.give_back(held, me);
+      throw;
+    }
     if (fault == nullptr) [[likely]] return Outcome::Ok;
     message.fault = fault;
     region->header().corrupted.fetch_add(1, std::memory_order_relaxed);
@@ -348,8 +417,9 @@ struct Channel::Impl {
   Outcome empty_or_ended() noexcept {
     const std::uint64_t state = active();
     if ((state & memory::kShutDown) == 0) [[likely]] return Outcome::Empty;
-    if ((state & memory::kShutDownAtOnce) != 0 || is_drained()) return Outcome::Closed;
-    return Outcome::Empty;
+    if ((state & memory::kShutDownAtOnce) == 0 && !is_drained()) return Outcome::Empty;
+    if (group.messages().anyone()) group.messages().wake_all();
+    return Outcome::Closed;
   }
 
   /// After a shutdown: nothing can be delivered any more. A slot that is WRITING may have passed its look at `active`
@@ -367,7 +437,9 @@ struct Channel::Impl {
   }
 
   void release(std::uint32_t slot, std::uint32_t holder) noexcept {
-    if (holder != base::fork_generation() || left.load(std::memory_order_relaxed)) [[unlikely]] return;
+    if (holder != base::fork_generation() || left.load(std::memory_order_relaxed) || !claimed_by_me(slot)) [[unlikely]] {
+      return;
+    }
     pool.clear_pending(slot, group.bit());
     if (closed.load(std::memory_order_relaxed)) [[unlikely]] leave_if_idle();
   }
@@ -426,6 +498,7 @@ struct Channel::Impl {
   Outcome wait_for_space(std::int64_t deadline_ns, bool spin) {
     enter();
     Busy guard(*this);
+    if (closed.load(std::memory_order_seq_cst)) return Outcome::Ok;
     send_waits.fetch_add(1, std::memory_order_relaxed);
     auto ready = [this] {
       return pool.anything_free() || closed.load(std::memory_order_relaxed) || (active() & memory::kShutDown) != 0;
@@ -438,6 +511,7 @@ struct Channel::Impl {
   Outcome wait_for_message(std::int64_t deadline_ns, bool spin) {
     enter();
     Busy guard(*this);
+    if (closed.load(std::memory_order_seq_cst)) return Outcome::Ok;
     recv_waits.fetch_add(1, std::memory_order_relaxed);
     auto ready = [this] {
       if (group.anything_waiting() || closed.load(std::memory_order_relaxed)) return true;
@@ -475,7 +549,7 @@ struct Channel::Impl {
     std::uint64_t bits = memory::kShutDown | (at_once ? memory::kShutDownAtOnce : 0);
     // SYNC active: pairs with publish, see there.
     region->header().active.fetch_or(bits, std::memory_order_seq_cst);
-    if (at_once) {
+    if (at_once && !left) {
       order::Held held{};
       while (group.try_take(me, held)) pool.clear_pending(held.slot, group.bit());
     }
@@ -494,7 +568,9 @@ struct Channel::Impl {
   bool holds_anything() const noexcept {
     for (std::uint32_t s = 0; s < region->geometry().slots; ++s) {
       SlotWord word = pool.word(s);
-      if (word.is(SlotPhase::Writing) && word.owner() == me) return true;
+      const bool mine = word.owner() == me;
+      if (mine && word.is(SlotPhase::Writing)) return true;
+      if (mine && word.is(SlotPhase::Committed) && (word.pending() & slots::kEnqueueing) != 0) return true;
       if (word.is(SlotPhase::Committed) && (word.pending() & group.bit()) != 0 && claimed_by_me(s)) return true;
     }
     return false;
@@ -512,13 +588,14 @@ struct Channel::Impl {
 
   /// Frees the entry; the last one of a named channel takes the name along when the channel is shut down or empty.
   void leave() noexcept {
+    std::lock_guard sweeping(local->recovery);
     left = true;
     pool.return_hints(hints);
     pool.space().remove(me);
     group.messages().remove(me);
     liveness::Participants participants(*region);
     try {
-      channel::ControlLock control(*region, label);
+      channel::ControlLock control(*region, label, kLeavePatienceNs);
       participants.leave(me);
       if (region->storage().kind() == StorageKind::PosixShm &&
           !participants.anyone_else_alive(liveness::Participants::kNobody) &&
@@ -531,19 +608,31 @@ struct Channel::Impl {
     region->storage().drop_locks();
   }
 
-  void abandon() noexcept {
-    if (is_inherited() || left) return;
-    closed.store(true, std::memory_order_seq_cst);
+  /// What a caller of the C++ interface still held when it let go of the channel.
+  void return_everything() noexcept {
     for (std::uint32_t s = 0; s < region->geometry().slots; ++s) {
       SlotWord word = pool.word(s);
       if (word.is(SlotPhase::Writing) && word.owner() == me) {
         pool.abort(s, word);
       } else if (word.is(SlotPhase::Committed) && (word.pending() & group.bit()) != 0 && claimed_by_me(s)) {
+        slots::Claim claim{region->claim(s, 0).load(std::memory_order_acquire)};
+        group.give_back(order::Held{s, region->slot(s).position.load(std::memory_order_relaxed), claim.attempts()}, me);
+      }
+    }
+  }
+
+  void abandon() noexcept {
+    if (is_inherited() || left) return;
+    closed.store(true, std::memory_order_seq_cst);
+    // A thread that still sends or waits goes on until the process is gone; the kernel's lock tells the others then.
+    if (busy.load(std::memory_order_seq_cst) != 0) return;
+    for (std::uint32_t s = 0; s < region->geometry().slots; ++s) {
+      SlotWord word = pool.word(s);
+      if (word.is(SlotPhase::Committed) && (word.pending() & group.bit()) != 0 && claimed_by_me(s)) {
         pool.clear_pending(s, group.bit());
       }
     }
-    std::lock_guard lock(local->closing);
-    if (!left) leave();
+    leave_if_idle();
   }
 
   ChannelStats stats() const noexcept {
@@ -589,12 +678,13 @@ struct Channel::Impl {
   base::Atomic<std::uint32_t> hot_misses{0};
   std::string path;
   std::string label;
-  std::uint32_t process;  // fork generation that `me` belongs to
+  base::Atomic<std::uint32_t> process;  // fork generation that `me` belongs to
   base::Atomic<bool> left{false};  // writers hold local->closing
   base::Atomic<bool> closed{false};
   base::Atomic<std::uint32_t> busy{0};
   base::Atomic<std::uint64_t> sent{0};
   base::Atomic<std::uint64_t> taken{0};
+  base::Atomic<std::uint64_t> empties{0};
   base::Atomic<std::uint64_t> send_waits{0};
   base::Atomic<std::uint64_t> recv_waits{0};
   std::unique_ptr<Local> local;
@@ -640,10 +730,16 @@ Outcome Channel::try_alloc(std::uint64_t payload_bytes, std::uint32_t meta_bytes
 Outcome Channel::publish(const Loan& loan, int kind, std::uint64_t schema_hash) noexcept {
   return impl_->publish(loan, kind, schema_hash);
 }
-void Channel::abort(const Loan& loan) noexcept { impl_->pool.abort(loan.slot); }
+void Channel::abort(const Loan& loan) noexcept { impl_->abort(loan); }
 
 Outcome Channel::try_send(const void* payload, std::uint64_t payload_bytes, int kind, const void* meta,
                           std::uint32_t meta_bytes, std::uint64_t schema_hash, Backpressure policy) {
+  // A long copy runs while other threads may close this handle.
+  std::optional<Impl::Busy> guard;
+  if (payload_bytes >= kLongCopyBytes) {
+    impl_->enter();
+    guard.emplace(*impl_);
+  }
   Loan loan;
   Outcome outcome = impl_->try_alloc(payload_bytes, meta_bytes, policy, loan);
   if (outcome != Outcome::Ok) [[unlikely]] return outcome;
@@ -653,6 +749,8 @@ Outcome Channel::try_send(const void* payload, std::uint64_t payload_bytes, int 
 }
 
 Outcome Channel::send(const void* payload, std::uint64_t payload_bytes, Backpressure policy, std::int64_t deadline_ns) {
+  impl_->enter();
+  Impl::Busy guard(*impl_);
   for (bool spin = true, last = false;;) {
     Outcome outcome = try_send(payload, payload_bytes, kBytesMessage, nullptr, 0, 0, policy);
     if (outcome != Outcome::Full || policy == Backpressure::Raise) return outcome;
@@ -666,6 +764,8 @@ Outcome Channel::send(const void* payload, std::uint64_t payload_bytes, Backpres
 Outcome Channel::try_recv(Received& message) { return impl_->try_recv(message); }
 
 Outcome Channel::recv(Received& message, std::int64_t deadline_ns) {
+  impl_->enter();
+  Impl::Busy guard(*impl_);
   for (bool spin = true, last = false;;) {
     Outcome outcome = impl_->try_recv(message);
     if (outcome != Outcome::Empty) return outcome;
@@ -688,22 +788,25 @@ bool Channel::is_shut_down() const noexcept { return (impl_->active() & memory::
 void Channel::close() noexcept { impl_->close(); }
 bool Channel::is_closed() const noexcept { return impl_->closed.load(std::memory_order_relaxed); }
 void Channel::abandon() noexcept { impl_->abandon(); }
+void Channel::abandon_all() noexcept { Impl::abandon_all(); }
 
 void Channel::unlink() {
   if (impl_->path.empty()) {
     throw Error(ErrorCode::InvalidArgument, "channel '" + impl_->label + "' has no name to remove; it goes with its last handle");
   }
   impl_->enter();
-  if (impl_->left.load(std::memory_order_relaxed)) {
-    channel::remove_name(impl_->region->storage(), impl_->path);
-    return;
+  std::lock_guard lock(impl_->local->closing);  // two threads of one handle do not exclude each other by its locks
+  memory::Storage& storage = impl_->region->storage();
+  storage.renew_locks();  // dropped, if this handle has left
+  {
+    channel::ControlLock control(*impl_->region, impl_->label);
+    channel::remove_name(storage, impl_->path);
   }
-  channel::ControlLock control(*impl_->region, impl_->label);
-  channel::remove_name(impl_->region->storage(), impl_->path);
+  if (impl_->left.load(std::memory_order_relaxed)) storage.drop_locks();
 }
 
 std::uint64_t Channel::depth() const noexcept { return impl_->group.depth(); }
-bool Channel::is_full() const noexcept { return !impl_->pool.anything_free(); }
+bool Channel::is_full() const noexcept { return !impl_->pool.anything_free_by_scan(); }
 ChannelStats Channel::stats() const noexcept { return impl_->stats(); }
 std::uint32_t Channel::capacity() const noexcept { return impl_->region->geometry().slots; }
 std::uint64_t Channel::slot_size() const noexcept { return impl_->region->geometry().slot_bytes; }

@@ -57,6 +57,7 @@ void check_name(const std::string& name) {
   }
   if (!good) {
     std::string shown = name.size() > kLongestName ? name.substr(0, kLongestName) + "…" : name;
+    std::replace_if(shown.begin(), shown.end(), [](unsigned char c) { return c < ' ' || c == 0x7F; }, '?');
     fail(ErrorCode::InvalidArgument, "'" + shown + "' (" + std::to_string(name.size()) +
                                          " bytes) is not a channel name: it takes 1 to 100 of A-Z a-z 0-9 . _ - and no "
                                          "leading dot; for a path use FileChannel");

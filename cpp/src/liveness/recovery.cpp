@@ -86,16 +86,21 @@ void recover_held(memory::Region& region, const SlotPool& pool, std::uint32_t s,
   }
 }
 
-void recover(memory::Region& region, std::uint32_t d) noexcept {
+void recover_slots(memory::Region& region, std::uint32_t d) noexcept {
   SlotPool pool(region);
   OrderRing ring(region);
-  pool.space().remove(d);  // V0
-  const std::uint32_t groups = region.geometry().groups;
-  for (std::uint32_t g = 0; g < groups; ++g) Group(region, g).messages().remove(d);
   for (std::uint32_t s = 0; s < region.geometry().slots; ++s) {
     recover_published(region, pool, ring, s, d);
     recover_held(region, pool, s, d);
   }
+}
+
+void recover(memory::Region& region, std::uint32_t d) noexcept {
+  SlotPool pool(region);
+  pool.space().remove(d);  // V0
+  const std::uint32_t groups = region.geometry().groups;
+  for (std::uint32_t g = 0; g < groups; ++g) Group(region, g).messages().remove(d);
+  recover_slots(region, d);
   // V8: a claim that an earlier recoverer gave back before it died may still lack its flag. A wake-up that the dead
   // one swallowed is passed on as well.
   const std::uint64_t active = region.header().active.load(std::memory_order_acquire);
@@ -103,10 +108,13 @@ void recover(memory::Region& region, std::uint32_t d) noexcept {
     if ((active >> g & 1) != 0) Group(region, g).raise();
   }
   pool.space().wake_one_if_anyone();
+  if ((active & memory::kShutDown) != 0) Group(region, 0).messages().wake_all();  // its slot may have been the last
   region.header().recovered.fetch_add(1, std::memory_order_relaxed);
 }
 
 }  // namespace
+
+void recover_leftovers(memory::Region& region, std::uint32_t me) noexcept { recover_slots(region, me); }
 
 std::uint32_t recover_the_dead(memory::Region& region, std::uint32_t me) noexcept {
   Participants participants(region);
@@ -155,7 +163,7 @@ void rebuild(memory::Region& region) {
     memory::SlotState& slot = region.slot(s);
     SlotWord word{slot.word.load(std::memory_order_relaxed)};
     Claim held{region.claim(s, 0).load(std::memory_order_relaxed)};
-    for (std::uint32_t g = 0; g < geometry.groups; ++g) {
+    for (std::uint32_t g = 1; g < geometry.groups; ++g) {
       region.claim(s, g).store(Claim::none().bits, std::memory_order_relaxed);
     }
     const std::uint64_t bit = std::uint64_t{1} << (s % 64);
@@ -163,6 +171,7 @@ void rebuild(memory::Region& region) {
       slot.word.store(SlotWord::make(word.generation() + 1, slots::kNoOwner, SlotPhase::Free, 0).bits,
                       std::memory_order_relaxed);
       slot.position.store(slots::kNoPosition, std::memory_order_relaxed);
+      region.claim(s, 0).store(Claim::none().bits, std::memory_order_relaxed);
       region.free_map(s / 64).fetch_or(bit, std::memory_order_relaxed);
       continue;
     }

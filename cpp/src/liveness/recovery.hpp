@@ -15,6 +15,9 @@ namespace dsline::liveness {
 ///   the lock and the next one starts over.
 std::uint32_t recover_the_dead(memory::Region& region, std::uint32_t me) noexcept;
 
+/// Frees what still carries a number that nobody had: for the participant that has just got it, before it does anything.
+void recover_leftovers(memory::Region& region, std::uint32_t me) noexcept;
+
 /// Rebuilds order, tail and cursors from the committed slots, by position, and forgets every participant. For a file
 /// from an earlier boot, whose pages may have reached the disk in any order.
 /// Requires: the control lock, and nobody is attached.

@@ -92,14 +92,13 @@ FileStorage::~FileStorage() {
 void FileStorage::open_lock_descriptor() {
   char path[48];
   snprintf(path, sizeof path, "/proc/self/fd/%d", data_fd_);
-  int fd = open(path, O_RDWR | O_CLOEXEC);
+  int fd = base::open_closed_in_child(path, O_RDWR);
   if (fd < 0) {
     throw Error(ErrorCode::System,
                 path_ + ": no second descriptor for the locks of this handle (" + strerror(errno) +
                     "); /proc must be mounted and the limit of open files (ulimit -n) not reached",
                 errno);
   }
-  base::close_in_child(fd);
   lock_fd_ = fd;
   lock_generation_ = base::fork_generation();
 }
@@ -113,10 +112,7 @@ void FileStorage::renew_locks() {
 void FileStorage::drop_locks() noexcept {
   if (lock_fd_ < 0) return;
   // In a forked child the number may already belong to another file.
-  if (lock_generation_ == base::fork_generation()) {
-    base::forget_close_in_child(lock_fd_);
-    close(lock_fd_);
-  }
+  if (lock_generation_ == base::fork_generation()) base::close_closed_in_child(lock_fd_);
   lock_fd_ = -1;
 }
 

@@ -51,7 +51,7 @@ Geometry plan_geometry(std::uint32_t slots, std::uint64_t slot_bytes, std::uint6
   g.order_cells = std::bit_ceil(2 * slots);
 
   std::uint64_t packed = base::round_up(kFrameRoomBytes + max_message_bytes, base::kCacheLine);
-  if (packed <= kPageBytes) {
+  if (packed < kPageBytes) {
     g.stride_bytes = g.room_bytes = packed;
   } else {
     g.room_bytes = base::round_up(kMaxFrameShift + kFrameRoomBytes + slot_bytes, kPageBytes);

@@ -142,7 +142,7 @@ static_assert(sizeof(OrderState) == 64 && std::is_standard_layout_v<OrderState>)
 struct alignas(64) SlotState {
   base::Atomic<std::uint64_t> word;      // see slots/slot_word.hpp: the truth about the slot
   base::Atomic<std::uint64_t> position;  // intended or actual position in the order; written while nobody else may
-  base::Atomic<std::uint64_t> claim;     // of group 0; see order/claim.hpp
+  base::Atomic<std::uint64_t> claim;     // of group 0; see slots/claim.hpp
   // Reserved bytes of this slot. Writer: the owner of a WRITING slot, after the reservation succeeded, so a death
   // in between only forgets pages that the next reservation finds again.
   base::Atomic<std::uint64_t> room_bytes;

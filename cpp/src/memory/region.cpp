@@ -136,14 +136,15 @@ void Region::map(const Geometry& geometry) {
   claims_ = reinterpret_cast<base::Atomic<std::uint64_t>*>(control_ + geometry.claims_offset);
 }
 
+// Without a mutex, which a fork in another thread could leave locked in the child: who comes second unmaps its own.
 std::byte* Region::map_writable_arena() {
-  std::lock_guard lock(mapping_);
-  std::byte* arena = writable_arena_.load(std::memory_order_relaxed);
-  if (arena == nullptr) {
-    arena = storage_->map(geometry_.arena_offset, geometry_.total_bytes - geometry_.arena_offset, Access::ReadWrite);
-    writable_arena_.store(arena, std::memory_order_release);  // SYNC arena: pairs with writable_arena()
-  }
-  return arena;
+  const std::uint64_t bytes = geometry_.total_bytes - geometry_.arena_offset;
+  std::byte* mine = storage_->map(geometry_.arena_offset, bytes, Access::ReadWrite);
+  std::byte* first = nullptr;
+  // SYNC arena: pairs with the acquire load in writable_arena().
+  if (writable_arena_.compare_exchange_strong(first, mine, std::memory_order_acq_rel)) return mine;
+  storage_->unmap(mine, bytes);
+  return first;
 }
 
 Region::~Region() {
@@ -160,7 +161,10 @@ void Region::reserve_slot(std::uint32_t s, std::uint64_t bytes) {
   std::uint64_t room = std::clamp(state.room_bytes.load(std::memory_order_relaxed), geometry_.room_bytes,
                                   geometry_.stride_bytes);
   std::uint64_t need = base::round_up(bytes, kPageBytes);
-  if (need <= room) return;
+  if (need <= room) {
+    state.room_bytes.store(room, std::memory_order_relaxed);  // mends a value that cannot be
+    return;
+  }
   storage_->reserve(geometry_.arena_offset + s * geometry_.stride_bytes + room, need - room,
                     "a message of this size");
   state.room_bytes.store(need, std::memory_order_relaxed);

@@ -2,8 +2,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <mutex>
-#include <optional>
 #include <string>
 
 #include "memory/layout.hpp"
@@ -17,7 +15,7 @@ namespace dsline::memory {
 /// the first request; whoever only receives cannot change a payload. A region stays mapped until the last lease
 /// that points into it is gone.
 ///
-/// Threads: any number; writable_arena() takes a mutex the first time.
+/// Threads: any number.
 class Region {
  public:
   /// Lays out a new region in an empty storage and reserves it; slots, order and groups are still zero. Nobody else
@@ -55,6 +53,8 @@ class Region {
     const std::byte* arena = writable_arena_.load(std::memory_order_relaxed);
     return (arena != nullptr ? arena : arena_) + frame_offset(s);
   }
+  /// Maps what write_frame() needs. Throws where there is no address space.
+  void prepare_writing() { writable_arena(); }
   std::byte* write_frame(std::uint32_t s) { return writable_arena() + frame_offset(s); }
 
   /// Reserves the first `bytes` of a slot's stride, or gives back what lies behind them. Requires: the caller owns
@@ -77,7 +77,6 @@ class Region {
   std::byte* control_ = nullptr;
   const std::byte* arena_ = nullptr;
   base::Atomic<std::byte*> writable_arena_{nullptr};
-  std::mutex mapping_;
   ParticipantState* participants_ = nullptr;
   GroupState* groups_ = nullptr;
   OrderState* order_ = nullptr;

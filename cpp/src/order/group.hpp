@@ -57,13 +57,14 @@ class Group {
       std::int64_t ahead = c.ahead_of(p);
       if (ahead < 0) return false;
       if (ahead > 0 || c.slot() >= region_->geometry().slots) {
-        // Lapped: nobody needed it. Or a damaged cell, which no group can use.
-        advance(p);
+        // Lapped: nobody needed it. Or a damaged cell, which no group can use. Everything before the cell's lap has
+        // been overwritten, so a cursor that is far behind catches up in one step.
+        advance(p, ahead);
         continue;
       }
       const std::uint32_t s = c.slot();
       const bool won = claim_at(s, p, me);
-      advance(p);
+      advance(p, 0);
       if (won) {
         prefetch_ahead(p + kPrefetchDistance);
         held = Held{s, p, 0};
@@ -134,8 +135,11 @@ class Group {
     __builtin_prefetch(frame + base::kCacheLine);
   }
 
-  void advance(std::uint64_t position) noexcept {
-    state().cursor.compare_exchange_strong(position, slots::next_position(position), std::memory_order_relaxed);
+  void advance(std::uint64_t position, std::int64_t ahead) noexcept {
+    const std::int64_t overwritten = ahead - static_cast<std::int64_t>(region_->geometry().order_cells);
+    const std::uint64_t skipped = overwritten > 0 ? static_cast<std::uint64_t>(overwritten) : 0;
+    state().cursor.compare_exchange_strong(position, slots::next_position(position + skipped),
+                                           std::memory_order_relaxed);
   }
 
   // T0: the oldest message that was given back.

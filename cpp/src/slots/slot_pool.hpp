@@ -64,7 +64,10 @@ class SlotPool {
       while (bits != 0) {
         std::uint32_t s = i * 64 + static_cast<std::uint32_t>(std::countr_zero(bits));
         bits &= bits - 1;
-        if (s >= slots_) break;
+        if (s >= slots_) {
+          region_->free_map(i).fetch_and(~map_bit(s), std::memory_order_relaxed);
+          continue;
+        }
         if (try_alloc_at(s, me)) return s;
         drop_stale_hint(s);
       }
@@ -131,13 +134,15 @@ class SlotPool {
 
   /// P1: from here the message will be delivered, whoever dies. Requires: `s` is WRITING and mine. `groups` is what
   /// `active` held after the slot was taken; 0 (nobody listens) frees the slot.
-  void commit(std::uint32_t s, std::uint32_t me, std::uint32_t groups) noexcept {
-    SlotWord mine = word(s);
+  /// False when the word is no longer the one that alloc made: the slot has been taken away.
+  bool commit(std::uint32_t s, SlotWord mine, std::uint32_t groups) noexcept {
     std::uint32_t pending = groups == 0 ? 0 : groups | kEnqueueing;
-    // SYNC word: pairs with the acquire loads of takers and recoverers; makes frame, position and claims visible.
-    region_->slot(s).word.store(SlotWord::make(mine.generation(), me, SlotPhase::Committed, pending).bits,
-                                std::memory_order_release);
+    SlotWord committed = SlotWord::make(mine.generation(), mine.owner(), SlotPhase::Committed, pending);
+    // SYNC word: pairs with the acquire loads of takers and recoverers; makes frame, position and claims visible. A
+    // compare-and-swap, since a thread may come here after its process gave the slot back at its exit.
+    if (!region_->slot(s).word.compare_exchange_strong(mine.bits, committed.bits, std::memory_order_acq_rel)) return false;
     if (pending == 0) free(s);
+    return true;
   }
 
   /// P2b and release: takes `bits` off the pending ones; whoever takes the last one frees the slot.
@@ -168,7 +173,6 @@ class SlotPool {
     free(s);
     return true;
   }
-  void abort(std::uint32_t s) noexcept { abort(s, word(s)); }
 
   /// A control word that cannot be: never used again.
   void poison(std::uint32_t s, SlotWord seen) noexcept {
@@ -181,7 +185,8 @@ class SlotPool {
   bool anything_free() const noexcept {
     const std::uint32_t words = (slots_ + 63) / 64;
     for (std::uint32_t i = 0; i < words; ++i) {
-      if (region_->free_map(i).load(std::memory_order_relaxed) != 0) return true;
+      const std::uint64_t real = i + 1 < words || slots_ % 64 == 0 ? ~std::uint64_t{0} : map_bit(slots_) - 1;
+      if ((region_->free_map(i).load(std::memory_order_relaxed) & real) != 0) return true;
     }
     return false;
   }

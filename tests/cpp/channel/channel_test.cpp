@@ -531,15 +531,13 @@ TEST(Handles, AClosedHandleWithAnOpenLoanLeavesWhenTheLoanIsAborted) {
   EXPECT_EQ(first->stats().free_slots, 4u);
 }
 
-TEST(Handles, AbandonReleasesEverythingThatIsHeld) {
+TEST(Handles, AbandonReleasesEveryMessageThatIsHeld) {
   auto first = Channel::create_anonymous(small());
   auto second = adopt(*first);
   send(*first, "a");
   send(*first, "b");
   Received message;
   ASSERT_EQ(second->try_recv(message), Outcome::Ok);
-  Loan loan;
-  second->try_alloc(1, 0, Backpressure::Raise, loan);
   second->abandon();
   EXPECT_EQ(first->stats().participants, 1u);
   EXPECT_EQ(first->stats().free_slots, 3u);
@@ -549,15 +547,20 @@ TEST(Handles, AbandonReleasesEverythingThatIsHeld) {
   EXPECT_EQ(first->stats().free_slots, 4u);
 }
 
-TEST(Handles, AnAbortAfterAbandonDoesNotTakeTheSlotOfItsNewOwner) {
+TEST(Handles, AbandonLeavesALoanToTheThreadThatWritesIt) {
   auto first = Channel::create_anonymous(small(1));
   auto second = adopt(*first);
   Loan loan, theirs;
-  second->try_alloc(1, 0, Backpressure::Raise, loan);
+  ASSERT_EQ(second->try_alloc(1, 0, Backpressure::Raise, loan), Outcome::Ok);
   second->abandon();
-  ASSERT_EQ(first->try_alloc(1, 0, Backpressure::Raise, theirs), Outcome::Ok);
+  EXPECT_EQ(first->stats().participants, 2u);
+  EXPECT_EQ(first->try_alloc(1, 0, Backpressure::Raise, theirs), Outcome::Full) << "the slot is still being written";
   second->abort(loan);
-  EXPECT_EQ(first->stats().writing_slots, 1u);
+  EXPECT_EQ(first->stats().participants, 1u);
+  EXPECT_EQ(first->try_alloc(1, 0, Backpressure::Raise, theirs), Outcome::Ok);
+  second->abort(loan);
+  EXPECT_EQ(second->publish(loan, kBytesMessage, 0), Outcome::Closed);
+  EXPECT_EQ(first->stats().writing_slots, 1u) << "a loan that is over took the slot of its new owner";
 }
 
 TEST(Handles, AHandleThatGoesWhileItHoldsAMessageLosesNothing) {

@@ -124,7 +124,7 @@ TEST_P(RecoveryTest, ACommittedMessageWithoutAPositionIsRolledForward) {
   make(3);
   SlotPool pool(*dying);
   std::uint32_t s = pool.try_alloc(dead);
-  pool.commit(s, dead, 1);
+  pool.commit(s, pool.word(s), 1);
   die();
   recover();
   EXPECT_EQ(word(*region, s).pending(), 1u);
@@ -137,7 +137,7 @@ TEST_P(RecoveryTest, ACommittedMessageThatMissedItsCellIsRolledForward) {
   make(3);
   SlotPool pool(*dying);
   std::uint32_t s = pool.try_alloc(dead);
-  pool.commit(s, dead, 1);
+  pool.commit(s, pool.word(s), 1);
   // It died between the stores of P2 and the compare-and-swap, and another message has the cell since.
   region->slot(s).position.store(GetParam());
   region->claim(s, 0).store(Claim::make(GetParam(), 0, Claim::kNobody).bits);
@@ -153,7 +153,7 @@ TEST_P(RecoveryTest, ACommittedMessageWhoseCellIsStillFreeIsRolledForward) {
   make(3);
   SlotPool pool(*dying);
   std::uint32_t s = pool.try_alloc(dead);
-  pool.commit(s, dead, 1);
+  pool.commit(s, pool.word(s), 1);
   region->slot(s).position.store(GetParam());
   region->claim(s, 0).store(Claim::make(GetParam(), 0, Claim::kNobody).bits);
   die();
@@ -167,7 +167,7 @@ TEST_P(RecoveryTest, ACommittedMessageThatWasLappedOutsideTheOrderIsRolledForwar
   make(2);
   SlotPool pool(*dying);
   std::uint32_t s = pool.try_alloc(dead);
-  pool.commit(s, dead, 1);
+  pool.commit(s, pool.word(s), 1);
   region->slot(s).position.store(GetParam());
   region->claim(s, 0).store(Claim::make(GetParam(), 0, Claim::kNobody).bits);
   for (int i = 0; i < 11; ++i) {
@@ -185,7 +185,7 @@ TEST_P(RecoveryTest, AMessageInTheOrderWithEnqIsDeliveredOnce) {
   make(3);
   SlotPool pool(*dying);
   std::uint32_t s = pool.try_alloc(dead);
-  pool.commit(s, dead, 1);
+  pool.commit(s, pool.word(s), 1);
   OrderRing(*dying).enter(s, 1);
   die();
   recover();
@@ -199,7 +199,7 @@ TEST_P(RecoveryTest, AMessageInTheOrderThatWasReleasedBeforeItsPublisherDiedFree
   make(2);
   SlotPool pool(*dying);
   std::uint32_t s = pool.try_alloc(dead);
-  pool.commit(s, dead, 1);
+  pool.commit(s, pool.word(s), 1);
   OrderRing(*dying).enter(s, 1);
   EXPECT_EQ(drain(), std::vector<std::uint32_t>{s});
   EXPECT_FALSE(word(*region, s).is_free());
@@ -213,7 +213,7 @@ TEST_P(RecoveryTest, AMessageInTheOrderThatIsHeldAndLappedStaysWithItsHolder) {
   make(2);
   SlotPool pool(*dying);
   std::uint32_t s = pool.try_alloc(dead);
-  pool.commit(s, dead, 1);
+  pool.commit(s, pool.word(s), 1);
   OrderRing(*dying).enter(s, 1);
   Held held{};
   ASSERT_TRUE(take(held));
@@ -233,7 +233,7 @@ TEST_P(RecoveryTest, AStaleTailLeftByTheDeadDoesNotHarm) {
   make(3);
   SlotPool pool(*dying);
   std::uint32_t s = pool.try_alloc(dead);
-  pool.commit(s, dead, 1);
+  pool.commit(s, pool.word(s), 1);
   OrderRing(*dying).enter(s, 1);
   pool.clear_pending(s, slots::kEnqueueing);  // died before P3
   die();
@@ -336,7 +336,7 @@ TEST_P(RecoveryTest, RolledForwardMessagesReachEveryGroupTheyWereCommittedFor) {
   make(3, 3);
   SlotPool pool(*dying);
   std::uint32_t s = pool.try_alloc(dead);
-  pool.commit(s, dead, 0b101);
+  pool.commit(s, pool.word(s), 0b101);
   die();
   recover();
   Held held{};
@@ -494,7 +494,7 @@ TEST_P(RebuildTest, HalfWrittenMessagesAreDroppedAndCommittedOnesKept) {
   SlotPool pool(*dying);
   ASSERT_EQ(pool.try_alloc(dead), 0u);
   std::uint32_t late = pool.try_alloc(dead);
-  pool.commit(late, dead, 1);
+  pool.commit(late, pool.word(late), 1);
   std::uint32_t b = send(*region, me);
   rebuild(*region);
   EXPECT_EQ(deliveries(), (std::vector<Delivery>{{b, at(0), 0}, {late, at(1), 0}}));
@@ -553,7 +553,7 @@ TEST_P(RebuildTest, ARebuildThatWasCutAnywhereIsMadeGoodByTheNext) {
     Group(*region, 0).give_back(first, me);
     SlotPool pool(*dying);
     ASSERT_EQ(pool.try_alloc(dead), 3u);
-    pool.commit(3, dead, 1);
+    pool.commit(3, pool.word(3), 1);
     ending = support::CrashPoint::die_before(store, [this](support::CrashPoint& point) {
       point.arm(region->storage().descriptor());
       rebuild(*region);

@@ -45,7 +45,7 @@ TEST_F(GroupTest, TakeSeesNothingBeforePublish) {
   OrderRing ring(*region);
   std::uint32_t s = pool->try_alloc(1);
   EXPECT_FALSE(group->try_take(0, held));
-  pool->commit(s, 1, 1);
+  pool->commit(s, pool->word(s), 1);
   EXPECT_FALSE(group->try_take(0, held)) << "committed, but not in the order yet";
   ring.enter(s, 1);
   EXPECT_TRUE(group->try_take(0, held)) << "in the order; the tail hint and ENQ do not matter";

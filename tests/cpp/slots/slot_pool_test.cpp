@@ -25,7 +25,7 @@ class SlotPoolTest : public testing::Test {
   void hide(std::uint32_t s) { region->free_map(s / 64).fetch_and(~(std::uint64_t{1} << (s % 64))); }
   /// Commits slot `s` for one group, already in the order.
   void commit(std::uint32_t s) {
-    pool->commit(s, 0, 1);
+    pool->commit(s, pool->word(s), 1);
     pool->clear_pending(s, kEnqueueing);
   }
   std::uint32_t commit_next() {
@@ -74,15 +74,15 @@ TEST_F(SlotPoolTest, APoolOfOneSlotGivesItAgainAndAgain) {
   for (int i = 0; i < 3; ++i) {
     ASSERT_EQ(pool->try_alloc(0), 0u);
     EXPECT_EQ(pool->try_alloc(0), kNoSlot);
-    pool->abort(0);
+    pool->abort(0, pool->word(0));
   }
 }
 
 TEST_F(SlotPoolTest, TheLowestFreeSlotIsReusedFirst) {
   make(4);
   for (int i = 0; i < 4; ++i) pool->try_alloc(0);
-  pool->abort(3);
-  pool->abort(1);
+  pool->abort(3, pool->word(3));
+  pool->abort(1, pool->word(1));
   EXPECT_EQ(pool->try_alloc(0), 1u);
   EXPECT_EQ(pool->try_alloc(0), 3u);
 }
@@ -111,21 +111,21 @@ TEST_F(SlotPoolTest, TheGenerationWrapsWithoutTouchingTheRest) {
   ASSERT_EQ(pool->try_alloc(2), 0u);
   EXPECT_EQ(word(*region, 0), SlotWord::make(0, 2, SlotPhase::Writing, 0));
   region->slot(0).word.store(SlotWord::make(0xFFFFFF, 2, SlotPhase::Writing, 0).bits);
-  pool->abort(0);
+  pool->abort(0, pool->word(0));
   EXPECT_EQ(word(*region, 0), SlotWord::make(0, kNoOwner, SlotPhase::Free, 0));
 }
 
 TEST_F(SlotPoolTest, CommitSetsTheBitsOfTheGroupsAndEnq) {
   make(1, 3);
   pool->try_alloc(1);
-  pool->commit(0, 1, 0b101);
+  pool->commit(0, pool->word(0), 0b101);
   EXPECT_EQ(word(*region, 0), SlotWord::make(1, 1, SlotPhase::Committed, kEnqueueing | 0b101));
 }
 
 TEST_F(SlotPoolTest, CommittingWhereNobodyListensFreesTheSlot) {
   make(1);
   pool->try_alloc(1);
-  pool->commit(0, 1, 0);
+  pool->commit(0, pool->word(0), 0);
   EXPECT_TRUE(word(*region, 0).is_free());
   EXPECT_TRUE(map_shows(0));
 }
@@ -133,7 +133,7 @@ TEST_F(SlotPoolTest, CommittingWhereNobodyListensFreesTheSlot) {
 TEST_F(SlotPoolTest, ASlotIsFreeOnlyAfterItsLastGroupReleasedIt) {
   make(1, 2);
   pool->try_alloc(0);
-  pool->commit(0, 0, 0b11);
+  pool->commit(0, pool->word(0), 0b11);
   pool->clear_pending(0, kEnqueueing);
   pool->clear_pending(0, 0b01);
   EXPECT_FALSE(word(*region, 0).is_free());
@@ -147,7 +147,7 @@ TEST_F(SlotPoolTest, ASlotIsFreeOnlyAfterItsLastGroupReleasedIt) {
 TEST_F(SlotPoolTest, ASlotIsNotFreeBeforeItsPublisherIsDone) {
   make(1);
   pool->try_alloc(0);
-  pool->commit(0, 0, 1);
+  pool->commit(0, pool->word(0), 1);
   pool->clear_pending(0, 1);
   EXPECT_FALSE(word(*region, 0).is_free());
   EXPECT_FALSE(map_shows(0));
@@ -168,7 +168,7 @@ TEST_F(SlotPoolTest, AbortOfAWordThatHasChangedDoesNothing) {
   make(1);
   pool->try_alloc(0);
   SlotWord seen = pool->word(0);
-  pool->abort(0);
+  pool->abort(0, pool->word(0));
   pool->try_alloc(1);
   EXPECT_FALSE(pool->abort(0, seen));
   EXPECT_EQ(word(*region, 0).owner(), 1u);
@@ -238,7 +238,7 @@ TEST_F(SlotPoolTest, AReusedQuarantinedSlotIsAnOrdinaryOneAgain) {
 TEST_F(SlotPoolTest, ABadFrameThatAnotherGroupStillNeedsIsNotTakenAway) {
   make(1, 2);
   pool->try_alloc(0);
-  pool->commit(0, 0, 0b11);
+  pool->commit(0, pool->word(0), 0b11);
   pool->clear_pending(0, kEnqueueing);
   pool->clear_pending_corrupted(0, 0b01);
   EXPECT_EQ(word(*region, 0), SlotWord::make(1, 0, SlotPhase::Committed, 0b10));
@@ -249,7 +249,7 @@ TEST_F(SlotPoolTest, ABadFrameThatAnotherGroupStillNeedsIsNotTakenAway) {
 TEST_F(SlotPoolTest, ABadFrameWhosePublisherIsNotDoneYetIsFreedByThePublisher) {
   make(1);
   pool->try_alloc(0);
-  pool->commit(0, 0, 1);
+  pool->commit(0, pool->word(0), 1);
   pool->clear_pending_corrupted(0, 1);
   EXPECT_EQ(word(*region, 0).pending(), kEnqueueing);
   pool->clear_pending(0, kEnqueueing);
@@ -304,7 +304,7 @@ TEST_F(SlotPoolTest, ASlotThatIsFreedWhileItsHintIsCachedIsFoundThroughTheMap) {
   pool->try_alloc_cached(cache, 0);
   for (std::uint32_t s = pool->try_alloc_by_scan(1); s != kNoSlot; s = pool->try_alloc_by_scan(1)) {
   }
-  pool->abort(5);
+  pool->abort(5, pool->word(5));
   EXPECT_EQ(pool->try_alloc_cached(cache, 0), 5u);
 }
 
@@ -323,7 +323,7 @@ TEST_F(SlotPoolTest, FreeingWakesWhoWaitsForSpace) {
   pool->try_alloc(0);
   pool->space().add(2);
   std::uint32_t before = pool->space().sequence();
-  pool->abort(0);
+  pool->abort(0, pool->word(0));
   EXPECT_EQ(pool->space().sequence(), before + 1);
 }
 
@@ -351,9 +351,9 @@ TEST_F(SlotPoolTest, CompetingThreadsNeverHoldTheSameSlot) {
         doubles += held[s].fetch_add(1) != 0;
         held[s].fetch_sub(1);
         if (i % 2 == 0) {
-          pool->abort(s);
+          pool->abort(s, pool->word(s));
         } else {
-          pool->commit(s, me, 1);
+          pool->commit(s, pool->word(s), 1);
           pool->clear_pending(s, kEnqueueing);
           pool->clear_pending(s, 1);
         }

@@ -10,6 +10,7 @@
 #include <memory>
 #include <string>
 
+#include "base/atomic.hpp"
 #include "base/clock.hpp"
 #include "dsline/channel.hpp"
 

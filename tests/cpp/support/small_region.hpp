@@ -39,11 +39,11 @@ inline std::unique_ptr<memory::Region> open_again(const memory::Region& region) 
 }
 
 /// Takes a slot, commits it and enters it for `groups`, as a publisher does.
-inline order::OrderRing::Entered publish(memory::Region& region, std::uint32_t s, std::uint32_t me,
+inline order::OrderRing::Entered publish(memory::Region& region, std::uint32_t s, std::uint32_t,
                                          std::uint32_t groups = 1) {
   slots::SlotPool pool(region);
   order::OrderRing ring(region);
-  pool.commit(s, me, groups);
+  pool.commit(s, pool.word(s), groups);
   order::OrderRing::Entered entered = ring.enter(s, groups);
   pool.clear_pending(s, slots::kEnqueueing);
   ring.advance_tail(entered);

@@ -1,0 +1,221 @@
+"""What child processes of the tests run: ``python children.py <function> <JSON list of arguments>``.
+
+Reports are lines of JSON on standard output; `read_word` waits for a line of the parent.
+"""
+
+import gc
+import json
+import mmap
+import os
+import struct
+import sys
+import threading
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from support import check_proof, proof
+
+import dsline
+
+
+def report(value):
+    print(json.dumps(value), flush=True)
+
+
+def read_word():
+    return sys.stdin.readline().strip()
+
+
+def wait_for_ever():
+    sys.stdin.read()
+
+
+# --- programs ---------------------------------------------------------------------------------------------------
+
+
+def send_proofs(name, producer, first, count, words=16):
+    """Send, then wait to be told, or killed."""
+    with dsline.ShmChannel(name, timeout=30) as channel:
+        for number in range(first, first + count):
+            assert channel.send(proof(producer, number, words))
+        report(f"sent {count}")
+        read_word()
+
+
+def send_proofs_and_leave(name, producer, first, count, words=16):
+    with dsline.ShmChannel(name, timeout=30) as channel:
+        for number in range(first, first + count):
+            assert channel.send(proof(producer, number, words))
+
+
+def receive_proofs(name):
+    """Receive until the channel ends; report who sent what."""
+    with dsline.ShmChannel(name, timeout=30) as channel:
+        report("ready")
+        report([check_proof(view) for view in channel])
+
+
+def echo(there, back):
+    """Send back twice of what comes, until the channel ends."""
+    with dsline.ShmChannel(there, timeout=30) as inbox, dsline.ShmChannel(back) as outbox:
+        for view in inbox:
+            outbox.send(np.asarray(view) * 2)
+
+
+def hold(name, count=1):
+    """Take messages and keep them."""
+    channel = dsline.ShmChannel.open(name, timeout=30)
+    messages = [channel.recv_message() for _ in range(count)]
+    report([message.sequence for message in messages])
+    wait_for_ever()
+
+
+def hold_file(path, count):
+    channel = dsline.FileChannel.open(path, timeout=30)
+    messages = [channel.recv_message() for _ in range(count)]
+    report([message.sequence for message in messages])
+    wait_for_ever()
+
+
+def echo_file(there, back):
+    with dsline.FileChannel.open(there, timeout=30) as inbox, dsline.FileChannel.open(back) as outbox:
+        for view in inbox:
+            outbox.send(np.asarray(view) * 2)
+
+
+def wait_in_recv(name):
+    channel = dsline.ShmChannel.open(name)
+    report("waiting")
+    channel.recv(timeout=None)
+
+
+def wait_in_send(name):
+    channel = dsline.ShmChannel.open(name)
+    report("waiting")
+    channel.send(b"never", timeout=None)
+
+
+def send_and_log(name, log, producer, words):
+    """Send until killed; the log's first 8 bytes say how many sends have returned."""
+    with (
+        open(log, "r+b") as file,
+        mmap.mmap(file.fileno(), 8) as returned,
+        dsline.ShmChannel.open(name) as channel,
+    ):
+        report("ready")
+        number = 0
+        while True:
+            channel.send(proof(producer, number, words))
+            number += 1
+            struct.pack_into("<Q", returned, 0, number)
+
+
+def receive_and_log(name, log):
+    """Receive until killed; append what was received before giving it back."""
+    with open(log, "ab", buffering=0) as file, dsline.ShmChannel.open(name) as channel:
+        report("ready")
+        while True:
+            message = channel.recv_message()
+            _, number = check_proof(message.array())
+            file.write(struct.pack("<QB", number, message.redelivered))
+            message.release()
+
+
+def receive_and_log_all(name, log):
+    with open(log, "ab", buffering=0) as file, dsline.ShmChannel.open(name) as channel:
+        report("ready")
+        while True:
+            message = channel.recv_message()
+            file.write(struct.pack("<QQ", *check_proof(message.array())))
+            message.release()
+
+
+def open_when_told(name):
+    report("ready")
+    read_word()
+    with dsline.ShmChannel(name, capacity=8, slot_size=64) as channel:
+        channel.send(b"%d" % os.getpid())
+        report(channel._core_uuid())
+        read_word()
+
+
+def fork_and_hold(name):
+    """Hold a message and have a forked child that lives on with what it inherited."""
+    channel = dsline.ShmChannel.open(name, timeout=30)
+    message = channel.recv_message()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(writer)
+        os.read(reader, 1)  # until the parent's end is closed, by its death or by the test's
+        os._exit(0)
+    report([message.sequence, child])
+    wait_for_ever()
+
+
+def queue_and_end(path, count, how):
+    """Leave `count` messages in a file channel."""
+    channel = dsline.FileChannel.open(path)
+    for number in range(count):
+        channel.send(proof(7, number), meta={"number": number})
+    report("sent")
+    if how == "close":
+        channel.close()
+    elif how == "exit":
+        os._exit(0)
+    else:
+        wait_for_ever()
+
+
+# --- targets of multiprocessing ---------------------------------------------------------------------------------
+
+
+def double_what_comes(inbox, outbox):
+    for view in inbox:
+        outbox.send(np.asarray(view) * 2, timeout=30)
+    del view
+    inbox.close()
+    outbox.close()
+
+
+def send_numbers(channel, first, count):
+    for number in range(first, first + count):
+        channel.send(proof(1, number), timeout=30)
+
+
+def tell_settings(channel, connection):
+    connection.send((channel.backpressure.value, channel.timeout, channel.capacity, channel.slot_size))
+    connection.close()
+
+
+def receive_and_report(channel, connection):
+    connection.send([check_proof(view) for view in channel])
+    connection.close()
+
+
+def receive_handle(connection):
+    channel = connection.recv()
+    channel.send(b"from the child")
+    channel.close()
+
+
+def hold_and_end(channel, connection):
+    """End in order with a view in hand, as children of multiprocessing do: by os._exit."""
+    view = channel.recv(timeout=30)
+    connection.send(bytes(view))
+
+
+def threads_in_child(channel, count):
+    threads = [threading.Thread(target=channel.send, args=(b"%d" % number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+if __name__ == "__main__":
+    function = globals()[sys.argv[1]]
+    function(*json.loads(sys.argv[2]))
+    gc.collect()
