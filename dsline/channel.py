@@ -90,10 +90,15 @@ def get_include() -> str:
 
 # --- the end of the process ---------------------------------------------------------------------------------------------
 
+
 def _leave_child() -> None:
     # The threads of a child are joined only after its finalizers: they may still send.
     for thread in threading.enumerate():
-        if not thread.daemon and thread is not threading.current_thread() and thread is not threading.main_thread():
+        if (
+            not thread.daemon
+            and thread is not threading.current_thread()
+            and thread is not threading.main_thread()
+        ):
             thread.join()
     _core.leave_all()
 
@@ -158,7 +163,9 @@ class _Channel(_core.Channel):
     _backpressure: Backpressure
     _default_timeout: float | None
 
-    def _start(self, kind: str, target: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any) -> None:
+    def _start(
+        self, kind: str, target: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any
+    ) -> None:
         self._backpressure = parse_enum(Backpressure, policy, "backpressure")
         self._open(kind, target, options, mode, BACKPRESSURE_CODES[self._backpressure], timeout)
         self._default_timeout = timeout
@@ -199,7 +206,9 @@ class _Channel(_core.Channel):
 
     def alloc(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not built yet: raises FeatureUnavailableError."""
-        raise FeatureUnavailableError("alloc/publish (true zero-copy) is not part of this version; send() copies once")
+        raise FeatureUnavailableError(
+            "alloc/publish (true zero-copy) is not part of this version; send() copies once"
+        )
 
     def publish(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not built yet: raises FeatureUnavailableError."""
@@ -345,7 +354,9 @@ class ShmChannel(_Channel):
         """Open the channel of that name, whatever its geometry; ChannelNotFoundError when there is none."""
         channel = cls.__new__(cls)
         if name is None:
-            raise TypeError("name is None, but an anonymous channel cannot be opened: pass its handle to the process")
+            raise TypeError(
+                "name is None, but an anonymous channel cannot be opened: pass its handle to the process"
+            )
         options = _options(None, None, None, None, None, 0o600, OnStale.RECOVER)
         channel._begin(name, options, _OPEN, backpressure, timeout, Storage.SHM)
         return channel
@@ -409,18 +420,29 @@ class FileChannel(_Channel):
         return channel
 
     def __reduce__(self) -> Any:
-        return _open_again, (type(self), self.path, self._core_uuid(), self._backpressure, self._default_timeout)
+        return _open_again, (
+            type(self),
+            self.path,
+            self._core_uuid(),
+            self._backpressure,
+            self._default_timeout,
+        )
 
 
 def _open_again(
-    cls: type[ShmChannel] | type[FileChannel], place: str, uuid: str, policy: Backpressure, timeout: float | None
+    cls: type[ShmChannel] | type[FileChannel],
+    place: str,
+    uuid: str,
+    policy: Backpressure,
+    timeout: float | None,
 ) -> ShmChannel | FileChannel:
     """Unpickle a handle of a channel that has a name."""
     channel = cls.open(place, backpressure=policy, timeout=timeout)
     if channel._core_uuid() != uuid:
         channel.close()
         raise ChannelNotFoundError(
-            2, f"channel {place!r} is not the one that was pickled: that one is gone and another took its name"
+            2,
+            f"channel {place!r} is not the one that was pickled: that one is gone and another took its name",
         )
     return channel
 

@@ -78,8 +78,9 @@ int main(int argc, char** argv) {
   waitpid(child, nullptr, 0);
   std::sort(trips.begin(), trips.end());
   auto at = [&trips](double share) {
-    return trips[std::min(trips.size() - 1, static_cast<std::size_t>(share * static_cast<double>(trips.size())))];
+    return trips[std::min(trips.size() - 1,
+                          static_cast<std::size_t>(share * static_cast<double>(trips.size())))];
   };
-  std::printf("{\"count\": %u, \"p50_us\": %.3f, \"p99_us\": %.3f, \"p999_us\": %.3f, \"max_us\": %.3f}\n", count, at(0.5),
-              at(0.99), at(0.999), trips.back());
+  std::printf("{\"count\": %u, \"p50_us\": %.3f, \"p99_us\": %.3f, \"p999_us\": %.3f, \"max_us\": %.3f}\n",
+              count, at(0.5), at(0.99), at(0.999), trips.back());
 }

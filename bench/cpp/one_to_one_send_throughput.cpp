@@ -59,7 +59,8 @@ int main(int argc, char** argv) {
   for (int i = 1; i < argc; i += 2) {
     std::string option = argv[i];
     std::uint64_t value = i + 1 < argc ? std::strtoull(argv[i + 1], nullptr, 10) : 0;
-    if (option == "--cpus" && i + 1 < argc && std::sscanf(argv[i + 1], "%d,%d", &cpus[0], &cpus[1]) == 2) continue;
+    if (option == "--cpus" && i + 1 < argc && std::sscanf(argv[i + 1], "%d,%d", &cpus[0], &cpus[1]) == 2)
+      continue;
     if (option == "--message-size" && value >= 1) {
       size = value;
     } else if (option == "--count" && value >= 2) {
@@ -85,7 +86,8 @@ int main(int argc, char** argv) {
     std::vector<char> payload(size, 1);
     for (std::uint64_t i = 0; i < count; ++i) {
       if (size >= sizeof i) std::memcpy(payload.data(), &i, sizeof i);
-      channel->send(payload.data(), size, dsline::Backpressure::Block, std::numeric_limits<std::int64_t>::max());
+      channel->send(payload.data(), size, dsline::Backpressure::Block,
+                    std::numeric_limits<std::int64_t>::max());
     }
     int status = 1;
     waitpid(child, &status, 0);

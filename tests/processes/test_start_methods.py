@@ -93,11 +93,10 @@ def test_both_directions(context, make):
 def test_the_handles_settings_travel_along(context, make):
     channel = make(backpressure="drop_newest", timeout=0.5)
     reader, writer = context.Pipe(duplex=False)
-    with reader, writer:
-        with Started(context, children.tell_settings, channel, writer) as child:
-            assert reader.poll(TIMEOUT)
-            assert reader.recv() == ("drop_newest", 0.5, 4, 256)
-            child.end()
+    with reader, writer, Started(context, children.tell_settings, channel, writer) as child:
+        assert reader.poll(TIMEOUT)
+        assert reader.recv() == ("drop_newest", 0.5, 4, 256)
+        child.end()
 
 
 def test_several_children_compete(context, make):
@@ -132,11 +131,10 @@ def test_a_child_that_ends_with_views_has_not_died(context, make):
     channel = make()
     channel.send(b"seen by the child")
     reader, writer = context.Pipe(duplex=False)
-    with reader, writer:
-        with Started(context, children.hold_and_end, channel, writer) as child:
-            assert reader.poll(TIMEOUT)
-            assert reader.recv() == b"seen by the child"
-            child.end()
+    with reader, writer, Started(context, children.hold_and_end, channel, writer) as child:
+        assert reader.poll(TIMEOUT)
+        assert reader.recv() == b"seen by the child"
+        child.end()
     with pytest.raises(dsline.BufferEmptyError):
         channel.recv(timeout=0.2)
     assert (channel.stats().free_slots, channel.stats().redelivered) == (4, 0)
@@ -145,11 +143,10 @@ def test_a_child_that_ends_with_views_has_not_died(context, make):
 def test_handles_go_over_a_connection(context, make):
     channel = make()
     ours, theirs = context.Pipe()
-    with ours, theirs:
-        with Started(context, children.receive_handle, theirs) as child:
-            ours.send(channel)
-            assert channel.recv_bytes() == b"from the child"
-            child.end()
+    with ours, theirs, Started(context, children.receive_handle, theirs) as child:
+        ours.send(channel)
+        assert channel.recv_bytes() == b"from the child"
+        child.end()
 
 
 # --- what cannot travel -----------------------------------------------------------------------------------------

@@ -106,9 +106,11 @@ struct ChannelStats {
 class Channel {
  public:
   /// A channel with a name on this host: opens the one there is, or creates it, as `mode` says.
-  static std::shared_ptr<Channel> open_named(const std::string& name, const ChannelOptions& options, OpenMode mode);
+  static std::shared_ptr<Channel> open_named(const std::string& name, const ChannelOptions& options,
+                                             OpenMode mode);
   /// A channel in a file that outlives its processes.
-  static std::shared_ptr<Channel> open_file(const std::string& path, const ChannelOptions& options, OpenMode mode);
+  static std::shared_ptr<Channel> open_file(const std::string& path, const ChannelOptions& options,
+                                            OpenMode mode);
   /// A channel without a name, in a sealed memfd.
   static std::shared_ptr<Channel> create_anonymous(const ChannelOptions& options);
   /// Another handle of an anonymous channel, from its descriptor (taken over).
@@ -131,7 +133,8 @@ class Channel {
   Outcome try_send(const void* payload, std::uint64_t payload_bytes, int kind, const void* meta,
                    std::uint32_t meta_bytes, std::uint64_t schema_hash, Backpressure policy);
   /// The same, and waits for room until `deadline_ns` on CLOCK_MONOTONIC; TimedOut when none came.
-  Outcome send(const void* payload, std::uint64_t payload_bytes, Backpressure policy, std::int64_t deadline_ns);
+  Outcome send(const void* payload, std::uint64_t payload_bytes, Backpressure policy,
+               std::int64_t deadline_ns);
 
   // --- receiving -------------------------------------------------------------------------------------------------
 

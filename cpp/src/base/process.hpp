@@ -13,7 +13,9 @@ namespace dsline::base {
 /// value was inherited and belongs to the parent. Writer: the fork handler, alone in the new child.
 extern Atomic<std::uint32_t> fork_generation_word;
 
-inline std::uint32_t fork_generation() noexcept { return fork_generation_word.load(std::memory_order_relaxed); }
+inline std::uint32_t fork_generation() noexcept {
+  return fork_generation_word.load(std::memory_order_relaxed);
+}
 
 /// Opens a file whose descriptor a forked child must close at once, because it carries kernel locks of the parent; -1
 /// with errno as open(). No fork comes between the opening and the registration.

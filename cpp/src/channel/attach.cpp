@@ -32,15 +32,16 @@ void sleep_ms(long ms) noexcept {
 }
 
 memory::Geometry plan(const ChannelOptions& options) {
-  return memory::plan_geometry(options.capacity == 0 ? kDefaultCapacity : options.capacity,
-                               options.slot_size == 0 ? kDefaultSlotBytes : options.slot_size,
-                               options.max_message_size,
-                               options.max_handles == 0 ? kDefaultParticipants : options.max_handles, kDefaultGroups);
+  return memory::plan_geometry(
+      options.capacity == 0 ? kDefaultCapacity : options.capacity,
+      options.slot_size == 0 ? kDefaultSlotBytes : options.slot_size, options.max_message_size,
+      options.max_handles == 0 ? kDefaultParticipants : options.max_handles, kDefaultGroups);
 }
 
-std::unique_ptr<memory::Region> make_region(std::unique_ptr<memory::Storage> storage, const ChannelOptions& options) {
-  memory::Checksum checksum = options.checksum < 0 ? memory::Checksum::Header
-                                                   : static_cast<memory::Checksum>(options.checksum);
+std::unique_ptr<memory::Region> make_region(std::unique_ptr<memory::Storage> storage,
+                                            const ChannelOptions& options) {
+  memory::Checksum checksum =
+      options.checksum < 0 ? memory::Checksum::Header : static_cast<memory::Checksum>(options.checksum);
   std::uint64_t first = options.first_position;
   if ((first & slots::kPositionMask) == slots::kNoPositionLow) ++first;
   auto region = memory::Region::create(std::move(storage), plan(options), checksum, first);
@@ -94,17 +95,18 @@ std::uint32_t join(memory::Region& region, const std::string& label) {
   }
   const std::string limit = std::to_string(region.geometry().participants);
   throw Error(ErrorCode::TooManyHandles,
-              "channel '" + label + "' has " + limit + " open handles, which is its limit max_handles=" + limit +
-                  "; close some, or create it with a larger max_handles (at most " +
+              "channel '" + label + "' has " + limit + " open handles, which is its limit max_handles=" +
+                  limit + "; close some, or create it with a larger max_handles (at most " +
                   std::to_string(memory::kMaxParticipants) + ")");
 }
 
 void check_locks_work(memory::Storage& storage) {
   if (!storage.try_lock(memory::kControlLock)) {
-    throw Error(ErrorCode::FeatureUnavailable,
-                storage.describe() + ": its file system has no locks that belong to an open file (F_OFD_SETLK: " +
-                    std::string(strerror(errno)) + "), which tell the living from the dead; use another directory",
-                errno);
+    throw Error(
+        ErrorCode::FeatureUnavailable,
+        storage.describe() + ": its file system has no locks that belong to an open file (F_OFD_SETLK: " +
+            std::string(strerror(errno)) + "), which tell the living from the dead; use another directory",
+        errno);
   }
   storage.unlock(memory::kControlLock);
 }
@@ -114,8 +116,8 @@ bool was_shut_down(const memory::Region& region) noexcept {
 }
 
 // A damaged or older region of this user with nobody attached stands in the way of a new one; only then it goes.
-bool replace_unusable(std::unique_ptr<memory::Storage>& storage, const std::string& path, const ChannelOptions& options,
-                      OpenMode mode) {
+bool replace_unusable(std::unique_ptr<memory::Storage>& storage, const std::string& path,
+                      const ChannelOptions& options, OpenMode mode) {
   memory::Inspection inspection = memory::inspect(*storage);
   if (inspection.found == memory::Found::Channel) return false;
   const bool ours = inspection.found != memory::Found::Foreign;
@@ -129,9 +131,10 @@ bool replace_unusable(std::unique_ptr<memory::Storage>& storage, const std::stri
     remove_name(*storage, path);
     return true;
   }
-  throw Error(ErrorCode::ChannelLayout, path + " is not a usable channel: " + inspection.reason +
-                                            (ours && !idle ? "; processes are still attached to it: end them, then remove it"
-                                                           : "; remove it, or choose another name"));
+  throw Error(ErrorCode::ChannelLayout,
+              path + " is not a usable channel: " + inspection.reason +
+                  (ours && !idle ? "; processes are still attached to it: end them, then remove it"
+                                 : "; remove it, or choose another name"));
 }
 
 enum class Verdict { Joined, Retry };
@@ -150,7 +153,8 @@ Verdict try_attach(std::unique_ptr<memory::Storage> storage, const ChannelOption
   const std::string found = differences(region, options);
   if (alive) {
     if (mode == OpenMode::Create) {
-      throw Error(ErrorCode::ChannelExists, "channel '" + out.label + "' exists and is in use; open it, or choose another name",
+      throw Error(ErrorCode::ChannelExists,
+                  "channel '" + out.label + "' exists and is in use; open it, or choose another name",
                   EEXIST);
     }
     if (!found.empty()) refuse_differences(out.label, found);
@@ -158,17 +162,21 @@ Verdict try_attach(std::unique_ptr<memory::Storage> storage, const ChannelOption
     const bool empty = !holds_messages(region);
     const bool may_replace = mode != OpenMode::Open && is_shm;
     if (mode == OpenMode::Create && !is_shm && options.on_stale != OnStale::Reset) {
-      throw Error(ErrorCode::ChannelExists, "the file " + out.path + " exists; open it with FileChannel.open, or create it with on_stale='reset'",
+      throw Error(ErrorCode::ChannelExists,
+                  "the file " + out.path +
+                      " exists; open it with FileChannel.open, or create it with on_stale='reset'",
                   EEXIST);
     }
     if (options.on_stale == OnStale::Raise) {
       throw Error(ErrorCode::ChannelExists,
                   "channel '" + out.label + "' was left by processes that are all gone" +
-                      (empty ? "" : ", with messages in it") + "; take it over with on_stale='recover', or drop it with "
+                      (empty ? "" : ", with messages in it") +
+                      "; take it over with on_stale='recover', or drop it with "
                       "on_stale='reset'",
                   EEXIST);
     }
-    if (options.on_stale == OnStale::Reset || (may_replace && empty && (was_shut_down(region) || !found.empty()))) {
+    if (options.on_stale == OnStale::Reset ||
+        (may_replace && empty && (was_shut_down(region) || !found.empty()))) {
       remove_name(region.storage(), out.path);
       return Verdict::Retry;
     }
@@ -191,9 +199,10 @@ ControlLock::ControlLock(memory::Region& region, const std::string& label, std::
   const std::int64_t deadline = base::monotonic_ns() + patience_ns;
   while (!region.storage().try_lock(memory::kControlLock)) {
     if (base::monotonic_ns() > deadline) {
-      throw Error(ErrorCode::TimedOut, "channel '" + label +
-                                           "': another process has been joining or leaving it for seconds; it is stopped or "
-                                           "being debugged: let it go on, or end it");
+      throw Error(ErrorCode::TimedOut,
+                  "channel '" + label +
+                      "': another process has been joining or leaving it for seconds; it is stopped or "
+                      "being debugged: let it go on, or end it");
     }
     sleep_ms(1);
   }
@@ -232,7 +241,8 @@ Attachment attach_path(const std::string& path, const std::string& label, memory
     if (link_storage(out.region->storage(), path)) return out;
   }
   throw Error(ErrorCode::Internal, "channel '" + label + "' was made and removed by others " +
-                                       std::to_string(kAttempts) + " times while this process tried to open it");
+                                       std::to_string(kAttempts) +
+                                       " times while this process tried to open it");
 }
 
 Attachment create_unnamed(std::unique_ptr<memory::Storage> storage, const ChannelOptions& options) {

@@ -12,13 +12,13 @@
 #include "base/process.hpp"
 #include "channel/attach.hpp"
 #include "channel/directory.hpp"
+#include "dsline/build.hpp"
 #include "frames/frame_header.hpp"
 #include "liveness/participants.hpp"
 #include "liveness/recovery.hpp"
 #include "order/group.hpp"
 #include "order/order_ring.hpp"
 #include "slots/slot_pool.hpp"
-#include "dsline/build.hpp"
 #include "waiting/spin.hpp"
 
 namespace dsline {
@@ -44,11 +44,13 @@ constexpr std::uint64_t kPollsPerSweep = 16;
 // Up to this size the fight for the free map's cache line costs more than a slot that is less warm.
 constexpr std::uint64_t kHintedBytes = 8 * 1024;
 
-std::string too_large(const std::string& label, const memory::Geometry& g, std::uint64_t payload, std::uint64_t meta) {
+std::string too_large(const std::string& label, const memory::Geometry& g, std::uint64_t payload,
+                      std::uint64_t meta) {
   std::string text = "message needs " + std::to_string(payload) + " bytes";
   if (payload <= g.max_message_bytes) text += " and " + std::to_string(meta) + " bytes of metadata";
   return text + ", channel '" + label + "' takes at most " + std::to_string(g.max_message_bytes) +
-         "; create it with max_message_size>=" + std::to_string(payload > g.max_message_bytes ? payload : g.max_message_bytes + meta);
+         "; create it with max_message_size>=" +
+         std::to_string(payload > g.max_message_bytes ? payload : g.max_message_bytes + meta);
 }
 
 }  // namespace
@@ -118,7 +120,8 @@ struct Channel::Impl {
   void renew() {
     std::lock_guard lock(base::process_mutex());
     if (!is_inherited()) return;  // another thread of the child was first
-    static_cast<void>(local.release());  // a mutex that another thread of the parent held is never unlocked here
+    static_cast<void>(
+        local.release());  // a mutex that another thread of the parent held is never unlocked here
     local = std::make_unique<Local>();
     if (closed.load(std::memory_order_relaxed)) {
       left = true;
@@ -130,7 +133,8 @@ struct Channel::Impl {
     process.store(base::fork_generation(), std::memory_order_release);
   }
   void enter() {
-    if (is_inherited()) [[unlikely]] renew();
+    if (is_inherited()) [[unlikely]]
+      renew();
   }
 
   std::uint64_t active() const noexcept { return region->header().active.load(std::memory_order_seq_cst); }
@@ -197,7 +201,8 @@ struct Channel::Impl {
     const memory::Geometry& g = region->geometry();
     std::uint64_t frame = 0;
     if (payload_bytes > g.max_message_bytes || !frames::frame_bytes(meta_bytes, payload_bytes, frame) ||
-        frame > g.stride_bytes - (g.stride_bytes < memory::kPageBytes ? 0 : memory::kMaxFrameShift)) [[unlikely]] {
+        frame > g.stride_bytes - (g.stride_bytes < memory::kPageBytes ? 0 : memory::kMaxFrameShift))
+        [[unlikely]] {
       throw Error(ErrorCode::MessageTooLarge, too_large(label, g, payload_bytes, meta_bytes));
     }
     if (closed.load(std::memory_order_seq_cst) || (active() & memory::kShutDown) != 0) [[unlikely]] {
@@ -253,7 +258,8 @@ struct Channel::Impl {
     const std::uint64_t base_room = region->geometry().room_bytes;
     const std::uint64_t room = state.room_bytes.load(std::memory_order_relaxed);
     const std::uint64_t need = memory::frame_shift(region->geometry(), s) + frame;
-    if (need <= room && room <= base_room) [[likely]] return;
+    if (need <= room && room <= base_room) [[likely]]
+      return;
     if (need > room) {
       grow(s, need);
       state.small_uses.store(0, std::memory_order_relaxed);
@@ -288,7 +294,8 @@ struct Channel::Impl {
     bool any = false;
     const memory::Geometry& g = region->geometry();
     for (std::uint32_t s = 0; s < g.slots; ++s) {
-      if (region->slot(s).room_bytes.load(std::memory_order_relaxed) <= g.room_bytes || !pool.try_take(s, me)) continue;
+      if (region->slot(s).room_bytes.load(std::memory_order_relaxed) <= g.room_bytes || !pool.try_take(s, me))
+        continue;
       if (region->slot(s).room_bytes.load(std::memory_order_relaxed) > g.room_bytes) {
         region->shrink_slot(s, g.room_bytes);
         any = true;
@@ -306,11 +313,13 @@ struct Channel::Impl {
   void abort(const Loan& loan) noexcept {
     if (!is_mine(loan)) return;
     pool.abort(loan.slot, SlotWord{loan.word});
-    if (closed.load(std::memory_order_seq_cst)) [[unlikely]] leave_if_idle();
+    if (closed.load(std::memory_order_seq_cst)) [[unlikely]]
+      leave_if_idle();
   }
 
   Outcome publish(const Loan& loan, int kind, std::uint64_t schema_hash) noexcept {
-    if (!is_mine(loan)) [[unlikely]] return Outcome::Closed;
+    if (!is_mine(loan)) [[unlikely]]
+      return Outcome::Closed;
     FrameHeader header{};
     header.magic = frames::kFrameMagic;
     header.version = frames::kFrameVersion;
@@ -331,13 +340,15 @@ struct Channel::Impl {
       return Outcome::Closed;
     }
     const std::uint32_t groups = static_cast<std::uint32_t>(state & memory::kActiveGroupsMask);
-    if (!pool.commit(loan.slot, SlotWord{loan.word}, groups)) [[unlikely]] return Outcome::Closed;
+    if (!pool.commit(loan.slot, SlotWord{loan.word}, groups)) [[unlikely]]
+      return Outcome::Closed;
     if (groups == 0) {
       region->header().dropped_newest.fetch_add(1, std::memory_order_relaxed);
     } else {
       enter_order(loan.slot, groups);
     }
-    if (closed.load(std::memory_order_seq_cst)) [[unlikely]] leave_if_idle();
+    if (closed.load(std::memory_order_seq_cst)) [[unlikely]]
+      leave_if_idle();
     return Outcome::Ok;
   }
 
@@ -354,7 +365,8 @@ struct Channel::Impl {
 
   Outcome try_recv(Received& message) {
     enter();
-    if (closed.load(std::memory_order_relaxed)) [[unlikely]] return Outcome::Closed;
+    if (closed.load(std::memory_order_relaxed)) [[unlikely]]
+      return Outcome::Closed;
     order::Held held{};
     if (!group.try_take(me, held)) {
       // Whoever only polls looks after the dead as well, now and then.
@@ -379,7 +391,8 @@ struct Channel::Impl {
       group.give_back(held, me);
       throw;
     }
-    if (fault == nullptr) [[likely]] return Outcome::Ok;
+    if (fault == nullptr) [[likely]]
+      return Outcome::Ok;
     message.fault = fault;
     region->header().corrupted.fetch_add(1, std::memory_order_relaxed);
     pool.clear_pending_corrupted(held.slot, group.bit());
@@ -391,12 +404,13 @@ struct Channel::Impl {
     const std::byte* at = region->read_frame(s);
     FrameHeader header;
     std::memcpy(&header, at, sizeof header);
-    const std::uint64_t reserved = std::min(region->slot(s).room_bytes.load(std::memory_order_relaxed),
-                                            region->geometry().stride_bytes);
+    const std::uint64_t reserved =
+        std::min(region->slot(s).room_bytes.load(std::memory_order_relaxed), region->geometry().stride_bytes);
     const std::uint64_t shift = memory::frame_shift(region->geometry(), s);
     const std::uint64_t room = reserved > shift ? reserved - shift : 0;
     frames::FrameFault fault = frames::check_lengths(header, room);
-    if (fault != frames::FrameFault::None) [[unlikely]] return frames::describe(fault);
+    if (fault != frames::FrameFault::None) [[unlikely]]
+      return frames::describe(fault);
     message.meta_bytes = header.meta_bytes;
     std::byte* meta = message.inline_meta;
     if (header.meta_bytes > sizeof message.inline_meta) [[unlikely]] {
@@ -407,7 +421,8 @@ struct Channel::Impl {
     message.payload = at + frames::payload_offset(header.meta_bytes);
     message.payload_bytes = header.payload_bytes;
     fault = frames::check_sums(header, region->checksum(), meta, message.payload);
-    if (fault != frames::FrameFault::None) [[unlikely]] return frames::describe(fault);
+    if (fault != frames::FrameFault::None) [[unlikely]]
+      return frames::describe(fault);
     message.schema_hash = header.schema_hash;
     message.timestamp_ns = header.timestamp_ns;
     message.kind = static_cast<int>(header.kind);
@@ -416,7 +431,8 @@ struct Channel::Impl {
 
   Outcome empty_or_ended() noexcept {
     const std::uint64_t state = active();
-    if ((state & memory::kShutDown) == 0) [[likely]] return Outcome::Empty;
+    if ((state & memory::kShutDown) == 0) [[likely]]
+      return Outcome::Empty;
     if ((state & memory::kShutDownAtOnce) == 0 && !is_drained()) return Outcome::Empty;
     if (group.messages().anyone()) group.messages().wake_all();
     return Outcome::Closed;
@@ -428,7 +444,8 @@ struct Channel::Impl {
     for (std::uint32_t s = 0; s < region->geometry().slots; ++s) {
       SlotWord word = pool.word(s);
       if (word.is(SlotPhase::Writing)) return false;
-      if (!word.is(SlotPhase::Committed) || (word.pending() & (group.bit() | slots::kEnqueueing)) == 0) continue;
+      if (!word.is(SlotPhase::Committed) || (word.pending() & (group.bit() | slots::kEnqueueing)) == 0)
+        continue;
       if ((word.pending() & slots::kEnqueueing) != 0) return false;
       slots::Claim claim{region->claim(s, 0).load(std::memory_order_acquire)};
       if (claim.who() == slots::Claim::kNobody || claim.who() == slots::Claim::kRedeliver) return false;
@@ -437,11 +454,13 @@ struct Channel::Impl {
   }
 
   void release(std::uint32_t slot, std::uint32_t holder) noexcept {
-    if (holder != base::fork_generation() || left.load(std::memory_order_relaxed) || !claimed_by_me(slot)) [[unlikely]] {
+    if (holder != base::fork_generation() || left.load(std::memory_order_relaxed) || !claimed_by_me(slot))
+        [[unlikely]] {
       return;
     }
     pool.clear_pending(slot, group.bit());
-    if (closed.load(std::memory_order_relaxed)) [[unlikely]] leave_if_idle();
+    if (closed.load(std::memory_order_relaxed)) [[unlikely]]
+      leave_if_idle();
   }
 
   void give_back(const Received& message) noexcept {
@@ -477,8 +496,9 @@ struct Channel::Impl {
 
   /// `ready` is looked at while spinning; `surely` once more between registering and sleeping.
   template <class Ready, class Surely>
-  Outcome wait(waiting::WaitPoint point, std::uint32_t& count, std::uint64_t reason, waiting::AdaptiveSpin& spinner,
-               Ready ready, Surely surely, std::uint64_t done, std::int64_t deadline_ns, bool spin) {
+  Outcome wait(waiting::WaitPoint point, std::uint32_t& count, std::uint64_t reason,
+               waiting::AdaptiveSpin& spinner, Ready ready, Surely surely, std::uint64_t done,
+               std::int64_t deadline_ns, bool spin) {
     if (spin && spinner(ready, deadline_ns, done)) return Outcome::Ok;
     waiting::Wake wake{};
     std::int64_t now = base::monotonic_ns();
@@ -501,7 +521,8 @@ struct Channel::Impl {
     if (closed.load(std::memory_order_seq_cst)) return Outcome::Ok;
     send_waits.fetch_add(1, std::memory_order_relaxed);
     auto ready = [this] {
-      return pool.anything_free() || closed.load(std::memory_order_relaxed) || (active() & memory::kShutDown) != 0;
+      return pool.anything_free() || closed.load(std::memory_order_relaxed) ||
+             (active() & memory::kShutDown) != 0;
     };
     auto surely = [this, &ready] { return ready() || pool.anything_free_by_scan(); };
     return wait(pool.space(), local->sleeping_for_space, 1, local->space_spin, ready, surely,
@@ -535,7 +556,8 @@ struct Channel::Impl {
    public:
     explicit Busy(Impl& impl) noexcept : impl_(impl) { impl_.busy.fetch_add(1, std::memory_order_seq_cst); }
     ~Busy() {
-      if (impl_.busy.fetch_sub(1, std::memory_order_seq_cst) == 1 && impl_.closed.load(std::memory_order_seq_cst)) {
+      if (impl_.busy.fetch_sub(1, std::memory_order_seq_cst) == 1 &&
+          impl_.closed.load(std::memory_order_seq_cst)) {
         impl_.leave_if_idle();
       }
     }
@@ -571,12 +593,14 @@ struct Channel::Impl {
       const bool mine = word.owner() == me;
       if (mine && word.is(SlotPhase::Writing)) return true;
       if (mine && word.is(SlotPhase::Committed) && (word.pending() & slots::kEnqueueing) != 0) return true;
-      if (word.is(SlotPhase::Committed) && (word.pending() & group.bit()) != 0 && claimed_by_me(s)) return true;
+      if (word.is(SlotPhase::Committed) && (word.pending() & group.bit()) != 0 && claimed_by_me(s))
+        return true;
     }
     return false;
   }
   bool claimed_by_me(std::uint32_t s) const noexcept {
-    return slots::Claim{region->claim(s, 0).load(std::memory_order_acquire)}.who() == slots::Claim::holder(me);
+    return slots::Claim{region->claim(s, 0).load(std::memory_order_acquire)}.who() ==
+           slots::Claim::holder(me);
   }
 
   void leave_if_idle() noexcept {
@@ -616,7 +640,8 @@ struct Channel::Impl {
         pool.abort(s, word);
       } else if (word.is(SlotPhase::Committed) && (word.pending() & group.bit()) != 0 && claimed_by_me(s)) {
         slots::Claim claim{region->claim(s, 0).load(std::memory_order_acquire)};
-        group.give_back(order::Held{s, region->slot(s).position.load(std::memory_order_relaxed), claim.attempts()}, me);
+        group.give_back(
+            order::Held{s, region->slot(s).position.load(std::memory_order_relaxed), claim.attempts()}, me);
       }
     }
   }
@@ -648,7 +673,8 @@ struct Channel::Impl {
     out.send_waits = send_waits.load(std::memory_order_relaxed);
     out.recv_waits = recv_waits.load(std::memory_order_relaxed);
     out.reserved_bytes = g.arena_offset;
-    out.participants = liveness::Participants(*region).alive_guess(is_inherited() || left ? liveness::Participants::kNobody : me);
+    out.participants = liveness::Participants(*region).alive_guess(
+        is_inherited() || left ? liveness::Participants::kNobody : me);
     for (std::uint32_t s = 0; s < g.slots; ++s) {
       out.reserved_bytes += region->slot(s).room_bytes.load(std::memory_order_relaxed);
       SlotWord word = pool.word(s);
@@ -661,7 +687,8 @@ struct Channel::Impl {
       } else {
         ++out.committed_slots;
         slots::Claim claim{region->claim(s, 0).load(std::memory_order_acquire)};
-        if (claim.who() != slots::Claim::kNobody && claim.who() != slots::Claim::kRedeliver) ++out.pinned_slots;
+        if (claim.who() != slots::Claim::kNobody && claim.who() != slots::Claim::kRedeliver)
+          ++out.pinned_slots;
         if (!is_inherited() && claim.who() == slots::Claim::holder(me)) ++out.pinned_by_me;
       }
     }
@@ -679,7 +706,7 @@ struct Channel::Impl {
   std::string path;
   std::string label;
   base::Atomic<std::uint32_t> process;  // fork generation that `me` belongs to
-  base::Atomic<bool> left{false};  // writers hold local->closing
+  base::Atomic<bool> left{false};       // writers hold local->closing
   base::Atomic<bool> closed{false};
   base::Atomic<std::uint32_t> busy{0};
   base::Atomic<std::uint64_t> sent{0};
@@ -697,14 +724,16 @@ std::shared_ptr<Channel> Channel::make(std::unique_ptr<Impl> impl) {
   return std::shared_ptr<Channel>(new Channel(std::move(impl)));
 }
 
-std::shared_ptr<Channel> Channel::open_named(const std::string& name, const ChannelOptions& options, OpenMode mode) {
+std::shared_ptr<Channel> Channel::open_named(const std::string& name, const ChannelOptions& options,
+                                             OpenMode mode) {
   channel::check_name(name);
   std::string path = channel::prepare_directory(options.mode) + "/" + name;
   auto attachment = channel::attach_path(path, name, StorageKind::PosixShm, options, mode);
   return make(std::make_unique<Impl>(std::move(attachment)));
 }
 
-std::shared_ptr<Channel> Channel::open_file(const std::string& path, const ChannelOptions& options, OpenMode mode) {
+std::shared_ptr<Channel> Channel::open_file(const std::string& path, const ChannelOptions& options,
+                                            OpenMode mode) {
   auto attachment = channel::attach_path(path, path, StorageKind::File, options, mode);
   return make(std::make_unique<Impl>(std::move(attachment)));
 }
@@ -724,7 +753,8 @@ std::shared_ptr<Channel> Channel::create_heap(const ChannelOptions& options) {
   return make(std::make_unique<Impl>(std::move(attachment)));
 }
 
-Outcome Channel::try_alloc(std::uint64_t payload_bytes, std::uint32_t meta_bytes, Backpressure policy, Loan& loan) {
+Outcome Channel::try_alloc(std::uint64_t payload_bytes, std::uint32_t meta_bytes, Backpressure policy,
+                           Loan& loan) {
   return impl_->try_alloc(payload_bytes, meta_bytes, policy, loan);
 }
 Outcome Channel::publish(const Loan& loan, int kind, std::uint64_t schema_hash) noexcept {
@@ -742,13 +772,15 @@ Outcome Channel::try_send(const void* payload, std::uint64_t payload_bytes, int 
   }
   Loan loan;
   Outcome outcome = impl_->try_alloc(payload_bytes, meta_bytes, policy, loan);
-  if (outcome != Outcome::Ok) [[unlikely]] return outcome;
+  if (outcome != Outcome::Ok) [[unlikely]]
+    return outcome;
   if (meta_bytes != 0) std::memcpy(loan.meta, meta, meta_bytes);
   if (payload_bytes != 0) std::memcpy(loan.payload, payload, payload_bytes);
   return impl_->publish(loan, kind, schema_hash);
 }
 
-Outcome Channel::send(const void* payload, std::uint64_t payload_bytes, Backpressure policy, std::int64_t deadline_ns) {
+Outcome Channel::send(const void* payload, std::uint64_t payload_bytes, Backpressure policy,
+                      std::int64_t deadline_ns) {
   impl_->enter();
   Impl::Busy guard(*impl_);
   for (bool spin = true, last = false;;) {
@@ -778,7 +810,9 @@ Outcome Channel::recv(Received& message, std::int64_t deadline_ns) {
 
 void Channel::release(std::uint32_t slot, std::uint32_t process) noexcept { impl_->release(slot, process); }
 void Channel::give_back(const Received& message) noexcept { impl_->give_back(message); }
-Outcome Channel::wait_for_space(std::int64_t deadline_ns, bool spin) { return impl_->wait_for_space(deadline_ns, spin); }
+Outcome Channel::wait_for_space(std::int64_t deadline_ns, bool spin) {
+  return impl_->wait_for_space(deadline_ns, spin);
+}
 Outcome Channel::wait_for_message(std::int64_t deadline_ns, bool spin) {
   return impl_->wait_for_message(deadline_ns, spin);
 }
@@ -792,10 +826,12 @@ void Channel::abandon_all() noexcept { Impl::abandon_all(); }
 
 void Channel::unlink() {
   if (impl_->path.empty()) {
-    throw Error(ErrorCode::InvalidArgument, "channel '" + impl_->label + "' has no name to remove; it goes with its last handle");
+    throw Error(ErrorCode::InvalidArgument,
+                "channel '" + impl_->label + "' has no name to remove; it goes with its last handle");
   }
   impl_->enter();
-  std::lock_guard lock(impl_->local->closing);  // two threads of one handle do not exclude each other by its locks
+  std::lock_guard lock(
+      impl_->local->closing);  // two threads of one handle do not exclude each other by its locks
   memory::Storage& storage = impl_->region->storage();
   storage.renew_locks();  // dropped, if this handle has left
   {
@@ -810,7 +846,9 @@ bool Channel::is_full() const noexcept { return !impl_->pool.anything_free_by_sc
 ChannelStats Channel::stats() const noexcept { return impl_->stats(); }
 std::uint32_t Channel::capacity() const noexcept { return impl_->region->geometry().slots; }
 std::uint64_t Channel::slot_size() const noexcept { return impl_->region->geometry().slot_bytes; }
-std::uint64_t Channel::max_message_size() const noexcept { return impl_->region->geometry().max_message_bytes; }
+std::uint64_t Channel::max_message_size() const noexcept {
+  return impl_->region->geometry().max_message_bytes;
+}
 std::uint32_t Channel::max_handles() const noexcept { return impl_->region->geometry().participants; }
 int Channel::checksum() const noexcept { return static_cast<int>(impl_->region->checksum()); }
 std::string Channel::storage() const { return memory::storage_name(impl_->region->storage().kind()); }

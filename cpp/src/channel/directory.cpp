@@ -57,10 +57,12 @@ void check_name(const std::string& name) {
   }
   if (!good) {
     std::string shown = name.size() > kLongestName ? name.substr(0, kLongestName) + "…" : name;
-    std::replace_if(shown.begin(), shown.end(), [](unsigned char c) { return c < ' ' || c == 0x7F; }, '?');
-    fail(ErrorCode::InvalidArgument, "'" + shown + "' (" + std::to_string(name.size()) +
-                                         " bytes) is not a channel name: it takes 1 to 100 of A-Z a-z 0-9 . _ - and no "
-                                         "leading dot; for a path use FileChannel");
+    std::replace_if(
+        shown.begin(), shown.end(), [](unsigned char c) { return c < ' ' || c == 0x7F; }, '?');
+    fail(ErrorCode::InvalidArgument,
+         "'" + shown + "' (" + std::to_string(name.size()) +
+             " bytes) is not a channel name: it takes 1 to 100 of A-Z a-z 0-9 . _ - and no "
+             "leading dot; for a path use FileChannel");
   }
 }
 
@@ -72,7 +74,8 @@ std::string prepare_directory(std::uint32_t mode) {
   int fd = open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
   if (fd < 0) {
     fail(ErrorCode::ChannelPermission,
-         directory + " is not a directory of this user; remove it, or use an anonymous channel (name=None)", errno);
+         directory + " is not a directory of this user; remove it, or use an anonymous channel (name=None)",
+         errno);
   }
   struct stat info {};
   int failure = fstat(fd, &info) == 0 ? 0 : errno;
@@ -82,9 +85,10 @@ std::string prepare_directory(std::uint32_t mode) {
   if (trusted && (info.st_mode & passage) != passage) fchmod(fd, (info.st_mode & 0711) | passage);
   close(fd);
   if (!trusted) {
-    fail(ErrorCode::ChannelPermission, directory + " belongs to uid " + std::to_string(info.st_uid) +
-                                           " or lets others write; it must be this user's alone (chmod 700), or use "
-                                           "an anonymous channel (name=None)");
+    fail(ErrorCode::ChannelPermission,
+         directory + " belongs to uid " + std::to_string(info.st_uid) +
+             " or lets others write; it must be this user's alone (chmod 700), or use "
+             "an anonymous channel (name=None)");
   }
   return directory;
 }
@@ -94,10 +98,13 @@ std::unique_ptr<memory::Storage> open_storage(const std::string& path, memory::S
   if (fd < 0) {
     int failure = errno;
     if (failure == ENOENT) return nullptr;
-    if (failure == ELOOP) fail(ErrorCode::ChannelPermission, path + " is a symbolic link, which is never followed");
+    if (failure == ELOOP)
+      fail(ErrorCode::ChannelPermission, path + " is a symbolic link, which is never followed");
     if (failure == EACCES || failure == EPERM || failure == EROFS) {
-      fail(ErrorCode::ChannelPermission, path + " cannot be opened for reading and writing by uid " +
-                                             std::to_string(geteuid()) + "; its owner can widen its mode", failure);
+      fail(ErrorCode::ChannelPermission,
+           path + " cannot be opened for reading and writing by uid " + std::to_string(geteuid()) +
+               "; its owner can widen its mode",
+           failure);
     }
     if (failure == EISDIR || failure == ENXIO) {
       fail(ErrorCode::ChannelLayout, path + " is not a regular file, so not a channel", failure);
@@ -116,8 +123,8 @@ std::unique_ptr<memory::Storage> open_storage(const std::string& path, memory::S
   }
   if (info.st_uid != geteuid() && (info.st_mode & 0022) == 0) {
     close(fd);
-    fail(ErrorCode::ChannelPermission, path + " belongs to uid " + std::to_string(info.st_uid) + ", this process is uid " +
-                                           std::to_string(geteuid()) +
+    fail(ErrorCode::ChannelPermission, path + " belongs to uid " + std::to_string(info.st_uid) +
+                                           ", this process is uid " + std::to_string(geteuid()) +
                                            "; the owner can share it by creating it with a wider mode");
   }
   return memory::make_file_storage(fd, kind, path);
@@ -130,7 +137,8 @@ std::unique_ptr<memory::Storage> make_unnamed_storage(const std::string& path, m
   if (fd < 0) {
     int failure = errno;
     if (failure == ENOENT || failure == ENOTDIR) {
-      fail(ErrorCode::ChannelNotFound, "the directory " + directory + " does not exist; make it first", failure);
+      fail(ErrorCode::ChannelNotFound, "the directory " + directory + " does not exist; make it first",
+           failure);
     }
     if (failure == EACCES || failure == EROFS || failure == EPERM) {
       fail(ErrorCode::ChannelPermission, "no file can be made in " + directory, failure);
@@ -138,7 +146,8 @@ std::unique_ptr<memory::Storage> make_unnamed_storage(const std::string& path, m
     if (failure == EOPNOTSUPP || failure == EISDIR) {
       fail(ErrorCode::FeatureUnavailable,
            "the file system of " + directory +
-               " has no unnamed files (O_TMPFILE), which a channel needs to appear in one step; use another directory",
+               " has no unnamed files (O_TMPFILE), which a channel needs to appear in one step; use another "
+               "directory",
            failure);
     }
     fail(ErrorCode::System, "no file can be made in " + directory, failure);
@@ -152,7 +161,8 @@ std::unique_ptr<memory::Storage> make_unnamed_storage(const std::string& path, m
 }
 
 bool link_storage(const memory::Storage& storage, const std::string& path) {
-  if (linkat(AT_FDCWD, descriptor_path(storage).c_str(), AT_FDCWD, path.c_str(), AT_SYMLINK_FOLLOW) == 0) return true;
+  if (linkat(AT_FDCWD, descriptor_path(storage).c_str(), AT_FDCWD, path.c_str(), AT_SYMLINK_FOLLOW) == 0)
+    return true;
   if (errno == EEXIST) return false;
   fail(ErrorCode::System, path + " cannot be given its name", errno);
 }
@@ -160,8 +170,8 @@ bool link_storage(const memory::Storage& storage, const std::string& path) {
 bool is_named(const memory::Storage& storage, const std::string& path) noexcept {
   struct stat mine {};
   struct stat named {};
-  return fstat(storage.descriptor(), &mine) == 0 && lstat(path.c_str(), &named) == 0 && mine.st_ino == named.st_ino &&
-         mine.st_dev == named.st_dev;
+  return fstat(storage.descriptor(), &mine) == 0 && lstat(path.c_str(), &named) == 0 &&
+         mine.st_ino == named.st_ino && mine.st_dev == named.st_dev;
 }
 
 void remove_name(const memory::Storage& storage, const std::string& path) noexcept {

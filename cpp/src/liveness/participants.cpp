@@ -11,7 +11,8 @@ std::uint32_t Participants::try_join() noexcept {
   const std::uint32_t count = region_->geometry().participants;
   for (std::uint32_t i = 0; i < count; ++i) {
     if (entry(i).state() != EntryState::Free) continue;
-    if (!region_->storage().try_lock(memory::participant_lock(i))) continue;  // its last owner is just leaving
+    if (!region_->storage().try_lock(memory::participant_lock(i)))
+      continue;  // its last owner is just leaving
     memory::ParticipantState& mine = region_->participant(i);
     EntryWord seen = entry(i);
     if (seen.state() != EntryState::Free) {
@@ -24,7 +25,8 @@ std::uint32_t Participants::try_join() noexcept {
     mine.start_time.store(base::process_start_time(pid), std::memory_order_relaxed);
     mine.waiting_on.store(0, std::memory_order_relaxed);
     mine.joined_ns.store(static_cast<std::uint64_t>(base::realtime_ns()), std::memory_order_relaxed);
-    mine.word.store(EntryWord::make(seen.incarnation() + 1, EntryState::Used).bits, std::memory_order_release);
+    mine.word.store(EntryWord::make(seen.incarnation() + 1, EntryState::Used).bits,
+                    std::memory_order_release);
     return i;
   }
   return kNobody;

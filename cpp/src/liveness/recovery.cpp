@@ -40,7 +40,8 @@ bool is_in_order(memory::Region& region, const OrderRing& ring, std::uint32_t s,
 }
 
 /// V1 to V5 for one slot of the dead publisher `d`.
-void recover_published(memory::Region& region, SlotPool& pool, OrderRing& ring, std::uint32_t s, std::uint32_t d) noexcept {
+void recover_published(memory::Region& region, SlotPool& pool, OrderRing& ring, std::uint32_t s,
+                       std::uint32_t d) noexcept {
   SlotWord word = pool.word(s);
   if (word.owner() != d) return;
   if (word.is(SlotPhase::Writing)) {
@@ -108,7 +109,8 @@ void recover(memory::Region& region, std::uint32_t d) noexcept {
     if ((active >> g & 1) != 0) Group(region, g).raise();
   }
   pool.space().wake_one_if_anyone();
-  if ((active & memory::kShutDown) != 0) Group(region, 0).messages().wake_all();  // its slot may have been the last
+  if ((active & memory::kShutDown) != 0)
+    Group(region, 0).messages().wake_all();  // its slot may have been the last
   region.header().recovered.fetch_add(1, std::memory_order_relaxed);
 }
 

@@ -72,7 +72,8 @@ std::uint64_t cgroup_room() {
       std::uint64_t limit = read_number(folder + (v2 ? "/memory.max" : "/memory.limit_in_bytes"));
       if (limit < (1ull << 60)) {
         std::uint64_t used = read_number(folder + (v2 ? "/memory.current" : "/memory.usage_in_bytes"));
-        if (used != kUnlimited) least = std::min(least, room(limit, used) + std::min(used, reclaimable(folder)));
+        if (used != kUnlimited)
+          least = std::min(least, room(limit, used) + std::min(used, reclaimable(folder)));
       }
       std::size_t slash = path.rfind('/');
       if (slash == std::string::npos || path == "/") break;
@@ -92,8 +93,9 @@ std::string mib(std::uint64_t bytes) {
 [[noreturn]] void refuse(std::uint64_t bytes, const Budget& budget, const std::string& where,
                          const std::string& purpose) {
   throw Error(ErrorCode::SharedMemoryFull,
-              purpose + " needs " + mib(bytes) + " more in " + where + ", but only " + mib(budget.free_bytes) +
-                  " are free (limited by " + budget.limited_by + "); " + budget.way_out,
+              purpose + " needs " + mib(bytes) + " more in " + where + ", but only " +
+                  mib(budget.free_bytes) + " are free (limited by " + budget.limited_by + "); " +
+                  budget.way_out,
               ENOSPC);
 }
 
@@ -126,11 +128,12 @@ void check_budget(std::uint64_t bytes, int fd, const std::string& where, const s
       if (fs.f_blocks != 0) {
         Budget space;
         space.free_bytes = static_cast<std::uint64_t>(fs.f_bavail) * static_cast<std::uint64_t>(fs.f_bsize);
-        space.limited_by = "the size of its file system, " +
-                           mib(static_cast<std::uint64_t>(fs.f_blocks) * static_cast<std::uint64_t>(fs.f_bsize));
-        space.way_out = in_memory ? "raise it (mount -o remount,size=…; docker run --shm-size=…), use an anonymous "
-                                    "channel (name=None), or use fewer or smaller slots"
-                                  : "free disk space, or use fewer or smaller slots";
+        space.limited_by = "the size of its file system, " + mib(static_cast<std::uint64_t>(fs.f_blocks) *
+                                                                 static_cast<std::uint64_t>(fs.f_bsize));
+        space.way_out = in_memory
+                            ? "raise it (mount -o remount,size=…; docker run --shm-size=…), use an anonymous "
+                              "channel (name=None), or use fewer or smaller slots"
+                            : "free disk space, or use fewer or smaller slots";
         if (bytes > space.free_bytes) refuse(bytes, space, where, purpose);
       }
     }

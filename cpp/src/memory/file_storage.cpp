@@ -125,8 +125,8 @@ std::uint64_t FileStorage::size() const {
 void FileStorage::resize(std::uint64_t bytes) {
   if (ftruncate(data_fd_, static_cast<off_t>(bytes)) != 0) {
     throw Error(ErrorCode::SharedMemoryFull,
-                path_ + ": its file system does not take a sparse file of " + std::to_string(bytes) + " bytes (" +
-                    strerror(errno) + "); lower max_message_size or capacity",
+                path_ + ": its file system does not take a sparse file of " + std::to_string(bytes) +
+                    " bytes (" + strerror(errno) + "); lower max_message_size or capacity",
                 errno);
   }
 }
@@ -153,7 +153,8 @@ void FileStorage::reserve_checked(std::uint64_t offset, std::uint64_t length, co
                     "); free space, raise its limit, or use fewer or smaller slots",
                 failure);
   }
-  throw Error(ErrorCode::System, path_ + ": reserving " + std::to_string(length) + " bytes failed: " + strerror(failure),
+  throw Error(ErrorCode::System,
+              path_ + ": reserving " + std::to_string(length) + " bytes failed: " + strerror(failure),
               failure);
 }
 
@@ -165,7 +166,8 @@ void FileStorage::give_back(std::uint64_t offset, std::uint64_t length) noexcept
 
 std::byte* FileStorage::map(std::uint64_t offset, std::uint64_t length, Access access) {
   int protection = access == Access::ReadWrite ? PROT_READ | PROT_WRITE : PROT_READ;
-  void* address = mmap(nullptr, length, protection, MAP_SHARED | MAP_NORESERVE, data_fd_, static_cast<off_t>(offset));
+  void* address =
+      mmap(nullptr, length, protection, MAP_SHARED | MAP_NORESERVE, data_fd_, static_cast<off_t>(offset));
   if (address == MAP_FAILED) {
     throw Error(ErrorCode::SharedMemoryFull,
                 path_ + ": no address space to map " + std::to_string(length) + " bytes (" + strerror(errno) +

@@ -26,7 +26,8 @@ class HeapStorage final : public Storage {
   std::uint64_t size() const override { return size_; }
 
   void resize(std::uint64_t bytes) override {
-    void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* address =
+        mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (address == MAP_FAILED) {
       throw Error(ErrorCode::SharedMemoryFull,
                   "no address space for " + std::to_string(bytes) +

@@ -31,7 +31,8 @@ Geometry plan_geometry(std::uint32_t slots, std::uint64_t slot_bytes, std::uint6
     invalid(out_of_range("max_handles", participants, 1, kMaxParticipants));
   }
   if (groups < 1 || groups > kMaxGroups) invalid(out_of_range("max_groups", groups, 1, kMaxGroups));
-  if (slot_bytes < 1 || slot_bytes > kMaxRegionBytes) invalid(out_of_range("slot_size", slot_bytes, 1, kMaxRegionBytes));
+  if (slot_bytes < 1 || slot_bytes > kMaxRegionBytes)
+    invalid(out_of_range("slot_size", slot_bytes, 1, kMaxRegionBytes));
   if (max_message_bytes == 0) {
     std::uint64_t share = kDefaultArena / slots;
     share = share > kLargestFrameOverhead ? share - kLargestFrameOverhead : 0;
@@ -74,11 +75,11 @@ Geometry plan_geometry(std::uint32_t slots, std::uint64_t slot_bytes, std::uint6
   g.arena_offset = base::round_up(at, kPageBytes);
 
   std::uint64_t arena = 0;
-  if (!base::checked_mul(g.stride_bytes, slots, arena) || !base::checked_add(arena, g.arena_offset, g.total_bytes) ||
-      g.total_bytes > kMaxRegionBytes) {
-    invalid("capacity=" + std::to_string(slots) + " slots of max_message_size=" + std::to_string(max_message_bytes) +
-            " bytes need more address space than the " + std::to_string(kMaxRegionBytes) +
-            " bytes of a channel; lower one of the two");
+  if (!base::checked_mul(g.stride_bytes, slots, arena) ||
+      !base::checked_add(arena, g.arena_offset, g.total_bytes) || g.total_bytes > kMaxRegionBytes) {
+    invalid("capacity=" + std::to_string(slots) + " slots of max_message_size=" +
+            std::to_string(max_message_bytes) + " bytes need more address space than the " +
+            std::to_string(kMaxRegionBytes) + " bytes of a channel; lower one of the two");
   }
   g.total_bytes = base::round_up(g.total_bytes, kPageBytes);
   return g;

@@ -63,7 +63,8 @@ struct RegionHeader {
   std::uint32_t layout_version;
   Geometry geometry;
   std::uint8_t uuid[16];
-  std::uint8_t boot_id[16];  // rewritten by whoever takes over a file from an earlier boot, under the control lock
+  std::uint8_t
+      boot_id[16];  // rewritten by whoever takes over a file from an earlier boot, under the control lock
   std::uint64_t created_ns;  // CLOCK_REALTIME, for people
   std::uint64_t first_position;
   std::uint32_t creator_pid;  // for people
@@ -140,9 +141,10 @@ static_assert(sizeof(OrderState) == 64 && std::is_standard_layout_v<OrderState>)
 
 /// What the protocol changes of one slot.
 struct alignas(64) SlotState {
-  base::Atomic<std::uint64_t> word;      // see slots/slot_word.hpp: the truth about the slot
-  base::Atomic<std::uint64_t> position;  // intended or actual position in the order; written while nobody else may
-  base::Atomic<std::uint64_t> claim;     // of group 0; see slots/claim.hpp
+  base::Atomic<std::uint64_t> word;  // see slots/slot_word.hpp: the truth about the slot
+  base::Atomic<std::uint64_t>
+      position;  // intended or actual position in the order; written while nobody else may
+  base::Atomic<std::uint64_t> claim;  // of group 0; see slots/claim.hpp
   // Reserved bytes of this slot. Writer: the owner of a WRITING slot, after the reservation succeeded, so a death
   // in between only forgets pages that the next reservation finds again.
   base::Atomic<std::uint64_t> room_bytes;

@@ -37,7 +37,8 @@ std::unique_ptr<Storage> make_memfd_storage() {
   int fd = memfd_create("dsline", flags | MFD_NOEXEC_SEAL);
   if (fd < 0 && errno == EINVAL) fd = memfd_create("dsline", flags);
   if (fd < 0) {
-    throw Error(ErrorCode::System, std::string("no anonymous memory: memfd_create failed: ") + strerror(errno), errno);
+    throw Error(ErrorCode::System,
+                std::string("no anonymous memory: memfd_create failed: ") + strerror(errno), errno);
   }
   return std::make_unique<MemfdStorage>(fd);
 }

@@ -42,8 +42,8 @@ Inspection inspect_description(const Storage& storage, Description& out) {
   }
   std::uint32_t version = out.at<std::uint32_t>(offsetof(RegionHeader, layout_version));
   if (version != kLayoutVersion) {
-    return {Found::Older, "it has layout version " + std::to_string(version) + ", this dsline reads version " +
-                              std::to_string(kLayoutVersion)};
+    return {Found::Older, "it has layout version " + std::to_string(version) +
+                              ", this dsline reads version " + std::to_string(kLayoutVersion)};
   }
   if (got < static_cast<ssize_t>(sizeof out.bytes)) {
     return {Found::Damaged, "it ends inside its header, after " + std::to_string(got) + " bytes"};
@@ -69,8 +69,8 @@ Inspection inspect(const Storage& storage) {
   return inspect_description(storage, description);
 }
 
-std::unique_ptr<Region> Region::create(std::unique_ptr<Storage> storage, const Geometry& geometry, Checksum checksum,
-                                       std::uint64_t first_position) {
+std::unique_ptr<Region> Region::create(std::unique_ptr<Storage> storage, const Geometry& geometry,
+                                       Checksum checksum, std::uint64_t first_position) {
   std::unique_ptr<Region> region(new Region(std::move(storage)));
   Storage& bytes = *region->storage_;
   bytes.resize(geometry.total_bytes);
@@ -126,11 +126,13 @@ std::unique_ptr<Region> Region::attach(std::unique_ptr<Storage> storage) {
 void Region::map(const Geometry& geometry) {
   geometry_ = geometry;
   control_ = storage_->map(0, geometry.arena_offset, Access::ReadWrite);
-  arena_ = storage_->map(geometry.arena_offset, geometry.total_bytes - geometry.arena_offset, Access::ReadOnly);
+  arena_ =
+      storage_->map(geometry.arena_offset, geometry.total_bytes - geometry.arena_offset, Access::ReadOnly);
   participants_ = reinterpret_cast<ParticipantState*>(control_ + geometry.participants_offset);
   groups_ = reinterpret_cast<GroupState*>(control_ + geometry.groups_offset);
   order_ = reinterpret_cast<OrderState*>(control_ + geometry.order_offset);
-  cells_ = reinterpret_cast<base::Atomic<std::uint64_t>*>(control_ + geometry.order_offset + sizeof(OrderState));
+  cells_ =
+      reinterpret_cast<base::Atomic<std::uint64_t>*>(control_ + geometry.order_offset + sizeof(OrderState));
   free_map_ = reinterpret_cast<base::Atomic<std::uint64_t>*>(control_ + geometry.free_map_offset);
   slots_ = reinterpret_cast<SlotState*>(control_ + geometry.slots_offset);
   claims_ = reinterpret_cast<base::Atomic<std::uint64_t>*>(control_ + geometry.claims_offset);

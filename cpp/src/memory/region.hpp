@@ -20,8 +20,8 @@ class Region {
  public:
   /// Lays out a new region in an empty storage and reserves it; slots, order and groups are still zero. Nobody else
   /// can reach it yet.
-  static std::unique_ptr<Region> create(std::unique_ptr<Storage> storage, const Geometry& geometry, Checksum checksum,
-                                        std::uint64_t first_position);
+  static std::unique_ptr<Region> create(std::unique_ptr<Storage> storage, const Geometry& geometry,
+                                        Checksum checksum, std::uint64_t first_position);
   /// Maps a region that exists. Throws Error(ChannelLayout) when the bytes are not one of this version.
   static std::unique_ptr<Region> attach(std::unique_ptr<Storage> storage);
   ~Region();

@@ -169,9 +169,9 @@ class Group {
       }
       slots::Claim wanted = oldest_claim;
       if (region_->claim(oldest, number_)
-              .compare_exchange_strong(wanted.bits,
-                                       oldest_claim.with(oldest_claim.attempts(), slots::Claim::holder(me)).bits,
-                                       std::memory_order_acq_rel)) {
+              .compare_exchange_strong(
+                  wanted.bits, oldest_claim.with(oldest_claim.attempts(), slots::Claim::holder(me)).bits,
+                  std::memory_order_acq_rel)) {
         held = Held{oldest, oldest_position, oldest_claim.attempts()};
         state().redelivered.fetch_add(1, std::memory_order_relaxed);
         return true;

@@ -58,10 +58,12 @@ class OrderRing {
       region_->slot(s).position.store(t, std::memory_order_relaxed);
       for (std::uint32_t left = groups; left != 0; left &= left - 1) {
         std::uint32_t g = static_cast<std::uint32_t>(__builtin_ctz(left));
-        region_->claim(s, g).store(slots::Claim::make(t, 0, slots::Claim::kNobody).bits, std::memory_order_relaxed);
+        region_->claim(s, g).store(slots::Claim::make(t, 0, slots::Claim::kNobody).bits,
+                                   std::memory_order_relaxed);
       }
       // SYNC cell: release half pairs with cell(); sequentially consistent with a waiter's last look.
-      if (region_->cell(t).compare_exchange_strong(seen.bits, Cell::make(t, s).bits, std::memory_order_seq_cst)) {
+      if (region_->cell(t).compare_exchange_strong(seen.bits, Cell::make(t, s).bits,
+                                                   std::memory_order_seq_cst)) {
         return {t, hint};
       }
     }

@@ -44,7 +44,8 @@ class SlotPool {
   static void initialise(memory::Region& region) noexcept {
     const memory::Geometry& geometry = region.geometry();
     for (std::uint32_t s = 0; s < geometry.slots; ++s) {
-      region.slot(s).word.store(SlotWord::make(0, kNoOwner, SlotPhase::Free, 0).bits, std::memory_order_relaxed);
+      region.slot(s).word.store(SlotWord::make(0, kNoOwner, SlotPhase::Free, 0).bits,
+                                std::memory_order_relaxed);
       region.slot(s).position.store(kNoPosition, std::memory_order_relaxed);
       for (std::uint32_t g = 0; g < geometry.groups; ++g) {
         region.claim(s, g).store(Claim::none().bits, std::memory_order_relaxed);
@@ -53,7 +54,9 @@ class SlotPool {
     }
   }
 
-  SlotWord word(std::uint32_t s) const noexcept { return {region_->slot(s).word.load(std::memory_order_acquire)}; }
+  SlotWord word(std::uint32_t s) const noexcept {
+    return {region_->slot(s).word.load(std::memory_order_acquire)};
+  }
 
   /// A1, A2: takes a free slot, the lowest that the free map shows, so that a stream that keeps up goes through few
   /// slots that are still in cache. kNoSlot when the map shows none.
@@ -140,7 +143,8 @@ class SlotPool {
     SlotWord committed = SlotWord::make(mine.generation(), mine.owner(), SlotPhase::Committed, pending);
     // SYNC word: pairs with the acquire loads of takers and recoverers; makes frame, position and claims visible. A
     // compare-and-swap, since a thread may come here after its process gave the slot back at its exit.
-    if (!region_->slot(s).word.compare_exchange_strong(mine.bits, committed.bits, std::memory_order_acq_rel)) return false;
+    if (!region_->slot(s).word.compare_exchange_strong(mine.bits, committed.bits, std::memory_order_acq_rel))
+      return false;
     if (pending == 0) free(s);
     return true;
   }
@@ -150,7 +154,8 @@ class SlotPool {
   void clear_pending(std::uint32_t s, std::uint32_t bits) noexcept {
     // SYNC word: release pairs with A1's acquire, so that every reader is done before the next writer starts.
     SlotWord before{region_->slot(s).word.fetch_and(~std::uint64_t{bits}, std::memory_order_acq_rel)};
-    if (before.is(SlotPhase::Committed) && (before.pending() & bits) != 0 && (before.pending() & ~bits) == 0) free(s);
+    if (before.is(SlotPhase::Committed) && (before.pending() & bits) != 0 && (before.pending() & ~bits) == 0)
+      free(s);
   }
 
   /// The last release of a message whose frame failed its check: the slot is kept out of use while others are free.
@@ -158,7 +163,8 @@ class SlotPool {
     SlotWord seen = word(s);
     while (seen.is(SlotPhase::Committed) && (seen.pending() & ~bits) == 0) {
       SlotWord quarantined = SlotWord::make(seen.generation(), kNoOwner, SlotPhase::Corrupted, 0);
-      if (region_->slot(s).word.compare_exchange_weak(seen.bits, quarantined.bits, std::memory_order_acq_rel)) {
+      if (region_->slot(s).word.compare_exchange_weak(seen.bits, quarantined.bits,
+                                                      std::memory_order_acq_rel)) {
         space_.wake_one_if_anyone();  // a waiter may reuse it
         return;
       }
@@ -169,7 +175,8 @@ class SlotPool {
   /// Gives a WRITING slot back. False when the word is no longer `seen` (recovery: somebody else was faster).
   bool abort(std::uint32_t s, SlotWord seen) noexcept {
     SlotWord freed = SlotWord::make(seen.generation() + 1, kNoOwner, SlotPhase::Free, 0);
-    if (!region_->slot(s).word.compare_exchange_strong(seen.bits, freed.bits, std::memory_order_acq_rel)) return false;
+    if (!region_->slot(s).word.compare_exchange_strong(seen.bits, freed.bits, std::memory_order_acq_rel))
+      return false;
     free(s);
     return true;
   }
@@ -217,7 +224,8 @@ class SlotPool {
     SlotWord writing = SlotWord::make(seen.generation() + 1, me, SlotPhase::Writing, 0);
     // SYNC word: acquire pairs with the last release. Sequentially consistent with the load of `active` in publish:
     // whoever changes `active` and then reads this word sees WRITING, or the publisher sees the change.
-    if (!region_->slot(s).word.compare_exchange_strong(seen.bits, writing.bits, std::memory_order_seq_cst)) return false;
+    if (!region_->slot(s).word.compare_exchange_strong(seen.bits, writing.bits, std::memory_order_seq_cst))
+      return false;
     // Only the owner touches these while the slot is WRITING; ordered by the commit's release.
     region_->slot(s).position.store(kNoPosition, std::memory_order_relaxed);
     // Looked at before it is written: the claims of groups that nobody uses stay in everybody's cache.
@@ -242,7 +250,8 @@ class SlotPool {
       if (taken == 0) continue;
       cache.map_word.store(i, std::memory_order_relaxed);
       cache.bits.store(taken, std::memory_order_relaxed);
-      for (; taken != 0; taken &= taken - 1) prefetch_for_writing(i * 64 + static_cast<std::uint32_t>(std::countr_zero(taken)));
+      for (; taken != 0; taken &= taken - 1)
+        prefetch_for_writing(i * 64 + static_cast<std::uint32_t>(std::countr_zero(taken)));
       return true;
     }
     return false;

@@ -64,12 +64,15 @@ class WaitPoint {
   }
 
   void wake_one_if_anyone() noexcept {
-    if (anyone()) [[unlikely]] wake(1);
+    if (anyone()) [[unlikely]]
+      wake(1);
   }
   void wake_all() noexcept { wake(INT_MAX); }
 
  private:
-  static std::uint64_t bit(std::uint32_t participant) noexcept { return std::uint64_t{1} << (participant % 64); }
+  static std::uint64_t bit(std::uint32_t participant) noexcept {
+    return std::uint64_t{1} << (participant % 64);
+  }
 
   WaitState* state_;
   std::uint32_t words_;

@@ -97,8 +97,8 @@ TEST(NamedChannel, EveryOptionThatDiffersFromTheLiveChannelIsNamed) {
   other.checksum = 2;
   std::string why;
   EXPECT_EQ(code_of([&] { named(name, other); }, &why), ErrorCode::ChannelMismatch);
-  for (const char* part : {"capacity=5", "has 4", "slot_size=65", "has 64", "max_message_size=66", "max_handles=17",
-                           "has 16", "checksum=full", "has header"}) {
+  for (const char* part : {"capacity=5", "has 4", "slot_size=65", "has 64", "max_message_size=66",
+                           "max_handles=17", "has 16", "checksum=full", "has header"}) {
     EXPECT_NE(why.find(part), std::string::npos) << part << " in: " << why;
   }
   EXPECT_NO_THROW(named(name, small()));
@@ -223,7 +223,8 @@ TEST(NamedChannel, AStaleEmptyChannelOfAnotherGeometryIsReplacedAndAFullOneIsNot
 
 TEST(NamedChannel, ADamagedOrOlderRegionThatNobodyUsesIsReplaced) {
   Name name;
-  for (std::size_t offset : {offsetof(memory::RegionHeader, layout_version), offsetof(memory::RegionHeader, uuid)}) {
+  for (std::size_t offset :
+       {offsetof(memory::RegionHeader, layout_version), offsetof(memory::RegionHeader, uuid)}) {
     in_process_that_dies([&] { new std::shared_ptr<Channel>(named(name)); });
     std::uint32_t bad = 0x7777;
     overwrite(name.path(), offset, &bad, sizeof bad);
@@ -344,7 +345,8 @@ TEST(FileChannel, OutlivesItsHandlesWithWhatIsInIt) {
 
 TEST(FileChannel, OpeningWhatDoesNotExistSaysSo) {
   Folder folder;
-  EXPECT_EQ(code_of([&] { Channel::open_file(folder / "none", {}, OpenMode::Open); }), ErrorCode::ChannelNotFound);
+  EXPECT_EQ(code_of([&] { Channel::open_file(folder / "none", {}, OpenMode::Open); }),
+            ErrorCode::ChannelNotFound);
 }
 
 TEST(FileChannel, CreatingOverAFileIsRefusedUnlessItIsReset) {
@@ -362,7 +364,8 @@ TEST(FileChannel, ADamagedFileIsNotReplacedWithoutBeingAsked) {
   Channel::open_file(path, small(), OpenMode::Create).reset();
   std::uint32_t bad = 0x7777;
   overwrite(path, offsetof(memory::RegionHeader, uuid), &bad, sizeof bad);
-  EXPECT_EQ(code_of([&] { Channel::open_file(path, small(), OpenMode::OpenOrCreate); }), ErrorCode::ChannelLayout);
+  EXPECT_EQ(code_of([&] { Channel::open_file(path, small(), OpenMode::OpenOrCreate); }),
+            ErrorCode::ChannelLayout);
   EXPECT_NO_THROW(Channel::open_file(path, with(OnStale::Reset), OpenMode::OpenOrCreate));
 }
 

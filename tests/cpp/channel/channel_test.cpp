@@ -75,13 +75,17 @@ class ChannelTest : public testing::TestWithParam<Kind> {
 };
 
 INSTANTIATE_TEST_SUITE_P(Every, ChannelTest,
-                         testing::Values(Kind{"heap", &Channel::create_heap}, Kind{"memfd", &Channel::create_anonymous}),
-                         [](const testing::TestParamInfo<Kind>& info) { return std::string(info.param.name); });
+                         testing::Values(Kind{"heap", &Channel::create_heap},
+                                         Kind{"memfd", &Channel::create_anonymous}),
+                         [](const testing::TestParamInfo<Kind>& info) {
+                           return std::string(info.param.name);
+                         });
 
 TEST_P(ChannelTest, AMessageArrivesAsItWasSent) {
   make();
   std::string meta = "12345678";
-  ASSERT_EQ(channel->try_send("hello", 5, kArrayMessage, meta.data(), 8, 99, Backpressure::Raise), Outcome::Ok);
+  ASSERT_EQ(channel->try_send("hello", 5, kArrayMessage, meta.data(), 8, 99, Backpressure::Raise),
+            Outcome::Ok);
   Received message;
   ASSERT_EQ(channel->try_recv(message), Outcome::Ok);
   EXPECT_EQ(text_of(message), "hello");
@@ -107,7 +111,8 @@ TEST_P(ChannelTest, MetadataLongerThanTheInlineRoomArrivesWhole) {
   make(small(2, 16384));
   std::string meta(10000, 'm');
   meta[9999] = 'z';
-  ASSERT_EQ(channel->try_send("x", 1, kBytesMessage, meta.data(), 10000, 0, Backpressure::Raise), Outcome::Ok);
+  ASSERT_EQ(channel->try_send("x", 1, kBytesMessage, meta.data(), 10000, 0, Backpressure::Raise),
+            Outcome::Ok);
   Received message;
   ASSERT_EQ(channel->try_recv(message), Outcome::Ok);
   ASSERT_EQ(message.meta_bytes, 10000u);
@@ -120,7 +125,8 @@ TEST_P(ChannelTest, MessagesOfEverySizeAroundTheLimitsArriveWhole) {
   ChannelOptions options = small(2, 5000);
   options.max_message_size = 300000;
   make(options);
-  for (std::size_t bytes : {0u, 1u, 63u, 64u, 65u, 4095u, 4096u, 4999u, 5000u, 5001u, 70000u, 299999u, 300000u, 10u}) {
+  for (std::size_t bytes :
+       {0u, 1u, 63u, 64u, 65u, 4095u, 4096u, 4999u, 5000u, 5001u, 70000u, 299999u, 300000u, 10u}) {
     std::string text(bytes, '\0');
     for (std::size_t i = 0; i < bytes; ++i) text[i] = static_cast<char>(i * 7 + bytes);
     ASSERT_EQ(send(*channel, text), Outcome::Ok) << bytes;
@@ -239,7 +245,8 @@ TEST_P(ChannelTest, DropNewestDiscardsWhatDoesNotFitAndCountsIt) {
 
 TEST_P(ChannelTest, DropOldestMakesRoomAndShowsAsAGap) {
   make(small(2));
-  for (const char* text : {"a", "b", "c", "d"}) EXPECT_EQ(send(*channel, text, Backpressure::DropOldest), Outcome::Ok);
+  for (const char* text : {"a", "b", "c", "d"})
+    EXPECT_EQ(send(*channel, text, Backpressure::DropOldest), Outcome::Ok);
   EXPECT_EQ(channel->stats().dropped_oldest, 2u);
   EXPECT_EQ(channel->stats().dropped_newest, 0u);
   Received message;
@@ -554,7 +561,8 @@ TEST(Handles, AbandonLeavesALoanToTheThreadThatWritesIt) {
   ASSERT_EQ(second->try_alloc(1, 0, Backpressure::Raise, loan), Outcome::Ok);
   second->abandon();
   EXPECT_EQ(first->stats().participants, 2u);
-  EXPECT_EQ(first->try_alloc(1, 0, Backpressure::Raise, theirs), Outcome::Full) << "the slot is still being written";
+  EXPECT_EQ(first->try_alloc(1, 0, Backpressure::Raise, theirs), Outcome::Full)
+      << "the slot is still being written";
   second->abort(loan);
   EXPECT_EQ(first->stats().participants, 1u);
   EXPECT_EQ(first->try_alloc(1, 0, Backpressure::Raise, theirs), Outcome::Ok);
@@ -730,7 +738,8 @@ TEST(Death, WhatAKilledReceiverHeldIsDeliveredToOneWhoOnlyPolls) {
     channel->try_recv(message);
   });
   std::string text = "(empty)";
-  for (std::int64_t end = base::monotonic_ns() + 2'000'000'000; text == "(empty)" && base::monotonic_ns() < end;) {
+  for (std::int64_t end = base::monotonic_ns() + 2'000'000'000;
+       text == "(empty)" && base::monotonic_ns() < end;) {
     text = next(*channel);
   }
   EXPECT_EQ(text, "a");
@@ -758,9 +767,7 @@ TEST(Death, AShutDownChannelEndsAlsoWhenASenderDiedWhileWriting) {
 
 TEST(Death, HintsThatDiedWithTheirHandleAreFound) {
   auto channel = Channel::create_anonymous(small(64));
-  die_holding([&] {
-    send(*channel, "from the dead");
-  });
+  die_holding([&] { send(*channel, "from the dead"); });
   for (int i = 0; i < 63; ++i) ASSERT_EQ(send(*channel, "m"), Outcome::Ok) << i;
   EXPECT_EQ(send(*channel, "m"), Outcome::Full);
   EXPECT_EQ(next(*channel), "from the dead");
@@ -821,7 +828,8 @@ TEST_P(DeathAtEveryStore, OfASendDeliversTheMessageOnceOrNotAtAll) {
     }
     ASSERT_LE(got.size(), 1u) << "died before store " << store;
     ASSERT_GE(got.size(), delivered ? 1u : 0u) << "committed, but lost: died before store " << store;
-    for (const auto& message : got) EXPECT_EQ(message, (std::pair<std::string, std::uint32_t>{"b", 0})) << store;
+    for (const auto& message : got)
+      EXPECT_EQ(message, (std::pair<std::string, std::uint32_t>{"b", 0})) << store;
     delivered = !got.empty();
     expect_whole(*channel, store);
   }
@@ -955,7 +963,8 @@ TEST(DeathOfARecoverer, AtEveryStoreIsMadeGoodByTheNext) {
       EXPECT_EQ(got[1], (std::pair<std::string, std::uint32_t>{"b", 0})) << first << "/" << store;
       ASSERT_LE(got.size(), 3u) << first << "/" << store;
       got.erase(got.begin(), got.begin() + 2);
-      for (const auto& message : got) EXPECT_EQ(message, (std::pair<std::string, std::uint32_t>{"c", 0})) << first;
+      for (const auto& message : got)
+        EXPECT_EQ(message, (std::pair<std::string, std::uint32_t>{"c", 0})) << first;
       ASSERT_EQ(channel->stats().free_slots, 5u) << first << "/" << store;
       ASSERT_EQ(channel->stats().participants, 1u) << first << "/" << store;
     }

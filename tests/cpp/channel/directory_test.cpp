@@ -19,13 +19,15 @@ using support::Folder;
 using support::Name;
 
 TEST(ChannelName, LettersDigitsDotsDashesAndUnderscoresAreNames) {
-  for (const char* name : {"a", "Z", "0", "a.b", "-", "_", "camera-1_raw.v2"}) EXPECT_NO_THROW(check_name(name)) << name;
+  for (const char* name : {"a", "Z", "0", "a.b", "-", "_", "camera-1_raw.v2"})
+    EXPECT_NO_THROW(check_name(name)) << name;
   EXPECT_NO_THROW(check_name(std::string(100, 'n')));
 }
 
 TEST(ChannelName, EverythingElseIsRefusedWithTheRule) {
-  for (const std::string& name : {std::string(), std::string(".hidden"), std::string(".."), std::string("a/b"),
-                                  std::string("a b"), std::string("\xC3\xA4"), std::string("a\n"), std::string(101, 'n')}) {
+  for (const std::string& name :
+       {std::string(), std::string(".hidden"), std::string(".."), std::string("a/b"), std::string("a b"),
+        std::string("\xC3\xA4"), std::string("a\n"), std::string(101, 'n')}) {
     std::string why;
     EXPECT_EQ(code_of([&] { check_name(name); }, &why), ErrorCode::InvalidArgument);
     EXPECT_NE(why.find("1 to 100"), std::string::npos) << why;

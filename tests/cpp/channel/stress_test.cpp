@@ -107,7 +107,8 @@ void consume(Channel& channel, Ledger& ledger, bool check_order = true) {
     }
     Payload payload;
     if (message.payload_bytes == sizeof payload) std::memcpy(&payload, message.payload, sizeof payload);
-    if (message.payload_bytes != sizeof payload || payload.crc != base::crc32c(&payload, offsetof(Payload, crc)) ||
+    if (message.payload_bytes != sizeof payload ||
+        payload.crc != base::crc32c(&payload, offsetof(Payload, crc)) ||
         payload.producer >= Ledger::kProducers || payload.sequence >= Ledger::kMessages) {
       ++ledger.torn;
     } else {
@@ -165,7 +166,8 @@ class Stress : public testing::TestWithParam<Cast> {
 TEST_P(Stress, ThreadsThatShareOneHandle) {
   auto channel = Channel::create_heap(shape(GetParam().capacity));
   std::vector<std::thread> producers, consumers;
-  for (std::uint32_t c = 0; c < GetParam().consumers; ++c) consumers.emplace_back([&] { consume(*channel, *ledger); });
+  for (std::uint32_t c = 0; c < GetParam().consumers; ++c)
+    consumers.emplace_back([&] { consume(*channel, *ledger); });
   for (std::uint32_t p = 0; p < GetParam().producers; ++p) {
     producers.emplace_back([&, p] { produce(*channel, *ledger, p, messages()); });
   }
@@ -307,7 +309,8 @@ TEST_P(StressKill, NothingThatWasCommittedIsLostAndDuplicatesAreMarked) {
     // The instant is counted in messages, so that it falls into work and not into waiting.
     const std::uint32_t watched = next_producer - 1;
     const std::uint32_t goal = ledger->committed[watched].load() + 20 + random() % 300;
-    for (std::int64_t end = patience(); ledger->committed[watched].load() < std::min(goal, Ledger::kMessages);) {
+    for (std::int64_t end = patience();
+         ledger->committed[watched].load() < std::min(goal, Ledger::kMessages);) {
       ASSERT_LT(base::monotonic_ns(), end) << "stuck after " << i << " kills";
       usleep(50);
     }
@@ -330,7 +333,8 @@ TEST_P(StressKill, NothingThatWasCommittedIsLostAndDuplicatesAreMarked) {
     const std::uint32_t committed = ledger->committed[p].load();
     for (std::uint32_t i = 0; i < committed; ++i) lost += ledger->arrived[p][i].load() == 0;
     // The one it died in may have been committed or not.
-    for (std::uint32_t i = committed + 1; i < std::min(committed + 500, Ledger::kMessages); ++i) phantoms += ledger->arrived[p][i].load() != 0;
+    for (std::uint32_t i = committed + 1; i < std::min(committed + 500, Ledger::kMessages); ++i)
+      phantoms += ledger->arrived[p][i].load() != 0;
   }
   EXPECT_EQ(lost, 0u);
   EXPECT_EQ(phantoms, 0u);

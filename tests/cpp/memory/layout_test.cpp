@@ -12,7 +12,8 @@
 namespace dsline::memory {
 namespace {
 
-std::string refusal(std::uint32_t slots, std::uint64_t slot_bytes, std::uint64_t most, std::uint32_t handles) {
+std::string refusal(std::uint32_t slots, std::uint64_t slot_bytes, std::uint64_t most,
+                    std::uint32_t handles) {
   try {
     plan_geometry(slots, slot_bytes, most, handles, 8);
   } catch (const Error& error) {
@@ -91,7 +92,8 @@ TEST(Layout, AGeometryThatNoCreatorWouldPlanIsInvalid) {
   Geometry good = plan_geometry(8, 4096, 0, 64, 8);
   EXPECT_TRUE(is_valid(good));
   for (std::size_t i = 0; i < sizeof good; ++i) {
-    if (i == offsetof(Geometry, slot_bytes)) continue;  // a few bytes more round up to the same pages: a good geometry
+    if (i == offsetof(Geometry, slot_bytes))
+      continue;  // a few bytes more round up to the same pages: a good geometry
     Geometry bad = good;
     reinterpret_cast<unsigned char*>(&bad)[i] ^= 0x40;
     EXPECT_FALSE(is_valid(bad)) << "byte " << i;

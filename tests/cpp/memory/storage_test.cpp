@@ -165,7 +165,8 @@ INSTANTIATE_TEST_SUITE_P(
     Every, StorageConformance,
     testing::Values(Backend{"heap", [] { return make_heap_storage(); }, false},
                     Backend{"memfd", [] { return make_memfd_storage(); }, true},
-                    Backend{"shm", [] { return make_unlinked_file("/dev/shm", StorageKind::PosixShm); }, true},
+                    Backend{"shm", [] { return make_unlinked_file("/dev/shm", StorageKind::PosixShm); },
+                            true},
                     Backend{"file", [] { return make_unlinked_file("/tmp", StorageKind::File); }, true}),
     [](const testing::TestParamInfo<Backend>& info) { return std::string(info.param.name); });
 

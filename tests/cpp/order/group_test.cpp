@@ -95,7 +95,8 @@ TEST_F(GroupTest, AGroupStepsOverMessagesThatAreNotForIt) {
   EXPECT_EQ(held.position, 1u);
 }
 
-class GroupWrapTest : public GroupTest, public testing::WithParamInterface<std::tuple<std::uint32_t, std::uint64_t>> {
+class GroupWrapTest : public GroupTest,
+                      public testing::WithParamInterface<std::tuple<std::uint32_t, std::uint64_t>> {
  protected:
   std::uint32_t slots() const { return std::get<0>(GetParam()); }
   std::uint64_t first() const { return std::get<1>(GetParam()); }

@@ -17,7 +17,8 @@ TEST(Position, TheOneWhoseLowBitsMeanNoneIsSkipped) {
 TEST(Position, ItIsSkippedInEveryLap) { EXPECT_EQ(next_position(3 * kLap - 2), 3 * kLap); }
 
 TEST(Position, NoneItselfIsNeverReached) {
-  for (std::uint64_t p = kLap - 8; p < kLap + 8; p = next_position(p)) EXPECT_NE(p & kPositionMask, kNoPositionLow);
+  for (std::uint64_t p = kLap - 8; p < kLap + 8; p = next_position(p))
+    EXPECT_NE(p & kPositionMask, kNoPositionLow);
 }
 
 TEST(Position, DistanceToItselfIsZero) { EXPECT_EQ(distance(5, 5), 0); }

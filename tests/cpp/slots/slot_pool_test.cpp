@@ -293,7 +293,8 @@ TEST_F(SlotPoolTest, CachedHintsForSlotsThatOthersTookAreDropped) {
   HintCache cache;
   std::uint32_t first = pool->try_alloc_cached(cache, 0);
   std::set<std::uint32_t> seen{first};
-  for (std::uint32_t s = pool->try_alloc_by_scan(1); s != kNoSlot; s = pool->try_alloc_by_scan(1)) seen.insert(s);
+  for (std::uint32_t s = pool->try_alloc_by_scan(1); s != kNoSlot; s = pool->try_alloc_by_scan(1))
+    seen.insert(s);
   EXPECT_EQ(seen.size(), 64u) << "another handle finds what the cache hides";
   EXPECT_EQ(pool->try_alloc_cached(cache, 0), kNoSlot);
 }

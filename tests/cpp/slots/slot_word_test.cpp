@@ -75,11 +75,11 @@ TEST(SlotWord, ImpossibleWordsAreThoseThatNoStepWrites) {
 TEST(SlotWord, TheTransitionTableAllowsTheStepsOfTheProtocolAndNoOther) {
   const bool allowed[5][5] = {
       // Free Writing Committed Pinned Corrupted
-      {false, true, false, false, true},   // Free: alloc, damage
-      {true, false, true, false, true},    // Writing: abort, publish, damage
-      {true, true, true, false, true},     // Committed: last release, alloc, release, bad frame
-      {false, false, false, false, false}, // Pinned is never stored
-      {false, true, false, false, false},  // Corrupted: alloc of a quarantined slot
+      {false, true, false, false, true},    // Free: alloc, damage
+      {true, false, true, false, true},     // Writing: abort, publish, damage
+      {true, true, true, false, true},      // Committed: last release, alloc, release, bad frame
+      {false, false, false, false, false},  // Pinned is never stored
+      {false, true, false, false, false},   // Corrupted: alloc of a quarantined slot
   };
   for (int from = 0; from < 5; ++from) {
     for (int to = 0; to < 5; ++to) {

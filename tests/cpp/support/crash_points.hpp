@@ -75,8 +75,8 @@ class CrashPoint {
       std::uintptr_t begin = 0, end = 0;
       std::uint64_t offset = 0, inode = 0;
       char access[5] = {};
-      if (sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %4s %" SCNx64 " %*s %" SCNu64, &begin, &end, access, &offset,
-                 &inode) != 5) {
+      if (sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %4s %" SCNx64 " %*s %" SCNu64, &begin, &end, access,
+                 &offset, &inode) != 5) {
         continue;
       }
       if (inode != wanted || offset != 0 || access[1] != 'w' || access[3] != 's') continue;
@@ -93,7 +93,8 @@ class CrashPoint {
   static void on_store(int, siginfo_t* info, void* context) {
     char* at = static_cast<char*>(info->si_addr);
     bool ours = false;
-    for (int i = 0; i < range_count_; ++i) ours |= at >= ranges_[i].begin && at < ranges_[i].begin + ranges_[i].bytes;
+    for (int i = 0; i < range_count_; ++i)
+      ours |= at >= ranges_[i].begin && at < ranges_[i].begin + ranges_[i].bytes;
     if (!ours) _exit(5);
     if (--left_ == 0) {
       kill(getpid(), SIGKILL);

@@ -20,9 +20,10 @@ struct Shape {
 
 /// A new region over a memfd in the state in which a channel is created, every group of it active.
 inline std::unique_ptr<memory::Region> make_region(const Shape& shape) {
-  auto region = memory::Region::create(
-      memory::make_memfd_storage(), memory::plan_geometry(shape.slots, 64, 64, shape.participants, shape.groups),
-      memory::Checksum::Header, shape.first_position);
+  auto region =
+      memory::Region::create(memory::make_memfd_storage(),
+                             memory::plan_geometry(shape.slots, 64, 64, shape.participants, shape.groups),
+                             memory::Checksum::Header, shape.first_position);
   slots::SlotPool::initialise(*region);
   order::OrderRing::initialise(*region, shape.first_position);
   for (std::uint32_t g = 0; g < shape.groups; ++g) {
@@ -56,7 +57,9 @@ inline std::uint32_t send(memory::Region& region, std::uint32_t me = 0, std::uin
   return s;
 }
 
-inline slots::SlotWord word(const memory::Region& region, std::uint32_t s) { return {region.slot(s).word.load()}; }
+inline slots::SlotWord word(const memory::Region& region, std::uint32_t s) {
+  return {region.slot(s).word.load()};
+}
 inline slots::Claim claim(const memory::Region& region, std::uint32_t s, std::uint32_t g = 0) {
   return {region.claim(s, g).load()};
 }
@@ -70,7 +73,8 @@ inline std::uint32_t free_slots(const memory::Region& region) {
 /// Entries of participants that are in use, those of the dead included.
 inline std::uint32_t used_entries(const memory::Region& region) {
   std::uint32_t used = 0;
-  for (std::uint32_t i = 0; i < region.geometry().participants; ++i) used += region.participant(i).word.load() & 1;
+  for (std::uint32_t i = 0; i < region.geometry().participants; ++i)
+    used += region.participant(i).word.load() & 1;
   return used;
 }
 
