@@ -374,7 +374,7 @@ class FileChannel(_Channel):
     Made by `FileChannel.create` and `FileChannel.open`. The file survives processes, not a loss of power.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError("FileChannel is made by FileChannel.create(path, ...) or FileChannel.open(path)")
 
     @classmethod
@@ -415,6 +415,8 @@ class FileChannel(_Channel):
     def _at(cls, path: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any) -> FileChannel:
         channel = cls.__new__(cls)
         absolute = os.path.abspath(os.fsdecode(path))
+        if "\0" in absolute:
+            raise InvalidArgumentError(f"path {absolute!r} holds a null character, which no file name can")
         channel._name = os.path.basename(absolute)
         channel._start("file", os.fsencode(absolute), options, mode, policy, timeout)
         return channel

@@ -152,12 +152,12 @@ def name_of_new(name):
     return name
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("words", [16, 20_000])
 def test_producers_killed_at_random(channel, tmp_path, words, seed):
     """Every message whose send returned arrives once and whole; at most the one in flight comes on top."""
     chance = random.Random(seed)
-    for producer in range(5):
+    for producer in range(4):
         log = tmp_path / f"log{producer}"
         log.write_bytes(bytes(8))
         got = []
@@ -176,7 +176,7 @@ def test_producers_killed_at_random(channel, tmp_path, words, seed):
         all_free(channel)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_consumers_killed_at_random(channel, tmp_path, seed):
     """Nothing is lost; what comes twice is flagged."""
     chance = random.Random(seed)

@@ -113,7 +113,7 @@ def test_a_childs_end_leaves_the_parent_alone(channel, use):
             del channel
             gc.collect()
         if use == "shutdown of interpreter":
-            dsline.channel._leave_all()
+            dsline._core.leave_all()
 
     forked(child)
     assert not channel.closed
@@ -152,7 +152,7 @@ def test_a_child_may_exit_like_a_program_with_inherited_views(channel):
     if pid == 0:
         try:
             channel.send(b"from the child")
-            dsline.channel._leave_all()
+            dsline._core.leave_all()
         finally:
             os._exit(0)
     reap(pid)

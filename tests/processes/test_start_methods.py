@@ -2,6 +2,8 @@
 
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_sharer
+import multiprocessing.resource_tracker
 import pickle
 
 import children
@@ -24,6 +26,13 @@ def helpers():
     """The helper processes of multiprocessing live as long as pytest: their pipes are nobody's leak."""
     multiprocessing.resource_tracker.ensure_running()
     multiprocessing.forkserver.ensure_running()
+
+
+@pytest.fixture(autouse=True)
+def sharing_ends():
+    """The thread and the socket by which multiprocessing passes descriptors on end with the test."""
+    yield
+    multiprocessing.resource_sharer.stop(timeout=TIMEOUT)
 
 
 @pytest.fixture(params=METHODS)

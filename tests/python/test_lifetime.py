@@ -307,7 +307,7 @@ def test_the_interpreter_ends_in_silence(name, ending, storage):
     if storage == "named" and name in list_names():
         # Messages may be left; none of them was redelivered, for a process that ends in order has not died.
         with dsline.ShmChannel(name, timeout=0) as channel:
-            assert len(channel) <= 4
+            assert len(channel) <= 5  # one of them from the finalizer
             while not channel.empty:
                 with channel.recv_message() as message:
                     assert message.redelivered is (
