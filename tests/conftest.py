@@ -33,12 +33,6 @@ def _children():
     return found
 
 
-def pytest_collection_finish(session):
-    # What was imported stays; collecting garbage after every test need not look at it.
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     outcome = yield
@@ -52,6 +46,7 @@ _failed = pytest.StashKey[bool]()
 @pytest.fixture(autouse=True)
 def nothing_left_behind(request):
     """Descriptors, mapped segments, names of channels and child processes are as they were before the test."""
+    gc.freeze()  # what is there now stays; collecting garbage after every test need not look at it
     children = _children()
     check = LeakCheck()
     yield

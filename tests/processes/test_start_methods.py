@@ -165,7 +165,7 @@ def test_handles_go_over_a_connection(context, make):
 def test_plain_pickle_of_an_anonymous_channel_is_refused(storage):
     with dsline.ShmChannel(storage=storage, capacity=1, slot_size=64) as channel:
         for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
-            with pytest.raises(dsline.FeatureUnavailableError, match="anonymous.*give it a name"):
+            with pytest.raises(dsline.FeatureUnavailableError, match=r"anonymous.*give it a name"):
                 pickle.dumps(channel, protocol)
         channel.send(b"fine")
         assert channel.recv_bytes(timeout=0) == b"fine"
@@ -175,10 +175,10 @@ def test_plain_pickle_of_an_anonymous_channel_is_refused(storage):
 def test_a_heap_channel_is_refused(method):
     context = multiprocessing.get_context(method)
     with dsline.ShmChannel(storage="heap", capacity=1, slot_size=64) as channel:
-        with pytest.raises(dsline.FeatureUnavailableError, match="heap.*own"):
+        with pytest.raises(dsline.FeatureUnavailableError, match=r"heap.*own"):
             pickle.dumps(channel)
         process = context.Process(target=children.double_what_comes, args=(channel, channel))
-        with pytest.raises(dsline.FeatureUnavailableError, match="heap.*own"):
+        with pytest.raises(dsline.FeatureUnavailableError, match=r"heap.*own"):
             process.start()
 
 

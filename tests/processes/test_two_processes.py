@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from support import TIMEOUT, Child, check_proof, proof, wait_until
+from support import TIMEOUT, Child, check_proof, proof
 
 import dsline
 from dsline._core import list_names
@@ -60,7 +60,6 @@ def test_the_receiver_starts_first(name):
     with Child("receive_proofs", name) as receiver:
         assert receiver.read() == "ready"
         with dsline.ShmChannel.open(name) as channel:
-            wait_until(lambda: channel.stats().recv_waits == 0)  # counts of this handle: the other one waits
             for number in range(5):
                 channel.send(proof(1, number), timeout=TIMEOUT)
             channel.shutdown()
@@ -113,7 +112,7 @@ def test_many_processes_open_one_name_at_once(name):
 def test_geometry_of_another_process_is_respected(name):
     with Child("send_proofs", name, 1, 0, 1) as child:
         assert child.read() == "sent 1"
-        with pytest.raises(dsline.ChannelMismatchError, match="capacity=3.*64"):
+        with pytest.raises(dsline.ChannelMismatchError, match=r"capacity=3.*64"):
             dsline.ShmChannel(name, capacity=3)
         with pytest.raises(dsline.ChannelExistsError):
             dsline.ShmChannel.create(name)
@@ -124,11 +123,13 @@ def test_geometry_of_another_process_is_respected(name):
 
 
 def test_unlink_does_not_disturb_the_others(name):
-    with dsline.ShmChannel(name, capacity=4, slot_size=64, timeout=TIMEOUT) as channel:
-        with Child("receive_proofs", name) as receiver:
-            assert receiver.read() == "ready"
-            channel.unlink()
-            channel.send(proof(1, 0))
-            channel.shutdown()
-            assert receiver.read() == [[1, 0]]
-            receiver.finish()
+    with (
+        dsline.ShmChannel(name, capacity=4, slot_size=64, timeout=TIMEOUT) as channel,
+        Child("receive_proofs", name) as receiver,
+    ):
+        assert receiver.read() == "ready"
+        channel.unlink()
+        channel.send(proof(1, 0))
+        channel.shutdown()
+        assert receiver.read() == [[1, 0]]
+        receiver.finish()

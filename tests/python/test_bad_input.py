@@ -112,7 +112,7 @@ def test_more_address_space_than_a_channel_has_is_refused():
 
 
 def test_max_message_size_below_slot_size_is_refused():
-    with pytest.raises(ValueError, match="max_message_size is 63.*slot_size"):
+    with pytest.raises(ValueError, match=r"max_message_size is 63.*slot_size"):
         dsline.ShmChannel(storage="heap", slot_size=64, max_message_size=63)
 
 
@@ -154,19 +154,16 @@ def test_a_refused_channel_leaves_the_process_whole():
         assert channel.recv_bytes(timeout=0) == b"fine"
 
 
-def test_an_object_that_was_never_opened_says_so():
-    for cls in (dsline.ShmChannel, dsline.FileChannel):
-        channel = cls.__new__(cls)
-        assert channel.closed
-        for call in (
-            lambda: channel.send(b"x"),
-            lambda: channel.recv(timeout=0),
-            lambda: len(channel),
-            channel.stats,
-        ):
-            with pytest.raises(dsline.ChannelClosedError, match="never opened"):
-                call()
-        channel.close()
+@pytest.mark.parametrize(
+    "call", [lambda ch: ch.send(b"x"), lambda ch: ch.recv(timeout=0), len, lambda ch: ch.stats()]
+)
+@pytest.mark.parametrize("cls", [dsline.ShmChannel, dsline.FileChannel])
+def test_an_object_that_was_never_opened_says_so(cls, call):
+    channel = cls.__new__(cls)
+    assert channel.closed
+    with pytest.raises(dsline.ChannelClosedError, match="never opened"):
+        call(channel)
+    channel.close()
 
 
 NEVER_OPENED = """
@@ -244,9 +241,9 @@ def test_an_oversize_message_is_refused_before_waiting_and_dropping(make_channel
     channel = make_channel(capacity=1, slot_size=64, max_message_size=64)
     channel.send(b"x")
     for policy in ("block", "raise", "drop_newest", "drop_oldest"):
-        with dsline.ShmChannel.open(channel.name, backpressure=policy) as handle:
-            with pytest.raises(dsline.MessageTooLargeError):
-                handle.send(bytes(65))
+        handle = dsline.ShmChannel.open(channel.name, backpressure=policy)
+        with handle, pytest.raises(dsline.MessageTooLargeError):
+            handle.send(bytes(65))
     assert len(channel) == 1
 
 
@@ -524,15 +521,14 @@ class Frames:
     """Reaches into the file of a channel as a broken peer might."""
 
     def __init__(self, path):
-        self._file = open(path, "r+b")
-        self.map = mmap.mmap(self._file.fileno(), 0)
+        with open(path, "r+b") as file:
+            self.map = mmap.mmap(file.fileno(), 0)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
         self.map.close()
-        self._file.close()
 
     def frame_of(self, payload):
         """Offset of the frame whose payload is `payload`."""

@@ -174,7 +174,7 @@ def test_unlink_removes_the_file(tmp_path):
 
 
 def test_open_creates_nothing(tmp_path):
-    with pytest.raises(dsline.ChannelNotFoundError, match="FileChannel.create") as caught:
+    with pytest.raises(dsline.ChannelNotFoundError, match=r"FileChannel\.create") as caught:
         dsline.FileChannel.open(tmp_path / "queue")
     assert isinstance(caught.value, FileNotFoundError)
     assert list(tmp_path.iterdir()) == []
@@ -245,7 +245,7 @@ def test_places_where_no_file_can_be(tmp_path):
 
 def test_a_path_with_a_nul_is_refused(tmp_path):
     for way in (create, dsline.FileChannel.open):
-        with pytest.raises(ValueError, match="null|NUL"):
+        with pytest.raises(ValueError, match=r"null|NUL"):
             way(f"{tmp_path}/a\0b")
     assert list(tmp_path.iterdir()) == []
 
@@ -258,7 +258,7 @@ def test_a_path_of_another_type_is_refused(wrong):
 
 
 def test_a_file_channel_is_made_by_create_or_open():
-    with pytest.raises(TypeError, match="FileChannel.create"):
+    with pytest.raises(TypeError, match=r"FileChannel\.create"):
         dsline.FileChannel("path")
 
 

@@ -105,7 +105,7 @@ def test_wrong_metadata_is_refused_and_nothing_is_sent(channel, wrong, payload):
 
 def test_a_surrogate_in_metadata_is_refused(channel):
     for meta in ({"a": "\ud800"}, {"\ud800": 1}, {"encoding": "\ud800"}, {"columns": ["\ud800"]}):
-        with pytest.raises(ValueError, match="surrogate|UTF-8"):
+        with pytest.raises(ValueError, match=r"surrogate|UTF-8"):
             channel.send(b"", meta=meta)
     assert len(channel) == 0
 
@@ -191,7 +191,7 @@ def test_an_array_of_a_message(channel):
     with channel.recv_message() as message:
         view = message.array()
         assert not view.flags.writeable
-        with pytest.raises(ValueError, match="WRITEABLE|writeable"):
+        with pytest.raises(ValueError, match=r"WRITEABLE|writeable"):
             view.flags.writeable = True
         copy = message.array(copy=True)
         copy[0, 0] = 9
@@ -271,7 +271,7 @@ def test_giving_back_with_live_views_does_no_harm(channel):
     with channel.recv_message(timeout=0) as again:
         assert again.redelivered
         np.testing.assert_array_equal(again.array(), [0, 1, 2])
-    del view, message
+    del again, message
     assert channel.stats().free_slots == 4
     channel.send(b"next")
     assert channel.recv_bytes() == b"next"

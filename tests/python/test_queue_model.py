@@ -104,7 +104,7 @@ class ChannelMachine(RuleBasedStateMachine):
                 channel.recv_message()
             return multiple()
         expected = model.queue.popleft()
-        sequence, payload, meta, attempt = expected
+        sequence, _, meta, attempt = expected
         message = channel.recv_message()
         assert (message.sequence, message.meta, message.attempt) == (sequence, meta, attempt)
         assert message.redelivered == (attempt > 1)
