@@ -295,8 +295,8 @@ def buffer_format(dtype: DType) -> bytes | None:
     if dtype.subdtype is not None:
         return None
     try:
-        # np.empty() would make S1 of S0.
-        sample: Any = np.ndarray((0,), dtype)
+        # np.empty() would make S1 of S0, and of an array without items NumPy gives another format.
+        sample: Any = np.ndarray((2,), dtype)
         view = memoryview(sample)
         np.asarray(view)
         return view.format.encode()

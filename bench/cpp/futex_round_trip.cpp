@@ -4,9 +4,10 @@
 // Timed on each side's own words: P1 notes the time, changes a word and wakes C1, which does the same back. Between round
 // trips P1 pauses, so that C1 is asleep in the kernel, and P1 sleeps while it waits for the answer.
 //
-//   futex_round_trip --count 500 --pause-us 3000
+//   futex_round_trip --count 500 --pause-us 3000 [--cpus 0,1]
 // prints {"count": …, "p50_us": …, "p99_us": …, "p999_us": …, "max_us": …}.
 
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -26,6 +27,14 @@ namespace {
 
 using Word = dsline::base::Atomic<std::uint32_t>;
 
+void pin(int cpu) {
+  if (cpu < 0) return;
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  sched_setaffinity(0, sizeof set, &set);
+}
+
 void wait_for(const Word& word, std::uint32_t wanted) {
   for (std::uint32_t seen = word.load(); seen != wanted; seen = word.load()) {
     dsline::waiting::futex_wait(word, seen, dsline::base::monotonic_ns() + 5'000'000'000);
@@ -42,15 +51,17 @@ void tell(Word& word, std::uint32_t value) {
 int main(int argc, char** argv) {
   std::uint32_t count = 500;
   long pause_us = 3000;
+  int cpus[2] = {-1, -1};
   for (int i = 1; i + 1 < argc; i += 2) {
     std::string option = argv[i];
+    if (option == "--cpus" && std::sscanf(argv[i + 1], "%d,%d", &cpus[0], &cpus[1]) == 2) continue;
     long value = std::strtol(argv[i + 1], nullptr, 10);
     if (option == "--count" && value >= 1) {
       count = static_cast<std::uint32_t>(value);
     } else if (option == "--pause-us" && value >= 0) {
       pause_us = value;
     } else {
-      std::fprintf(stderr, "usage: %s --count N --pause-us MICROSECONDS\n", argv[0]);
+      std::fprintf(stderr, "usage: %s --count N --pause-us MICROSECONDS [--cpus A,B]\n", argv[0]);
       return 2;
     }
   }
@@ -59,6 +70,7 @@ int main(int argc, char** argv) {
   Word& there = *new (shared) Word(0);
   Word& back = *new (static_cast<char*>(shared) + 128) Word(0);
   pid_t child = fork();
+  pin(cpus[child == 0 ? 1 : 0]);
   if (child == 0) {
     for (std::uint32_t i = 1; i <= count; ++i) {
       wait_for(there, i);

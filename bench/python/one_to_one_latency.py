@@ -30,7 +30,9 @@ WAIT_S = 10.0
 STAMP = struct.Struct("=q")
 
 
-def answer(name: str, count: int, pause: float, ways: Any) -> None:
+def answer(name: str, count: int, pause: float, ways: Any, cpu: int | None) -> None:
+    if cpu is not None:
+        os.sched_setaffinity(0, {cpu})
     with (
         dsline.ShmChannel.open(name, timeout=WAIT_S) as there,
         dsline.ShmChannel.open(f"{name}-back", timeout=WAIT_S) as back,
@@ -46,8 +48,8 @@ def answer(name: str, count: int, pause: float, ways: Any) -> None:
         ways.send(there_ns)
 
 
-def asleep(count: int, pause: float) -> dsline.bench.RoundTrip:
-    """Ping-pong in which every send meets a sleeping receiver."""
+def asleep(count: int, pause: float, cpus: tuple[int, int] | None = None) -> dsline.bench.RoundTrip:
+    """Ping-pong in which every send meets a sleeping receiver; `cpus` pins the two sides."""
     name = f"bench-{os.getpid()}-{secrets.token_hex(4)}"
     context = multiprocessing.get_context("spawn")
     with (
@@ -55,9 +57,14 @@ def asleep(count: int, pause: float) -> dsline.bench.RoundTrip:
         dsline.ShmChannel.create(f"{name}-back", capacity=4, slot_size=64, timeout=WAIT_S) as back,
     ):
         ways, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=answer, args=(name, count, pause, theirs), daemon=True)
+        process = context.Process(
+            target=answer, args=(name, count, pause, theirs, cpus and cpus[1]), daemon=True
+        )
         process.start()
         theirs.close()
+        before = os.sched_getaffinity(0)
+        if cpus is not None:
+            os.sched_setaffinity(0, {cpus[0]})
         try:
             back_ns = []
             for _ in range(count):
@@ -72,6 +79,7 @@ def asleep(count: int, pause: float) -> dsline.bench.RoundTrip:
             there_ns = ways.recv()
             process.join(WAIT_S)
         finally:
+            os.sched_setaffinity(0, before)
             process.kill()
             process.join()
             there.unlink()
@@ -80,9 +88,13 @@ def asleep(count: int, pause: float) -> dsline.bench.RoundTrip:
     return dsline.bench.RoundTrip.from_ns(a + b for a, b in zip(there_ns[2:], back_ns[2:], strict=True))
 
 
-def bare_futex(program: Path, count: int, pause: float) -> dict[str, Any]:
+def bare_futex(
+    program: Path, count: int, pause: float, cpus: tuple[int, int] | None = None
+) -> dict[str, Any]:
     """Return what the program prints for two bare futex wake-ups, both sides asleep: one JSON object."""
     command = [str(program), "--count", str(count), "--pause-us", str(round(pause * 1e6))]
+    if cpus is not None:
+        command += ["--cpus", f"{cpus[0]},{cpus[1]}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
@@ -109,9 +121,13 @@ def measure(
             result = dsline.bench.shm(8, 1000, latency_count=count, pin=pin)
             assert result.round_trip is not None
             keep(f"awake, {'pinned' if pin else 'not pinned'}", dataclasses.asdict(result.round_trip))
-        keep("asleep", dataclasses.asdict(asleep(asleep_count, pause)))
-        if futex is not None:
-            keep("asleep, bare futex", bare_futex(futex, asleep_count, pause))
+        for pin in pins:
+            first, second = sorted(os.sched_getaffinity(0))[:2] if pin else (0, 0)
+            cpus = (first, second) if pin else None
+            how = "pinned" if pin else "not pinned"
+            keep(f"asleep, {how}", dataclasses.asdict(asleep(asleep_count, pause, cpus)))
+            if futex is not None:
+                keep(f"asleep, {how}, bare futex", bare_futex(futex, asleep_count, pause, cpus))
     return rows
 
 

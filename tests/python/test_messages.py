@@ -277,6 +277,16 @@ def test_giving_back_with_live_views_does_no_harm(channel):
     assert channel.recv_bytes() == b"next"
 
 
+def test_what_is_given_back_after_an_immediate_end_is_discarded(channel):
+    channel.send(b"x")
+    message = channel.recv_message()
+    channel.shutdown(immediate=True)
+    nack(message)
+    assert (len(channel), channel.stats().free_slots) == (0, 4)
+    with pytest.raises(dsline.ChannelClosedError):
+        channel.recv()
+
+
 def test_releasing_inside_the_block_is_final(channel):
     channel.send(b"x")
     message = channel.recv_message()

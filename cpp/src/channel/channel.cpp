@@ -465,6 +465,10 @@ struct Channel::Impl {
 
   void give_back(const Received& message) noexcept {
     if (message.process != base::fork_generation() || left.load(std::memory_order_relaxed)) return;
+    if ((active() & memory::kShutDownAtOnce) != 0) {
+      release(message.slot, message.process);  // nobody will take it again
+      return;
+    }
     group.give_back(order::Held{message.slot, message.sequence, message.attempts}, me);
     if (closed.load(std::memory_order_relaxed)) leave_if_idle();
   }
