@@ -7,7 +7,6 @@
 //   futex_round_trip --count 500 --pause-us 3000 [--cpus 0,1]
 // prints {"count": …, "p50_us": …, "p99_us": …, "p999_us": …, "max_us": …}.
 
-#include <sched.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -21,19 +20,12 @@
 #include <vector>
 
 #include "base/clock.hpp"
+#include "pin.hpp"
 #include "waiting/futex.hpp"
 
 namespace {
 
 using Word = dsline::base::Atomic<std::uint32_t>;
-
-void pin(int cpu) {
-  if (cpu < 0) return;
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  CPU_SET(cpu, &set);
-  sched_setaffinity(0, sizeof set, &set);
-}
 
 void wait_for(const Word& word, std::uint32_t wanted) {
   for (std::uint32_t seen = word.load(); seen != wanted; seen = word.load()) {

@@ -6,7 +6,6 @@
 //   one_to_one_send_throughput --message-size 64 --count 1000000 --slots 64 [--cpus 0,1]
 // prints {"seconds": …, "messages_per_second": …, "GB_per_second": …}.
 
-#include <sched.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -19,16 +18,9 @@
 
 #include "base/clock.hpp"
 #include "dsline/channel.hpp"
+#include "pin.hpp"
 
 namespace {
-
-void pin(int cpu) {
-  if (cpu < 0) return;
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  CPU_SET(cpu, &set);
-  sched_setaffinity(0, sizeof set, &set);
-}
 
 int receive(dsline::Channel& channel, std::uint64_t size, std::uint64_t count) {
   dsline::Received message;

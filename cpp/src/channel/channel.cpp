@@ -187,6 +187,7 @@ struct Channel::Impl {
     local->last_sweep_ns.store(now, std::memory_order_relaxed);
     return region->storage().kind() != StorageKind::Heap && liveness::recover_the_dead(*region, me) != 0;
   }
+
   /// Takes the oldest message that the group has not taken, and releases it.
   bool drop_oldest() noexcept {
     order::Held held{};
@@ -503,6 +504,7 @@ struct Channel::Impl {
   Outcome wait(waiting::WaitPoint point, std::uint32_t& count, std::uint64_t reason,
                waiting::AdaptiveSpin& spinner, Ready ready, Surely surely, std::uint64_t done,
                std::int64_t deadline_ns, bool spin) {
+    const std::int64_t start = base::monotonic_ns();
     if (spin && spinner(ready, deadline_ns, done)) return Outcome::Ok;
     waiting::Wake wake{};
     std::int64_t now = base::monotonic_ns();
@@ -514,7 +516,10 @@ struct Channel::Impl {
       wake = point.sleep(sequence, std::min(deadline_ns, now + kSliceNs));
     }
     if (wake == waiting::Wake::Interrupted) return Outcome::Interrupted;
-    if (wake == waiting::Wake::Woken) return Outcome::Ok;
+    if (wake == waiting::Wake::Woken) {
+      if (spin) spinner.woken_after(base::monotonic_ns() - start);
+      return Outcome::Ok;
+    }
     sweep();
     return base::monotonic_ns() >= deadline_ns ? Outcome::TimedOut : Outcome::Empty;
   }

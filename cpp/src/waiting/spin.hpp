@@ -17,6 +17,9 @@ namespace dsline::waiting {
 /// time slices: a spin that did not pay halves the next one, and past a few microseconds every look gives up
 /// the core to whoever is ready to run.
 ///
+/// A sleep that was over sooner than the longest spin makes the next spin longer again: waking costs the other side a
+/// system call that spinning would have spared it.
+///
 /// In a stream (many messages since the last wait, each within a fraction of a microsecond) whoever is faster would
 /// catch up with every single message, and the two would take the same cache lines from each other all the time. It
 /// then stays away for a moment, so that the other can go ahead by a batch.
@@ -26,6 +29,7 @@ class AdaptiveSpin {
  public:
   static constexpr std::int64_t kLongestNs = 50'000;
   static constexpr std::int64_t kShortestNs = 1'000;
+  static constexpr std::int64_t kWakeNs = 50'000;  // a wake-up across cores at its slowest
   static constexpr std::int64_t kYieldAfterNs = 10'000;
   static constexpr int kMostPauses = 16;
   static constexpr std::int64_t kStreamNs = 1'000;  // per message
@@ -64,6 +68,16 @@ class AdaptiveSpin {
     } while (now < end);
     budget_ns_.store(std::max(budget / 2, kShortestNs), std::memory_order_relaxed);
     return ready();
+  }
+
+  /// Length of the next spin.
+  std::int64_t budget_ns() const noexcept { return budget_ns_.load(std::memory_order_relaxed); }
+
+  /// Told after a sleep that a waker ended, `waited_ns` after the spin before it began.
+  void woken_after(std::int64_t waited_ns) noexcept {
+    if (waited_ns >= kLongestNs + kWakeNs) return;
+    const std::int64_t budget = budget_ns_.load(std::memory_order_relaxed);
+    budget_ns_.store(std::min(budget * 4, kLongestNs), std::memory_order_relaxed);
   }
 
  private:

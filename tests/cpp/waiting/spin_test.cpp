@@ -61,5 +61,16 @@ TEST(AdaptiveSpin, ACountThatGoesBackwardsIsHarmless) {
   EXPECT_FALSE(spin([] { return false; }, base::kForever, 11));
 }
 
+TEST(AdaptiveSpin, SleepsThatWereShortMakeTheNextSpinLonger) {
+  AdaptiveSpin spin;
+  const auto never = [] { return false; };
+  for (int i = 0; i < 20; ++i) spin(never, base::kForever, 0);
+  ASSERT_EQ(spin.budget_ns(), AdaptiveSpin::kShortestNs);
+  spin.woken_after(AdaptiveSpin::kLongestNs + AdaptiveSpin::kWakeNs);
+  EXPECT_EQ(spin.budget_ns(), AdaptiveSpin::kShortestNs) << "spinning would not have paid";
+  for (int i = 0; i < 20; ++i) spin.woken_after(AdaptiveSpin::kLongestNs - 1);
+  EXPECT_EQ(spin.budget_ns(), AdaptiveSpin::kLongestNs);
+}
+
 }  // namespace
 }  // namespace dsline::waiting
