@@ -715,6 +715,8 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def main() -> int:
+    # A shell starts background jobs with SIGINT ignored, and what they start inherits that: no test of Ctrl-C could pass.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = command_line()
     options, passed_on = parser.parse_known_args()
     if passed_on and options.command not in ("example", "bench"):
