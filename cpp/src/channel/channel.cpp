@@ -602,10 +602,12 @@ struct Channel::Impl {
       const bool mine = word.owner() == me;
       if (mine && word.is(SlotPhase::Writing)) return true;
       if (mine && word.is(SlotPhase::Committed) && (word.pending() & slots::kEnqueueing) != 0) return true;
-      if (word.is(SlotPhase::Committed) && (word.pending() & group.bit()) != 0 && claimed_by_me(s))
-        return true;
+      if (is_held_by_me(s, word)) return true;
     }
     return false;
+  }
+  bool is_held_by_me(std::uint32_t s, SlotWord word) const noexcept {
+    return word.is(SlotPhase::Committed) && (word.pending() & group.bit()) != 0 && claimed_by_me(s);
   }
   bool claimed_by_me(std::uint32_t s) const noexcept {
     return slots::Claim{region->claim(s, 0).load(std::memory_order_acquire)}.who() ==
@@ -647,7 +649,7 @@ struct Channel::Impl {
       SlotWord word = pool.word(s);
       if (word.is(SlotPhase::Writing) && word.owner() == me) {
         pool.abort(s, word);
-      } else if (word.is(SlotPhase::Committed) && (word.pending() & group.bit()) != 0 && claimed_by_me(s)) {
+      } else if (is_held_by_me(s, word)) {
         slots::Claim claim{region->claim(s, 0).load(std::memory_order_acquire)};
         group.give_back(
             order::Held{s, region->slot(s).position.load(std::memory_order_relaxed), claim.attempts()}, me);
@@ -662,7 +664,7 @@ struct Channel::Impl {
     if (busy.load(std::memory_order_seq_cst) != 0) return;
     for (std::uint32_t s = 0; s < region->geometry().slots; ++s) {
       SlotWord word = pool.word(s);
-      if (word.is(SlotPhase::Committed) && (word.pending() & group.bit()) != 0 && claimed_by_me(s)) {
+      if (is_held_by_me(s, word)) {
         pool.clear_pending(s, group.bit());
       }
     }
