@@ -20,6 +20,7 @@ enum class Outcome : int {
   Corrupted = 5,  ///< the message failed its check; it is gone, counted, and the channel goes on
   TimedOut = 6,
   Interrupted = 7,  ///< a signal came in
+  NotSynced = 8,    ///< the message entered the channel, but its file could not be written to the disk
 };
 
 /// What a producer does when no slot is free.
@@ -27,6 +28,16 @@ enum class Backpressure : int { Block = 0, Raise = 1, DropNewest = 2, DropOldest
 
 /// What an opener does with a region whose participants are all dead.
 enum class OnStale : int { Recover = 0, Reset = 1, Raise = 2 };
+
+/// Where a new group begins.
+enum class Start : int {
+  Next = 0,    ///< with the first message sent after it joined
+  Oldest = 1,  ///< with the oldest one that is still in the channel: the history, or what other groups have not taken
+  Latest = 2,  ///< with the newest one that is still in the channel
+};
+
+/// What becomes of a message whose receiver died before it released it.
+enum class OnDeath : int { Redeliver = 0, Drop = 1 };
 
 enum class OpenMode : int { OpenOrCreate = 0, Create = 1, Open = 2 };
 
@@ -44,6 +55,20 @@ struct ChannelOptions {
   std::uint32_t mode = 0600;
   OnStale on_stale = OnStale::Recover;
   std::uint64_t first_position = 0;  ///< for tests that start near a wrap
+  std::uint32_t max_groups = 0;      ///< named groups at a time
+  int history = -1;                  ///< messages kept for late joiners
+  std::uint32_t max_deliveries = 0;  ///< 1 to 15
+  int dead_letters = -1;             ///< kept at most
+  int default_group = -1;            ///< 1: what is sent waits for a receiver; 0: only named groups get it
+  int sync = -1;                     ///< 1: send returns when the message is on the disk (files)
+};
+
+/// Which group a handle takes part in.
+struct SubscribeOptions {
+  std::string group;  ///< 1 to 100 bytes
+  Start start = Start::Next;  ///< of a group that does not exist yet
+  OnDeath on_death = OnDeath::Redeliver;
+  bool durable = false;  ///< the group stays, and collects messages, while it has no members
 };
 
 /// A slot that is the caller's to write, until it is published or aborted, in the process that took it.
@@ -63,6 +88,8 @@ struct Received {
   std::uint32_t attempts = 0;  ///< deliveries before this one
   std::uint64_t sequence = 0;
   std::uint32_t process = 0;  ///< fork generation of the holder
+  std::uint32_t group = 0;
+  std::uint64_t word = 0;  ///< of try_read_latest(): the slot's word, to see whether it is still the same message
   std::uint32_t meta_bytes = 0;
   std::uint64_t payload_bytes = 0;
   std::uint64_t schema_hash = 0;
@@ -83,8 +110,13 @@ struct ChannelStats {
   std::uint64_t next_sequence = 0;
   std::uint64_t head_sequence = 0;
   std::uint64_t dropped_newest = 0;
-  std::uint64_t dropped_oldest = 0;
+  std::uint64_t dropped_oldest = 0;  ///< of the handle's group
+  std::uint64_t lost = 0;            ///< the same, since this handle was opened
   std::uint64_t redelivered = 0;
+  std::uint64_t unheard = 0;  ///< messages that no group was there for
+  std::uint64_t buried = 0;   ///< messages that became dead letters
+  std::uint64_t letters_dropped = 0;
+  std::uint64_t deaths = 0;
   std::uint64_t corrupted = 0;
   std::uint64_t send_waits = 0;
   std::uint64_t recv_waits = 0;
@@ -95,7 +127,104 @@ struct ChannelStats {
   std::uint32_t pinned_slots = 0;
   std::uint32_t corrupted_slots = 0;
   std::uint32_t pinned_by_me = 0;
+  std::uint32_t dead_letters = 0;  ///< slots with a dead letter
   std::uint32_t participants = 0;
+};
+
+/// Why a message became a dead letter.
+struct DeadLetter {
+  std::string group;
+  std::uint32_t last_pid = 0;    ///< who had it last; 0 where nobody had
+  bool last_holder_died = false;  ///< false: it gave the message back
+};
+
+/// One participant that was found dead and recovered.
+struct Death {
+  std::uint64_t number = 0;  ///< counts the deaths of the channel, from 0
+  std::uint64_t noticed_ns = 0;  ///< CLOCK_REALTIME
+  std::uint64_t joined_ns = 0;
+  std::uint64_t start_time = 0;  ///< of the process, in clock ticks since boot
+  std::uint32_t pid = 0;
+  std::uint32_t participant = 0;
+  std::string group;  ///< empty: the default group, or none any more
+  std::uint32_t writing = 0;  ///< slots that it had not published
+  std::uint32_t held = 0;     ///< messages that it had not released
+};
+
+/// A channel as it stands, for people: read without stopping anybody, so its parts may be of different moments.
+struct Report {
+  struct Participant {
+    std::uint32_t number = 0;
+    std::uint32_t pid = 0;
+    std::uint64_t start_time = 0;
+    std::uint64_t joined_ns = 0;   ///< CLOCK_REALTIME
+    std::uint32_t waiting_on = 0;  ///< 0 nothing, 1 room, 2 a message
+    std::uint32_t group = 0;       ///< number; kNoGroup: none
+    bool alive = false;
+    std::uint32_t writing = 0;  ///< slots that it has not published
+    std::uint32_t held = 0;     ///< messages that it holds
+    std::int64_t held_for_ns = 0;  ///< the longest of them
+  };
+  struct Group {
+    std::uint32_t number = 0;
+    std::string name;
+    bool active = false;
+    bool durable = false;
+    bool retention = false;  ///< the history: nobody receives from it
+    OnDeath on_death = OnDeath::Redeliver;
+    std::uint32_t members = 0;
+    std::uint64_t cursor = 0;
+    std::uint64_t lag = 0;   ///< messages that wait
+    std::uint32_t held = 0;  ///< messages that its members hold
+    std::uint32_t dead_letters = 0;
+    std::uint64_t dropped_oldest = 0;
+    std::uint64_t redelivered = 0;
+  };
+  struct Holder {
+    std::uint32_t group = 0;
+    std::uint32_t participant = 0;
+    std::uint32_t attempts = 0;  ///< deliveries before this one
+    std::int64_t for_ns = 0;
+  };
+  struct Slot {
+    std::uint32_t number = 0;
+    std::string state;  ///< FREE, WRITING, COMMITTED, PINNED, CORRUPTED
+    std::uint32_t owner = 0;    ///< participant; kNoGroup: none
+    std::uint64_t sequence = 0;  ///< of a committed one
+    std::uint32_t pending = 0;  ///< bits of the groups that have not finished with it
+    std::uint64_t reserved_bytes = 0;
+    std::vector<Holder> holders;
+  };
+  static constexpr std::uint32_t kNoGroup = ~std::uint32_t{0};
+
+  std::string path;
+  std::string storage;
+  std::string uuid;
+  std::uint64_t created_ns = 0;
+  std::uint32_t creator_pid = 0;
+  std::uint64_t slot_size = 0;
+  std::uint64_t max_message_size = 0;
+  std::uint64_t next_sequence = 0;
+  std::uint32_t max_handles = 0;
+  std::uint32_t history = 0;
+  std::uint32_t max_deliveries = 0;
+  bool default_group = true;
+  bool sync = false;
+  bool shut_down = false;
+  bool other_boot = false;  ///< its processes ended with an earlier boot of the machine
+  ChannelStats stats;       ///< as the default group sees it
+  std::vector<Participant> participants;
+  std::vector<Group> groups;
+  std::vector<Slot> slots;  ///< less those that are free
+};
+
+/// What remove_channel() found.
+enum class Removal : int {
+  Removed = 0,
+  Missing = 1,
+  InUse = 2,        ///< somebody alive is attached, or is opening it
+  HasMessages = 3,  ///< nobody is attached, but messages wait in it
+  TooYoung = 4,
 };
 
 /// One open handle of a channel: sends and receives.
@@ -118,6 +247,12 @@ class Channel {
   /// A channel between the threads of this process.
   static std::shared_ptr<Channel> create_heap(const ChannelOptions& options);
   ~Channel();
+
+  /// Another handle of the same region, as a member of a named group, which is made when it is not there. Throws
+  /// Error(TooManyGroups) when all numbers are in use, Error(ChannelMismatch) when the group exists with other options.
+  std::shared_ptr<Channel> subscribe(const SubscribeOptions& options);
+  /// Another handle of the same region in the same group.
+  std::shared_ptr<Channel> again();
 
   // --- sending ---------------------------------------------------------------------------------------------------
 
@@ -142,9 +277,23 @@ class Channel {
   Outcome try_recv(Received& message);
   Outcome recv(Received& message, std::int64_t deadline_ns);
   /// Done with it: the slot is free when nobody else needs it. Does nothing in a forked child.
-  void release(std::uint32_t slot, std::uint32_t process) noexcept;
+  void release(std::uint32_t slot, std::uint32_t process, std::uint32_t group) noexcept;
   /// Not done with it: another member of the group, or this one, gets it again.
   void give_back(const Received& message) noexcept;
+
+  /// Takes the oldest dead letter of any group: Ok, Empty or Corrupted. It is gone when it is released, and is a dead
+  /// letter again when its holder dies or gives it back.
+  Outcome try_take_dead_letter(Received& message, DeadLetter& why);
+  /// Sends a dead letter that this handle holds to its group again, as if it had never been delivered.
+  void revive(const Received& message) noexcept;
+
+  /// Looks at the newest message of the history without taking it: Ok, or Empty where there is none or none behind
+  /// `newer_than` (a sequence number; 0 with `any`). The payload may be overwritten while it is read: copy it, then ask
+  /// is_unchanged(). Requires: the channel keeps a history.
+  Outcome try_read_latest(bool any, std::uint64_t newer_than, Received& message);
+  bool is_unchanged(const Received& message) const noexcept;
+  /// As wait_for_message(), for a message behind `newer_than` in the history.
+  Outcome wait_for_newer(bool any, std::uint64_t newer_than, std::int64_t deadline_ns, bool spin);
 
   // --- waiting ---------------------------------------------------------------------------------------------------
 
@@ -170,6 +319,25 @@ class Channel {
   static void abandon_all() noexcept;
   /// Removes the name; handles that are open go on.
   void unlink();
+  /// Makes every call of this handle but close() answer Closed; the first half of close(), which never waits.
+  void refuse_calls() noexcept;
+
+  // --- the others ------------------------------------------------------------------------------------------------
+
+  /// Looks after the dead now: true when there were any. Waits for nobody.
+  bool check_peers() noexcept;
+  /// Participants that were found dead since the channel was created.
+  std::uint64_t deaths() const noexcept;
+  /// Those from number `first` on that are still on record (the last 32).
+  std::vector<Death> deaths_since(std::uint64_t first) const;
+  /// Ends a durable group: what waits for it is released. Throws Error(ChannelNotFound).
+  void remove_group(const std::string& name);
+  Report report() const;
+  /// The same without taking part in it. Throws as opening does.
+  static Report report_of(const std::string& path);
+  /// Removes the file of a channel that nobody alive is attached to and whose last change is older than `age_ns`;
+  /// with messages in it only if `even_with_messages`. `dry`: only says what it would do.
+  static Removal remove_channel(const std::string& path, std::int64_t age_ns, bool even_with_messages, bool dry);
 
   std::uint64_t depth() const noexcept;
   bool is_full() const noexcept;
@@ -179,6 +347,14 @@ class Channel {
   std::uint64_t max_message_size() const noexcept;
   std::uint32_t max_handles() const noexcept;
   int checksum() const noexcept;
+  std::uint32_t history() const noexcept;
+  std::uint32_t max_deliveries() const noexcept;
+  bool has_default_group() const noexcept;
+  bool is_synced() const noexcept;
+  /// Name of the group that this handle receives for; empty: the default group.
+  std::string group() const;
+  /// False for a handle that can only send: the channel has no default group, and this handle no group of its own.
+  bool can_receive() const noexcept;
   std::string storage() const;
   /// Name, path or description, for people.
   std::string label() const;

@@ -24,8 +24,9 @@ enum class ErrorCode : int {
   System = 13,
   BufferTooSmall = 14,
   TimedOut = 15,
+  TooManyGroups = 16,
 };
-inline constexpr int kErrorCodeCount = 16;
+inline constexpr int kErrorCodeCount = 17;
 /// Not an ErrorCode: the allocator of the process failed.
 inline constexpr int kOutOfMemory = -1;
 

@@ -30,7 +30,8 @@ Geometry plan_geometry(std::uint32_t slots, std::uint64_t slot_bytes, std::uint6
   if (participants < 1 || participants > kMaxParticipants) {
     invalid(out_of_range("max_handles", participants, 1, kMaxParticipants));
   }
-  if (groups < 1 || groups > kMaxGroups) invalid(out_of_range("max_groups", groups, 1, kMaxGroups));
+  if (groups < 1 || groups > kMaxGroups)
+    invalid(out_of_range("max_groups with the default group and the history's", groups, 1, kMaxGroups));
   if (slot_bytes < 1 || slot_bytes > kMaxRegionBytes)
     invalid(out_of_range("slot_size", slot_bytes, 1, kMaxRegionBytes));
   if (max_message_bytes == 0) {
@@ -49,7 +50,7 @@ Geometry plan_geometry(std::uint32_t slots, std::uint64_t slot_bytes, std::uint6
   g.max_message_bytes = max_message_bytes;
   g.participants = participants;
   g.groups = groups;
-  g.order_cells = std::bit_ceil(2 * slots);
+  g.order_cells = std::bit_ceil(kCellsPerSlot * slots);
 
   std::uint64_t packed = base::round_up(kFrameRoomBytes + max_message_bytes, base::kCacheLine);
   if (packed < kPageBytes) {
@@ -72,6 +73,7 @@ Geometry plan_geometry(std::uint32_t slots, std::uint64_t slot_bytes, std::uint6
   g.free_map_offset = place(base::round_up(slots, 64) / 8);
   g.slots_offset = place(std::uint64_t{slots} * sizeof(SlotState));
   g.claims_offset = place(std::uint64_t{slots} * (groups - 1) * 8);
+  g.notes_offset = place(std::uint64_t{slots} * (groups - 1) * sizeof(ClaimNotes));
   g.arena_offset = base::round_up(at, kPageBytes);
 
   std::uint64_t arena = 0;
@@ -94,6 +96,11 @@ bool is_valid(const Geometry& geometry) noexcept {
   } catch (const Error&) {
     return false;
   }
+}
+
+bool is_valid(const Rules& rules) noexcept {
+  return rules.checksum <= 2 && rules.max_deliveries >= 1 && rules.max_deliveries <= 15 &&
+         rules.default_group <= 1 && rules.sync <= 1;
 }
 
 }  // namespace dsline::memory

@@ -52,7 +52,7 @@ Inspection inspect_description(const Storage& storage, Description& out) {
     return {Found::Damaged, "the checksum of its header is wrong"};
   }
   Geometry geometry = out.at<Geometry>(offsetof(RegionHeader, geometry));
-  if (!is_valid(geometry) || out.at<std::uint32_t>(offsetof(RegionHeader, checksum)) > 2) {
+  if (!is_valid(geometry) || !is_valid(out.at<Rules>(offsetof(RegionHeader, rules)))) {
     return {Found::Damaged, "its geometry is impossible"};
   }
   if (geometry.total_bytes != size) {
@@ -70,7 +70,7 @@ Inspection inspect(const Storage& storage) {
 }
 
 std::unique_ptr<Region> Region::create(std::unique_ptr<Storage> storage, const Geometry& geometry,
-                                       Checksum checksum, std::uint64_t first_position) {
+                                       const Rules& rules, std::uint64_t first_position) {
   std::unique_ptr<Region> region(new Region(std::move(storage)));
   Storage& bytes = *region->storage_;
   bytes.resize(geometry.total_bytes);
@@ -87,7 +87,7 @@ std::unique_ptr<Region> Region::create(std::unique_ptr<Storage> storage, const G
     }
   }
   region->map(geometry);
-  region->checksum_ = checksum;
+  region->rules_ = rules;
 
   for (std::uint32_t s = 0; s < geometry.slots; ++s) {
     region->slot(s).room_bytes.store(geometry.room_bytes, std::memory_order_relaxed);
@@ -104,7 +104,7 @@ std::unique_ptr<Region> Region::create(std::unique_ptr<Storage> storage, const G
   header.created_ns = static_cast<std::uint64_t>(base::realtime_ns());
   header.first_position = first_position;
   header.creator_pid = static_cast<std::uint32_t>(getpid());
-  header.checksum = static_cast<std::uint32_t>(checksum);
+  header.rules = rules;
   header.storage = static_cast<std::uint32_t>(bytes.kind());
   header.description_crc = description_crc(reinterpret_cast<const unsigned char*>(&header));
   return region;
@@ -118,7 +118,7 @@ std::unique_ptr<Region> Region::attach(std::unique_ptr<Storage> storage) {
     throw Error(ErrorCode::ChannelLayout, region->storage_->describe() + " is not a usable channel: " +
                                               inspection.reason + "; remove it, or choose another name");
   }
-  region->checksum_ = static_cast<Checksum>(description.at<std::uint32_t>(offsetof(RegionHeader, checksum)));
+  region->rules_ = description.at<Rules>(offsetof(RegionHeader, rules));
   region->map(description.at<Geometry>(offsetof(RegionHeader, geometry)));
   return region;
 }
@@ -136,6 +136,7 @@ void Region::map(const Geometry& geometry) {
   free_map_ = reinterpret_cast<base::Atomic<std::uint64_t>*>(control_ + geometry.free_map_offset);
   slots_ = reinterpret_cast<SlotState*>(control_ + geometry.slots_offset);
   claims_ = reinterpret_cast<base::Atomic<std::uint64_t>*>(control_ + geometry.claims_offset);
+  notes_ = reinterpret_cast<ClaimNotes*>(control_ + geometry.notes_offset);
 }
 
 // Without a mutex, which a fork in another thread could leave locked in the child: who comes second unmaps its own.

@@ -21,14 +21,20 @@ class Region {
   /// Lays out a new region in an empty storage and reserves it; slots, order and groups are still zero. Nobody else
   /// can reach it yet.
   static std::unique_ptr<Region> create(std::unique_ptr<Storage> storage, const Geometry& geometry,
-                                        Checksum checksum, std::uint64_t first_position);
+                                        const Rules& rules, std::uint64_t first_position);
   /// Maps a region that exists. Throws Error(ChannelLayout) when the bytes are not one of this version.
   static std::unique_ptr<Region> attach(std::unique_ptr<Storage> storage);
   ~Region();
 
   const Geometry& geometry() const noexcept { return geometry_; }
   Storage& storage() const noexcept { return *storage_; }
-  Checksum checksum() const noexcept { return checksum_; }
+  const Rules& rules() const noexcept { return rules_; }
+  Checksum checksum() const noexcept { return static_cast<Checksum>(rules_.checksum); }
+  bool keeps_history() const noexcept { return rules_.history != 0; }
+  /// Number of the retention group. Requires: keeps_history().
+  std::uint32_t retention_group() const noexcept { return geometry_.groups - 1; }
+  /// Bits of all groups that this region has.
+  std::uint32_t group_bits() const noexcept { return (1u << geometry_.groups) - 1; }
 
   RegionHeader& header() const noexcept { return *reinterpret_cast<RegionHeader*>(control_); }
   ParticipantState& participant(std::uint32_t i) const noexcept { return participants_[i]; }
@@ -41,6 +47,9 @@ class Region {
   SlotState& slot(std::uint32_t s) const noexcept { return slots_[s]; }
   base::Atomic<std::uint64_t>& claim(std::uint32_t s, std::uint32_t g) const noexcept {
     return g == 0 ? slots_[s].claim : claims_[std::uint64_t{s} * (geometry_.groups - 1) + g - 1];
+  }
+  ClaimNotes& notes(std::uint32_t s, std::uint32_t g) const noexcept {
+    return g == 0 ? slots_[s].notes : notes_[std::uint64_t{s} * (geometry_.groups - 1) + g - 1];
   }
 
   /// Offset of a slot's frame inside the arena.
@@ -73,7 +82,7 @@ class Region {
 
   std::unique_ptr<Storage> storage_;
   Geometry geometry_{};
-  Checksum checksum_ = Checksum::Header;
+  Rules rules_{};
   std::byte* control_ = nullptr;
   const std::byte* arena_ = nullptr;
   base::Atomic<std::byte*> writable_arena_{nullptr};
@@ -84,6 +93,7 @@ class Region {
   base::Atomic<std::uint64_t>* free_map_ = nullptr;
   SlotState* slots_ = nullptr;
   base::Atomic<std::uint64_t>* claims_ = nullptr;
+  ClaimNotes* notes_ = nullptr;
 };
 
 /// What the first bytes of a storage say it is.
