@@ -24,7 +24,8 @@ CPP_LAYERS: dict[str, frozenset[str]] = {
     "order": frozenset(
         {"base", "memory", "waiting", "slots/position.hpp", "slots/claim.hpp", "slots/slot_word.hpp"}
     ),
-    "liveness": frozenset({"base", "memory", "waiting", "slots", "order"}),
+    "delivery": frozenset({"base", "memory", "waiting", "slots", "order"}),
+    "liveness": frozenset({"base", "memory", "waiting", "slots", "order", "delivery"}),
     "channel": frozenset(
         {
             "base",
@@ -33,6 +34,7 @@ CPP_LAYERS: dict[str, frozenset[str]] = {
             "waiting",
             "slots",
             "order",
+            "delivery",
             "liveness",
             "dsline/channel.hpp",
             "dsline/build.hpp",

@@ -30,7 +30,7 @@ int receive(dsline::Channel& channel, std::uint64_t size, std::uint64_t count) {
     std::uint64_t number = i;
     if (size >= sizeof number) std::memcpy(&number, message.payload, sizeof number);
     if (number != i || message.payload_bytes != size) return 3;
-    channel.release(message.slot, message.process);
+    channel.release(message);
     if (i == 0) start = dsline::base::monotonic_ns();
   }
   double seconds = static_cast<double>(dsline::base::monotonic_ns() - start) * 1e-9;

@@ -277,9 +277,12 @@ class Channel {
   Outcome try_recv(Received& message);
   Outcome recv(Received& message, std::int64_t deadline_ns);
   /// Done with it: the slot is free when nobody else needs it. Does nothing in a forked child.
+  void release(const Received& message) noexcept { release(message.slot, message.process, message.group); }
   void release(std::uint32_t slot, std::uint32_t process, std::uint32_t group) noexcept;
   /// Not done with it: another member of the group, or this one, gets it again.
   void give_back(const Received& message) noexcept;
+  /// The same for a message that the caller could not use and nobody has seen: it does not count as a delivery.
+  void put_back(const Received& message) noexcept;
 
   /// Takes the oldest dead letter of any group: Ok, Empty or Corrupted. It is gone when it is released, and is a dead
   /// letter again when its holder dies or gives it back.

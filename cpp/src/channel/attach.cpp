@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "base/clock.hpp"
+#include "base/points.hpp"
 #include "base/process.hpp"
 #include "channel/directory.hpp"
 #include "liveness/participants.hpp"
@@ -21,7 +22,9 @@ using liveness::Participants;
 constexpr std::uint32_t kDefaultCapacity = 64;
 constexpr std::uint64_t kDefaultSlotBytes = 65536;
 constexpr std::uint32_t kDefaultParticipants = 64;
-constexpr std::uint32_t kDefaultGroups = 8;
+constexpr std::uint32_t kDefaultNamedGroups = 7;
+constexpr std::uint32_t kDefaultMaxDeliveries = 3;
+constexpr std::uint32_t kDefaultDeadLetters = 16;
 // A participant that looks after the dead may hold the lock of a free number for a moment.
 constexpr int kJoinAttempts = 200;
 constexpr int kAttempts = 100;
@@ -31,30 +34,73 @@ void sleep_ms(long ms) noexcept {
   nanosleep(&pause, nullptr);
 }
 
+memory::Rules rules_of(const ChannelOptions& options) {
+  memory::Rules rules{};
+  rules.checksum = static_cast<std::uint32_t>(options.checksum < 0 ? 1 : options.checksum);
+  rules.history = options.history < 0 ? 0 : static_cast<std::uint32_t>(options.history);
+  rules.max_deliveries = options.max_deliveries == 0 ? kDefaultMaxDeliveries : options.max_deliveries;
+  rules.dead_letters =
+      options.dead_letters < 0 ? kDefaultDeadLetters : static_cast<std::uint32_t>(options.dead_letters);
+  rules.default_group = options.default_group == 0 ? 0 : 1;
+  rules.sync = options.sync > 0 ? 1 : 0;
+  // A page that the disk has only in part is found by the payload's checksum.
+  if (rules.sync != 0 && options.checksum < 0) rules.checksum = static_cast<std::uint32_t>(memory::Checksum::Full);
+  if (rules.sync != 0 && rules.checksum != static_cast<std::uint32_t>(memory::Checksum::Full)) {
+    throw Error(ErrorCode::InvalidArgument,
+                "sync=data needs checksum=full, which finds a payload that the disk has only in part");
+  }
+  if (!is_valid(rules)) {
+    throw Error(ErrorCode::InvalidArgument,
+                "max_deliveries is " + std::to_string(rules.max_deliveries) + ", must be 1 to 15");
+  }
+  return rules;
+}
+
+std::uint32_t groups_for(const ChannelOptions& options) noexcept {
+  return 1 + (options.max_groups == 0 ? kDefaultNamedGroups : options.max_groups) + (options.history > 0 ? 1 : 0);
+}
+
 memory::Geometry plan(const ChannelOptions& options) {
-  return memory::plan_geometry(
+  memory::Geometry planned = memory::plan_geometry(
       options.capacity == 0 ? kDefaultCapacity : options.capacity,
       options.slot_size == 0 ? kDefaultSlotBytes : options.slot_size, options.max_message_size,
-      options.max_handles == 0 ? kDefaultParticipants : options.max_handles, kDefaultGroups);
+      options.max_handles == 0 ? kDefaultParticipants : options.max_handles, groups_for(options));
+  if (options.history > 0 && static_cast<std::uint32_t>(options.history) >= planned.slots) {
+    throw Error(ErrorCode::InvalidArgument,
+                "history is " + std::to_string(options.history) + ", must be below the capacity of " +
+                    std::to_string(planned.slots) + " slots, one of which is being written");
+  }
+  return planned;
 }
 
 std::unique_ptr<memory::Region> make_region(std::unique_ptr<memory::Storage> storage,
                                             const ChannelOptions& options) {
-  memory::Checksum checksum =
-      options.checksum < 0 ? memory::Checksum::Header : static_cast<memory::Checksum>(options.checksum);
+  const memory::Rules rules = rules_of(options);
   std::uint64_t first = options.first_position;
   if ((first & slots::kPositionMask) == slots::kNoPositionLow) ++first;
-  auto region = memory::Region::create(std::move(storage), plan(options), checksum, first);
+  auto region = memory::Region::create(std::move(storage), plan(options), rules, first);
+  DSLINE_POINT("create.reserved");
   slots::SlotPool::initialise(*region);
   order::OrderRing::initialise(*region, first);
-  region->group(0).cursor.store(first, std::memory_order_relaxed);
-  region->group(0).state.store(1, std::memory_order_relaxed);
-  region->header().active.store(1, std::memory_order_release);
+  std::uint64_t active = rules.default_group;
+  if (region->keeps_history()) active |= std::uint64_t{1} << region->retention_group();
+  for (std::uint32_t g = 0; g < region->geometry().groups; ++g) {
+    region->group(g).cursor.store(first, std::memory_order_relaxed);
+  }
+  region->header().active.store(active, std::memory_order_release);
+  DSLINE_POINT("create.initialised");
   return region;
 }
 
 void compare(const char* what, std::uint64_t given, std::uint64_t has, std::string& differences) {
   if (given == 0 || given == has) return;
+  if (!differences.empty()) differences += ", ";
+  differences += std::string(what) + "=" + std::to_string(given) + " was asked for, the channel has " +
+                 std::to_string(has);
+}
+
+void compare_given(const char* what, int given, std::uint32_t has, std::string& differences) {
+  if (given < 0 || static_cast<std::uint32_t>(given) == has) return;
   if (!differences.empty()) differences += ", ";
   differences += std::string(what) + "=" + std::to_string(given) + " was asked for, the channel has " +
                  std::to_string(has);
@@ -73,6 +119,19 @@ std::string differences(const memory::Region& region, const ChannelOptions& opti
     found += std::string("checksum=") + kChecksums[options.checksum] + " was asked for, the channel has " +
              kChecksums[static_cast<int>(region.checksum())];
   }
+  const memory::Rules& rules = region.rules();
+  const std::uint32_t named = g.groups - 1 - (region.keeps_history() ? 1 : 0);
+  compare("max_groups", options.max_groups, named, found);
+  compare("max_deliveries", options.max_deliveries, rules.max_deliveries, found);
+  compare_given("history", options.history, rules.history, found);
+  compare_given("dead_letters", options.dead_letters, rules.dead_letters, found);
+  compare_given("sync", options.sync, rules.sync, found);
+  if (options.default_group >= 0 && static_cast<std::uint32_t>(options.default_group) != rules.default_group) {
+    if (!found.empty()) found += ", ";
+    found += rules.default_group == 0
+                 ? "it is a broadcast, which only subscribers receive from (open it with Broadcast)"
+                 : "it has receivers without a group (open it with ShmChannel)";
+  }
   return found;
 }
 
@@ -90,7 +149,7 @@ std::uint32_t join(memory::Region& region, const std::string& label) {
       return me;
     }
     if (Participants(region).alive_guess(Participants::kNobody) == region.geometry().participants) break;
-    liveness::recover_the_dead(region, Participants::kNobody);
+    liveness::recover_the_dead(region, Participants::kNobody, true);
     sleep_ms(1);
   }
   const std::string limit = std::to_string(region.geometry().participants);
@@ -98,6 +157,12 @@ std::uint32_t join(memory::Region& region, const std::string& label) {
               "channel '" + label + "' has " + limit + " open handles, which is its limit max_handles=" +
                   limit + "; close some, or create it with a larger max_handles (at most " +
                   std::to_string(memory::kMaxParticipants) + ")");
+}
+
+std::uint32_t enter_default_group(memory::Region& region, std::uint32_t me) noexcept {
+  const bool receives = region.rules().default_group != 0;
+  region.participant(me).group.store(receives ? 1 : 0, std::memory_order_release);
+  return receives ? 0 : liveness::Membership::kNoGroup;
 }
 
 void check_locks_work(memory::Storage& storage) {
@@ -187,9 +252,48 @@ Verdict try_attach(std::unique_ptr<memory::Storage> storage, const ChannelOption
       std::memcpy(region.header().boot_id, boot.data(), boot.size());
     }
   }
-  liveness::recover_the_dead(region, Participants::kNobody);
+  liveness::recover_the_dead(region, Participants::kNobody, true);
   out.participant = join(region, out.label);
+  out.group = enter_default_group(region, out.participant);
   return Verdict::Joined;
+}
+
+[[noreturn]] void refuse_group(const std::string& label, const std::string& group, const std::string& has) {
+  throw Error(ErrorCode::ChannelMismatch, "group '" + group + "' of channel '" + label + "' exists with " + has +
+                                              "; subscribe with the same, or choose another name");
+}
+
+std::uint32_t enter_group(memory::Region& region, const std::string& label, const SubscribeOptions& options,
+                          std::uint32_t me) {
+  slots::SlotPool pool(region);
+  liveness::Membership membership(region, pool);
+  const std::uint32_t rules = (options.durable ? memory::kGroupDurable : 0) |
+                              (options.on_death == OnDeath::Drop ? memory::kGroupDrops : 0);
+  std::uint32_t group = membership.find(options.group);
+  if (group != liveness::Membership::kNoGroup) {
+    const std::uint32_t has = membership.rules(group);
+    if (has != rules) {
+      refuse_group(label, options.group,
+                   std::string((has & memory::kGroupDurable) != 0 ? "durable=True" : "durable=False") +
+                       ((has & memory::kGroupDrops) != 0 ? " and on_death='drop'" : " and on_death='redeliver'"));
+    }
+    membership.enter(group, me);
+    return group;
+  }
+  const liveness::JoinAt start = options.start == Start::Oldest   ? liveness::JoinAt::Oldest
+                                 : options.start == Start::Latest ? liveness::JoinAt::Latest
+                                                                  : liveness::JoinAt::Next;
+  group = membership.make(options.group, rules, start, me);
+  if (group == liveness::Membership::kNoGroup) {
+    const std::uint32_t named = region.geometry().groups - 1 - (region.keeps_history() ? 1 : 0);
+    throw Error(ErrorCode::TooManyGroups,
+                "channel '" + label + "' has no number left for group '" + options.group + "': at most " +
+                    std::to_string(named) +
+                    " named groups at a time, and one that ended keeps its number while a view holds one of its "
+                    "messages; end some, or create the channel with a larger max_groups (at most " +
+                    std::to_string(memory::kMaxGroups - 2) + ")");
+  }
+  return group;
 }
 
 }  // namespace
@@ -209,9 +313,10 @@ ControlLock::ControlLock(memory::Region& region, const std::string& label, std::
 }
 
 bool holds_messages(memory::Region& region) noexcept {
+  const std::uint32_t retained = region.keeps_history() ? 1u << region.retention_group() : 0;
   for (std::uint32_t s = 0; s < region.geometry().slots; ++s) {
     slots::SlotWord word{region.slot(s).word.load(std::memory_order_acquire)};
-    if (word.is(slots::SlotPhase::Committed) && word.pending() != 0) return true;
+    if (word.is(slots::SlotPhase::Committed) && (word.pending() & ~retained) != 0) return true;
   }
   return false;
 }
@@ -238,6 +343,8 @@ Attachment attach_path(const std::string& path, const std::string& label, memory
     out.region = make_region(std::move(storage), options);
     ControlLock control(*out.region, label);
     out.participant = join(*out.region, label);
+    out.group = enter_default_group(*out.region, out.participant);
+    DSLINE_POINT("create.before_link");
     if (link_storage(out.region->storage(), path)) return out;
   }
   throw Error(ErrorCode::Internal, "channel '" + label + "' was made and removed by others " +
@@ -249,6 +356,7 @@ Attachment create_unnamed(std::unique_ptr<memory::Storage> storage, const Channe
   Attachment out{nullptr, 0, "", storage->describe()};
   out.region = make_region(std::move(storage), options);
   out.participant = join(*out.region, out.label);
+  out.group = enter_default_group(*out.region, out.participant);
   return out;
 }
 
@@ -258,11 +366,43 @@ Attachment attach_storage(std::unique_ptr<memory::Storage> storage) {
   return out;
 }
 
-std::uint32_t rejoin(memory::Region& region, const std::string& label) {
+Attachment attach_again(const memory::Region& region, const std::string& path, const std::string& label,
+                        const SubscribeOptions* options) {
+  Attachment out{memory::Region::attach(region.storage().again()), 0, path, label};
+  ControlLock control(*out.region, label);
+  liveness::recover_the_dead(*out.region, Participants::kNobody, true);
+  out.participant = join(*out.region, label);
+  if (options == nullptr) {
+    out.group = enter_default_group(*out.region, out.participant);
+    return out;
+  }
+  try {
+    out.group = enter_group(*out.region, label, *options, out.participant);
+  } catch (const Error&) {
+    Participants(*out.region).leave(out.participant);
+    throw;
+  }
+  return out;
+}
+
+std::uint32_t rejoin(memory::Region& region, const std::string& label, std::uint32_t& group,
+                     std::uint32_t joined) {
   region.storage().renew_locks();
   ControlLock control(region, label);
-  liveness::recover_the_dead(region, Participants::kNobody);
-  return join(region, label);
+  liveness::recover_the_dead(region, Participants::kNobody, true);
+  const std::uint32_t me = join(region, label);
+  if (group == 0) {
+    enter_default_group(region, me);
+  } else if (group != liveness::Membership::kNoGroup) {
+    slots::SlotPool pool(region);
+    const bool active = (region.header().active.load(std::memory_order_seq_cst) >> group & 1) != 0;
+    if (active && region.group(group).joined.load(std::memory_order_relaxed) == joined) {
+      liveness::Membership(region, pool).enter(group, me);
+    } else {
+      group = liveness::Membership::kNoGroup;
+    }
+  }
+  return me;
 }
 
 }  // namespace dsline::channel

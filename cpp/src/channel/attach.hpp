@@ -4,6 +4,7 @@
 #include <string>
 
 #include "dsline/channel.hpp"
+#include "liveness/membership.hpp"
 #include "memory/region.hpp"
 
 namespace dsline::channel {
@@ -14,6 +15,7 @@ struct Attachment {
   std::uint32_t participant;
   std::string path;   ///< empty without a file
   std::string label;  ///< what people call it
+  std::uint32_t group = liveness::Membership::kNoGroup;
 };
 
 /// Opens the region at `path`, or creates it, as `mode` and `options` say, and joins it.
@@ -24,8 +26,14 @@ Attachment create_unnamed(std::unique_ptr<memory::Storage> storage, const Channe
 /// Joins a region that was handed over by descriptor.
 Attachment attach_storage(std::unique_ptr<memory::Storage> storage);
 
-/// Registers this process anew in an inherited region; the number it has from now on.
-std::uint32_t rejoin(memory::Region& region, const std::string& label);
+/// Joins a region that this process takes part in once more: in the default group, or as a member of the group that
+/// `options` names.
+Attachment attach_again(const memory::Region& region, const std::string& path, const std::string& label,
+                        const SubscribeOptions* options);
+
+/// Registers this process anew in an inherited region; the number it has from now on. `group` becomes kNoGroup when the
+/// group has ended (its number has been given away since it was `joined`).
+std::uint32_t rejoin(memory::Region& region, const std::string& label, std::uint32_t& group, std::uint32_t joined);
 
 /// The control lock of a region: joining, leaving and removing names. Waits for a limited time.
 class ControlLock {
@@ -40,7 +48,7 @@ class ControlLock {
   memory::Region* region_;
 };
 
-/// True when a committed message is still to be delivered to the default group.
+/// True when a committed message is still to be delivered to somebody; what only the history keeps does not count.
 bool holds_messages(memory::Region& region) noexcept;
 
 }  // namespace dsline::channel

@@ -48,6 +48,10 @@ class Participants {
   /// Locks a used entry whose owner is dead, so that the caller alone may recover it. False when the owner lives, or
   /// somebody else is at it, or the entry has changed since it was looked at.
   bool try_lock_dead(std::uint32_t number) noexcept;
+  /// Leaves a dead one that was locked to somebody else.
+  void unlock_dead(std::uint32_t number) noexcept {
+    region_->storage().unlock(memory::participant_lock(number));
+  }
   /// Marks a recovered entry free and unlocks it.
   void bury(std::uint32_t number) noexcept { leave(number); }
 

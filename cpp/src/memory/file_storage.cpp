@@ -122,6 +122,33 @@ std::uint64_t FileStorage::size() const {
   return static_cast<std::uint64_t>(info.st_size);
 }
 
+// The data descriptor may be shared: it carries no lock.
+std::unique_ptr<Storage> FileStorage::again() const {
+  const int fd = fcntl(data_fd_, F_DUPFD_CLOEXEC, 0);
+  if (fd < 0) {
+    throw Error(ErrorCode::System,
+                path_ + ": no descriptor for another handle (" + strerror(errno) +
+                    "); the limit of open files (ulimit -n) is reached",
+                errno);
+  }
+  if (kind_ == StorageKind::Memfd) return adopt_memfd_storage(fd);
+  return make_file_storage(fd, kind_, path_);
+}
+
+std::uint64_t FileStorage::read_start(void* to, std::uint64_t bytes) const noexcept {
+  const ssize_t got = pread(data_fd_, to, bytes, 0);
+  return got > 0 ? static_cast<std::uint64_t>(got) : 0;
+}
+
+bool FileStorage::sync() noexcept {
+  if (kind_ != StorageKind::File) return true;
+  int result = 0;
+  do {
+    result = fdatasync(data_fd_);
+  } while (result != 0 && errno == EINTR);
+  return result == 0;
+}
+
 void FileStorage::resize(std::uint64_t bytes) {
   if (ftruncate(data_fd_, static_cast<off_t>(bytes)) != 0) {
     throw Error(ErrorCode::SharedMemoryFull,

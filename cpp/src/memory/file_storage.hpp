@@ -17,6 +17,9 @@ class FileStorage : public Storage {
   StorageKind kind() const noexcept override { return kind_; }
   std::string describe() const override { return path_; }
   std::uint64_t size() const override;
+  std::unique_ptr<Storage> again() const override;
+  std::uint64_t read_start(void* to, std::uint64_t bytes) const noexcept override;
+  bool sync() noexcept override;
   void resize(std::uint64_t bytes) override;
   void check_room(std::uint64_t bytes, const std::string& purpose) const override;
   void reserve_checked(std::uint64_t offset, std::uint64_t length, const std::string& purpose) override;

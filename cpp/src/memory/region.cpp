@@ -36,7 +36,7 @@ struct Description {
 
 Inspection inspect_description(const Storage& storage, Description& out) {
   std::uint64_t size = storage.size();
-  ssize_t got = pread(storage.descriptor(), out.bytes, sizeof out.bytes, 0);
+  const std::uint64_t got = storage.read_start(out.bytes, sizeof out.bytes);
   if (got < 8 || out.at<std::uint32_t>(0) != kRegionMagic) {
     return {Found::Foreign, "it does not start with the magic number of a channel"};
   }
@@ -45,7 +45,7 @@ Inspection inspect_description(const Storage& storage, Description& out) {
     return {Found::Older, "it has layout version " + std::to_string(version) +
                               ", this dsline reads version " + std::to_string(kLayoutVersion)};
   }
-  if (got < static_cast<ssize_t>(sizeof out.bytes)) {
+  if (got < sizeof out.bytes) {
     return {Found::Damaged, "it ends inside its header, after " + std::to_string(got) + " bytes"};
   }
   if (description_crc(out.bytes) != out.at<std::uint32_t>(kDescriptionBytes)) {

@@ -29,6 +29,13 @@ class Storage {
   /// The name that people know it by: a path, or a word for anonymous memory.
   virtual std::string describe() const = 0;
   virtual std::uint64_t size() const = 0;
+  /// Another object over the same bytes, with locks of its own.
+  virtual std::unique_ptr<Storage> again() const = 0;
+  /// Copies at most `bytes` from the start, without a mapping: how many there were.
+  virtual std::uint64_t read_start(void* to, std::uint64_t bytes) const noexcept = 0;
+  /// Writes what has changed to the disk; false with errno when the kernel could not. True at once for bytes that no
+  /// disk holds.
+  virtual bool sync() noexcept = 0;
 
   /// Sets the size without reserving memory. Called once, before anything is mapped.
   virtual void resize(std::uint64_t bytes) = 0;

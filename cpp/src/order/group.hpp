@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "base/clock.hpp"
+#include "base/points.hpp"
 #include "memory/region.hpp"
 #include "order/cell.hpp"
 #include "order/order_ring.hpp"
@@ -11,7 +13,7 @@
 
 namespace dsline::order {
 
-/// A message that a member holds for its group.
+/// A message that a participant has taken for a group.
 struct Held {
   std::uint32_t slot;
   std::uint64_t position;
@@ -20,11 +22,13 @@ struct Held {
 
 /// One subscriber group: its members compete for messages, in the order of positions.
 ///
-/// Threads: any number of members, of any processes.
-/// Invariants: 1. Who wins the compare-and-swap on the claim holds the message; a claim goes from nobody or kRedeliver
-///   to one holder at a time. 2. No message before the cursor is unclaimed. 3. A message that was given back
+/// Threads: any number of members and senders, of any processes.
+/// Invariants: 1. Who wins the compare-and-swap on the claim has the message; a claim goes from nobody, kRedeliver or
+///   kDead to one participant at a time. 2. No message before the cursor is unclaimed. 3. A message that was given back
 ///   is found by scanning as long as the redeliver flag is raised; it is lowered only from the value that was
-///   loaded before a scan that found nothing.
+///   loaded before a scan that found nothing. 4. While the group is active every message behind the cursor is one that it
+///   needs and that keeps its slot, or was published by somebody who had not seen the group (at most a pool of them), so
+///   the cursor is never a lap behind.
 /// Death: a dead member's claims carry its number, and recovery gives them back.
 class Group {
  public:
@@ -34,52 +38,91 @@ class Group {
         number_(number),
         messages_(region.group(number).messages, region.geometry().participants) {}
 
+  std::uint32_t number() const noexcept { return number_; }
   std::uint32_t bit() const noexcept { return 1u << number_; }
   waiting::WaitPoint& messages() noexcept { return messages_; }
   memory::GroupState& state() const noexcept { return region_->group(number_); }
+  bool is_active() const noexcept {
+    return (region_->header().active.load(std::memory_order_seq_cst) & bit()) != 0;
+  }
 
   /// False when try_take() would surely have found nothing a moment ago.
   bool anything_waiting() const noexcept {
     if (is_raised()) return true;
     std::uint64_t p = state().cursor.load(std::memory_order_acquire);
-    return order_.cell(p).ahead_of(p) >= 0;
+    const std::int64_t ahead = order_.cell(p).ahead_of(p);
+    std::uint32_t s = 0;
+    return ahead == 0 || (ahead > 0 && look_at(p, s) != Look::Empty);
   }
 
   /// T0 to T2: takes the next message for participant `me`. False when there is none.
   bool try_take(std::uint32_t me, Held& held) noexcept {
+    const std::uint32_t who = slots::Claim::holder(me);
     if (is_raised()) [[unlikely]] {
-      if (take_given_back(me, held)) return true;
-    }
-    memory::GroupState& group = state();
-    for (;;) {
-      std::uint64_t p = group.cursor.load(std::memory_order_acquire);
-      Cell c = order_.cell(p);
-      std::int64_t ahead = c.ahead_of(p);
-      if (ahead < 0) return false;
-      if (ahead > 0 || c.slot() >= region_->geometry().slots) {
-        // Lapped: nobody needed it. Or a damaged cell, which no group can use. Everything before the cell's lap has
-        // been overwritten, so a cursor that is far behind catches up in one step.
-        advance(p, ahead);
-        continue;
-      }
-      const std::uint32_t s = c.slot();
-      const bool won = claim_at(s, p, me);
-      advance(p, 0);
-      if (won) {
-        prefetch_ahead(p + kPrefetchDistance);
-        held = Held{s, p, 0};
+      if (take_given_back(who, held)) {
+        if (held.attempts != 0) state().redelivered.fetch_add(1, std::memory_order_relaxed);
         return true;
       }
+    }
+    return take_at_cursor(who, held);
+  }
+
+  /// The same for a message that nobody will see: the caller releases it. Of those that were never taken first, so
+  /// that a message somebody works on is the last to go.
+  bool try_discard(std::uint32_t me, Held& held) noexcept {
+    const std::uint32_t who = slots::Claim::discarder(me);
+    return take_at_cursor(who, held) || (is_raised() && take_given_back(who, held));
+  }
+
+  /// Takes the message at `position`, in slot `s`, to discard it: false when somebody has it, or is done with it.
+  bool try_discard_at(std::uint32_t s, std::uint64_t position, std::uint32_t me) noexcept {
+    const bool won = claim_at(s, position, slots::Claim::discarder(me));
+    advance(position);
+    return won;
+  }
+
+  /// The oldest position that may be unclaimed, and its slot: false when no message waits at the cursor. Moves the
+  /// cursor over what needs nobody.
+  bool next_unclaimed(std::uint64_t& position, std::uint32_t& slot) noexcept {
+    for (;;) {
+      std::uint64_t p = state().cursor.load(std::memory_order_acquire);
+      std::uint32_t s = 0;
+      const Look look = look_at(p, s);
+      if (look == Look::Empty) return false;
+      if (look == Look::Message && is_unclaimed(s, p)) {
+        position = p;
+        slot = s;
+        return true;
+      }
+      if (look != Look::Again) advance(p);
     }
   }
 
   /// Gives a held message back to the group, as if its holder had died.
-  void give_back(const Held& held, std::uint32_t me) noexcept {
+  void give_back(const Held& held, std::uint32_t me, std::uint32_t pid) noexcept {
+    note_holder(held.slot, pid, memory::kHolderGaveBack);
+    DSLINE_POINT("nack.before_claim");
     slots::Claim mine = slots::Claim::make(held.position, held.attempts, slots::Claim::holder(me));
     if (region_->claim(held.slot, number_)
             .compare_exchange_strong(mine.bits, mine.given_back().bits, std::memory_order_acq_rel)) {
+      DSLINE_POINT("nack.before_flag");
       raise();
     }
+  }
+
+  /// The same for a message that nobody has seen: it counts as not delivered.
+  void put_back(const Held& held, std::uint32_t me) noexcept {
+    slots::Claim mine = slots::Claim::make(held.position, held.attempts, slots::Claim::holder(me));
+    if (region_->claim(held.slot, number_)
+            .compare_exchange_strong(mine.bits, mine.with(held.attempts, slots::Claim::kRedeliver).bits,
+                                     std::memory_order_acq_rel)) {
+      raise();
+    }
+  }
+
+  /// Who had the message of slot `s` last. Requires: the caller holds it, or recovers its holder.
+  void note_holder(std::uint32_t s, std::uint32_t pid, std::uint32_t how) noexcept {
+    region_->notes(s, number_).last_holder.store(std::uint64_t{pid} << 32 | how, std::memory_order_relaxed);
   }
 
   /// Tells the members to scan for messages that were given back.
@@ -95,35 +138,92 @@ class Group {
   /// Messages that wait to be taken; exact while nobody sends or receives.
   std::uint64_t depth() const noexcept {
     std::uint64_t waiting = 0;
-    const std::uint64_t cells = region_->geometry().order_cells;
-    for (std::uint64_t p = state().cursor.load(std::memory_order_acquire);
-         waiting < cells && order_.cell(p).ahead_of(p) >= 0; p = slots::next_position(p)) {
-      ++waiting;
+    std::uint64_t p = state().cursor.load(std::memory_order_acquire);
+    for (std::uint64_t i = 0; i < region_->geometry().order_cells; ++i, p = slots::next_position(p)) {
+      const Cell c = order_.cell(p);
+      if (c.ahead_of(p) < 0) break;
+      waiting += c.ahead_of(p) == 0 && c.slot() < region_->geometry().slots && is_unclaimed(c.slot(), p);
     }
     if (!is_raised()) return waiting;
     for (std::uint32_t s = 0; s < region_->geometry().slots; ++s) {
-      slots::SlotWord word{region_->slot(s).word.load(std::memory_order_acquire)};
-      slots::Claim claim{region_->claim(s, number_).load(std::memory_order_acquire)};
-      waiting += word.is(slots::SlotPhase::Committed) && (word.pending() & bit()) != 0 &&
-                 claim.who() == slots::Claim::kRedeliver;
+      waiting += is_pending(s) && claim(s).who() == slots::Claim::kRedeliver;
     }
     return waiting;
+  }
+
+  slots::Claim claim(std::uint32_t s) const noexcept {
+    return {region_->claim(s, number_).load(std::memory_order_acquire)};
+  }
+
+  /// True while the group has not finished with the message of slot `s`.
+  bool is_pending(std::uint32_t s) const noexcept {
+    const slots::SlotWord word{region_->slot(s).word.load(std::memory_order_acquire)};
+    return word.is(slots::SlotPhase::Committed) && (word.pending() & bit()) != 0;
   }
 
  private:
   // A cache line takes as long to come from another core as some messages take to be received.
   static constexpr std::uint64_t kPrefetchDistance = 4;
 
+  enum class Look { Empty, Message, Nothing, Again };
+
   bool is_raised() const noexcept { return (state().redeliver.load(std::memory_order_acquire) & 1) != 0; }
 
-  bool claim_at(std::uint32_t s, std::uint64_t position, std::uint32_t me) noexcept {
-    slots::SlotWord word{region_->slot(s).word.load(std::memory_order_acquire)};
-    if (!word.is(slots::SlotPhase::Committed) || (word.pending() & bit()) == 0) return false;
+  bool is_unclaimed(std::uint32_t s, std::uint64_t position) const noexcept {
+    return is_pending(s) && claim(s) == slots::Claim::make(position, 0, slots::Claim::kNobody);
+  }
+
+  // T1: what is at position `p`, which was loaded from the cursor?
+  Look look_at(std::uint64_t p, std::uint32_t& s) const noexcept {
+    const Cell c = order_.cell(p);
+    const std::int64_t ahead = c.ahead_of(p);
+    if (ahead < 0) return Look::Empty;
+    s = c.slot();
+    if (ahead == 0 && s < region_->geometry().slots) [[likely]]
+      return Look::Message;
+    if (state().cursor.load(std::memory_order_acquire) != p) return Look::Again;
+    // Invariant 4: the cell is damaged. What entered there is found by its claim; what has not entered yet will.
+    for (s = 0; s < region_->geometry().slots; ++s) {
+      if (is_unclaimed(s, p)) return Look::Message;
+    }
+    return slots::distance(order_.tail_guess() & slots::kPositionMask, p) > 0 ? Look::Nothing : Look::Empty;
+  }
+
+  // T1 and T2.
+  bool take_at_cursor(std::uint32_t who, Held& held) noexcept {
+    memory::GroupState& group = state();
+    for (;;) {
+      const std::uint64_t p = group.cursor.load(std::memory_order_acquire);
+      std::uint32_t s = 0;
+      const Look look = look_at(p, s);
+      if (look == Look::Empty) return false;
+      if (look == Look::Again) continue;
+      const bool won = look == Look::Message && claim_at(s, p, who);
+      if (won) DSLINE_POINT("take.claimed");
+      advance(p);
+      if (won) {
+        prefetch_ahead(p + kPrefetchDistance);
+        held = Held{s, p, 0};
+        return true;
+      }
+    }
+  }
+
+  bool claim_at(std::uint32_t s, std::uint64_t position, std::uint32_t who) noexcept {
+    if (!is_pending(s)) return false;
     slots::Claim unclaimed = slots::Claim::make(position, 0, slots::Claim::kNobody);
+    DSLINE_POINT("take.before_claim");
     // SYNC claim: pairs with enter() (position and frame) and with recovery's hand-over.
-    return region_->claim(s, number_)
-        .compare_exchange_strong(unclaimed.bits, unclaimed.with(0, slots::Claim::holder(me)).bits,
-                                 std::memory_order_acq_rel);
+    if (!region_->claim(s, number_)
+             .compare_exchange_strong(unclaimed.bits, unclaimed.with(0, who).bits, std::memory_order_acq_rel))
+      return false;
+    note_time(s);
+    return true;
+  }
+
+  void note_time(std::uint32_t s) noexcept {
+    region_->notes(s, number_)
+        .taken_ns.store(static_cast<std::uint64_t>(base::coarse_ns()), std::memory_order_relaxed);
   }
 
   void prefetch_ahead(std::uint64_t position) const noexcept {
@@ -135,15 +235,13 @@ class Group {
     __builtin_prefetch(frame + base::kCacheLine);
   }
 
-  void advance(std::uint64_t position, std::int64_t ahead) noexcept {
-    const std::int64_t overwritten = ahead - static_cast<std::int64_t>(region_->geometry().order_cells);
-    const std::uint64_t skipped = overwritten > 0 ? static_cast<std::uint64_t>(overwritten) : 0;
-    state().cursor.compare_exchange_strong(position, slots::next_position(position + skipped),
+  void advance(std::uint64_t position) noexcept {
+    state().cursor.compare_exchange_strong(position, slots::next_position(position),
                                            std::memory_order_relaxed);
   }
 
   // T0: the oldest message that was given back.
-  bool take_given_back(std::uint32_t me, Held& held) noexcept {
+  bool take_given_back(std::uint32_t who, Held& held) noexcept {
     base::Atomic<std::uint64_t>& flag = state().redeliver;
     for (;;) {
       std::uint64_t loaded = flag.load(std::memory_order_seq_cst);
@@ -152,28 +250,28 @@ class Group {
       std::uint64_t oldest_position = 0;
       slots::Claim oldest_claim{};
       for (std::uint32_t s = 0; s < region_->geometry().slots; ++s) {
-        slots::SlotWord word{region_->slot(s).word.load(std::memory_order_acquire)};
-        if (!word.is(slots::SlotPhase::Committed) || (word.pending() & bit()) == 0) continue;
-        slots::Claim claim{region_->claim(s, number_).load(std::memory_order_acquire)};
-        if (claim.who() != slots::Claim::kRedeliver) continue;
+        if (!is_pending(s)) continue;
+        const slots::Claim found = claim(s);
+        if (found.who() != slots::Claim::kRedeliver) continue;
         std::uint64_t position = region_->slot(s).position.load(std::memory_order_relaxed);
         if (oldest == region_->geometry().slots || position < oldest_position) {
           oldest = s;
           oldest_position = position;
-          oldest_claim = claim;
+          oldest_claim = found;
         }
       }
       if (oldest == region_->geometry().slots) {
+        DSLINE_POINT("redeliver.before_lowering");
         flag.compare_exchange_strong(loaded, loaded & ~std::uint64_t{1}, std::memory_order_acq_rel);
         return false;
       }
       slots::Claim wanted = oldest_claim;
+      DSLINE_POINT("redeliver.before_claim");
       if (region_->claim(oldest, number_)
-              .compare_exchange_strong(
-                  wanted.bits, oldest_claim.with(oldest_claim.attempts(), slots::Claim::holder(me)).bits,
-                  std::memory_order_acq_rel)) {
+              .compare_exchange_strong(wanted.bits, oldest_claim.with(oldest_claim.attempts(), who).bits,
+                                       std::memory_order_acq_rel)) {
+        note_time(oldest);
         held = Held{oldest, oldest_position, oldest_claim.attempts()};
-        state().redelivered.fetch_add(1, std::memory_order_relaxed);
         return true;
       }
     }

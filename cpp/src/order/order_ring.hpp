@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "base/points.hpp"
 #include "memory/region.hpp"
 #include "order/cell.hpp"
 #include "slots/claim.hpp"
@@ -12,9 +13,11 @@ namespace dsline::order {
 ///
 /// Threads: any number of producers, of any processes.
 /// Invariants: 1. A message enters by one compare-and-swap on one cell, and only a COMMITTED slot with ENQ is
-///   entered, by its publisher or by the one that holds its dead publisher's lock. 2. The ring has at least twice as
-///   many cells as there are slots, so a cell that some group still needs is never overwritten. 3. The tail is
-///   never beyond the true tail; a producer walks from it to the true one.
+///   entered, by its publisher or by the one that holds its dead publisher's lock. 2. The ring has at least
+///   kCellsPerSlot times as many cells as there are slots, so a cell that some group still needs is never overwritten.
+///   3. The tail is never beyond the true tail; a producer walks from it to the true one. 4. From a tail that has not
+///   changed since it was loaded, a walk meets no cell of a later lap: whoever entered there has moved the tail, or had
+///   loaded the same one, and those are no more than there are slots.
 /// Death: before the cell's CAS the message is not in the order and position and claims say so (protocol V2–V4);
 ///   behind it the message is delivered, only the hint and a wake-up may be missing.
 class OrderRing {
@@ -46,14 +49,24 @@ class OrderRing {
   /// P2: enters slot `s` for `groups` at the next free position.
   /// Requires: `s` is COMMITTED with ENQ, and the caller is its publisher or acts for it under its lock.
   Entered enter(std::uint32_t s, std::uint32_t groups) noexcept {
-    const std::uint64_t hint = tail_guess();
+    std::uint64_t hint = tail_guess();
     std::uint64_t t = hint;
     for (;;) {
       Cell seen = cell(t);
-      if (seen.ahead_of(t) >= 0) {  // taken; walking makes a stale hint harmless
+      const std::int64_t ahead = seen.ahead_of(t);
+      if (ahead == 0) {  // taken; walking makes a stale hint harmless
         t = slots::next_position(t);
         continue;
       }
+      if (ahead > 0) [[unlikely]] {
+        const std::uint64_t now = tail_guess();
+        if (now != hint) {  // lapped while this process stood still
+          hint = t = now;
+          continue;
+        }
+        // Invariant 4: a damaged cell, which is mended by overwriting it.
+      }
+      DSLINE_POINT("enter.before_claims");
       // Ordered by the CAS below. A death after these stores leaves position t in a slot that is not in cell t.
       region_->slot(s).position.store(t, std::memory_order_relaxed);
       for (std::uint32_t left = groups; left != 0; left &= left - 1) {
@@ -61,6 +74,7 @@ class OrderRing {
         region_->claim(s, g).store(slots::Claim::make(t, 0, slots::Claim::kNobody).bits,
                                    std::memory_order_relaxed);
       }
+      DSLINE_POINT("enter.before_cell");
       // SYNC cell: release half pairs with cell(); sequentially consistent with a waiter's last look.
       if (region_->cell(t).compare_exchange_strong(seen.bits, Cell::make(t, s).bits,
                                                    std::memory_order_seq_cst)) {

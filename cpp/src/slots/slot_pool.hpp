@@ -37,6 +37,7 @@ class SlotPool {
       : region_(&region),
         slots_(region.geometry().slots),
         groups_(region.geometry().groups),
+        group_bits_(region.group_bits()),
         hints_per_handle_(slots_ <= kMostSlotsForHints ? slots_ / 8 : 0),
         space_(region.header().space, region.geometry().participants) {}
 
@@ -84,7 +85,7 @@ class SlotPool {
     for (std::uint32_t s = 0; s < slots_; ++s) {
       if (try_alloc_at(s, me)) return s;
       SlotWord seen = word(s);
-      if (!seen.is_possible()) poison(s, seen);
+      if (!is_possible(seen)) poison(s, seen);
       if (seen.is_quarantined()) quarantined = s;
     }
     if (quarantined != kNoSlot) {
@@ -189,6 +190,12 @@ class SlotPool {
     }
   }
 
+  /// False for a word that no step of the protocol makes in this region.
+  bool is_possible(SlotWord seen) const noexcept {
+    return seen.is_possible() && (!seen.is(SlotPhase::Committed) ||
+                                  (seen.pending() & kGroupBits & ~group_bits_) == 0);
+  }
+
   bool anything_free() const noexcept {
     const std::uint32_t words = (slots_ + 63) / 64;
     for (std::uint32_t i = 0; i < words; ++i) {
@@ -226,6 +233,8 @@ class SlotPool {
     // whoever changes `active` and then reads this word sees WRITING, or the publisher sees the change.
     if (!region_->slot(s).word.compare_exchange_strong(seen.bits, writing.bits, std::memory_order_seq_cst))
       return false;
+    // SYNC latest: whoever reads a payload without holding it sees the new word before it can see new bytes.
+    base::fence_seq_cst_after_rmw();
     // Only the owner touches these while the slot is WRITING; ordered by the commit's release.
     region_->slot(s).position.store(kNoPosition, std::memory_order_relaxed);
     // Looked at before it is written: the claims of groups that nobody uses stay in everybody's cache.
@@ -267,7 +276,7 @@ class SlotPool {
 
   void drop_stale_hint(std::uint32_t s) noexcept {
     SlotWord seen = word(s);
-    if (!seen.is_possible()) poison(s, seen);
+    if (!is_possible(seen)) poison(s, seen);
     region_->free_map(s / 64).fetch_and(~map_bit(s), std::memory_order_seq_cst);
     // Freed between the look and the clearing: its bit was lost, so it is set again.
     if (word(s).is_free()) region_->free_map(s / 64).fetch_or(map_bit(s), std::memory_order_seq_cst);
@@ -276,6 +285,7 @@ class SlotPool {
   memory::Region* region_;
   std::uint32_t slots_;
   std::uint32_t groups_;
+  std::uint32_t group_bits_;
   std::uint32_t hints_per_handle_;
   waiting::WaitPoint space_;
 };

@@ -313,7 +313,7 @@ TEST(NamedChannel, OpeningWhileOthersCloseAlwaysGivesAChannelThatWorks) {
           failures += send(*channel, "m") != Outcome::Ok;
           Received message;
           failures += channel->recv(message, support::patience()) != Outcome::Ok;
-          channel->release(message.slot, message.process);
+          channel->release(message);
         } catch (const Error& error) {
           ADD_FAILURE() << error.what();
         }
@@ -338,7 +338,7 @@ TEST(FileChannel, OutlivesItsHandlesWithWhatIsInIt) {
   channel = Channel::open_file(path, {}, OpenMode::Open);
   ASSERT_EQ(channel->try_recv(message), Outcome::Ok);
   EXPECT_EQ(message.attempts, 1u);
-  channel->release(message.slot, message.process);
+  channel->release(message);
   channel.reset();
   EXPECT_EQ(access(path.c_str(), F_OK), 0) << "a file stays, also when it is empty";
 }
@@ -385,7 +385,7 @@ TEST(FileChannel, AFileFromAnotherBootIsRebuiltAndItsMessagesArrive) {
   ASSERT_EQ(channel->try_recv(message), Outcome::Ok);
   EXPECT_EQ(support::text_of(message), "a");
   EXPECT_EQ(message.attempts, 1u);
-  channel->release(message.slot, message.process);
+  channel->release(message);
   EXPECT_EQ(next(*channel), "b");
   EXPECT_EQ(next(*channel), "c");
   EXPECT_EQ(channel->stats().participants, 1u);

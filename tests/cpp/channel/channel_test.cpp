@@ -96,7 +96,7 @@ TEST_P(ChannelTest, AMessageArrivesAsItWasSent) {
   EXPECT_EQ(message.sequence, 0u);
   EXPECT_EQ(message.attempts, 0u);
   EXPECT_GT(message.timestamp_ns, 0);
-  channel->release(message.slot, message.process);
+  channel->release(message);
 }
 
 TEST_P(ChannelTest, AnEmptyMessageIsAMessage) {
@@ -118,7 +118,7 @@ TEST_P(ChannelTest, MetadataLongerThanTheInlineRoomArrivesWhole) {
   ASSERT_EQ(message.meta_bytes, 10000u);
   EXPECT_EQ(std::memcmp(message.meta(), meta.data(), 10000), 0);
   EXPECT_EQ(text_of(message), "x");
-  channel->release(message.slot, message.process);
+  channel->release(message);
 }
 
 TEST_P(ChannelTest, MessagesOfEverySizeAroundTheLimitsArriveWhole) {
@@ -176,7 +176,7 @@ TEST_P(ChannelTest, AFullChannelIsFullUntilAMessageIsReleased) {
   Received message;
   ASSERT_EQ(channel->try_recv(message), Outcome::Ok);
   EXPECT_EQ(send(*channel, "m"), Outcome::Full) << "a message that is held keeps its slot";
-  channel->release(message.slot, message.process);
+  channel->release(message);
   EXPECT_EQ(send(*channel, "m"), Outcome::Ok);
 }
 
@@ -204,7 +204,7 @@ TEST_P(ChannelTest, WaitingForAMessageEndsAtTheDeadline) {
   EXPECT_EQ(channel->recv(message, 0), Outcome::TimedOut);
   send(*channel, "m");
   EXPECT_EQ(channel->recv(message, 0), Outcome::Ok) << "a deadline in the past still tries once";
-  channel->release(message.slot, message.process);
+  channel->release(message);
 }
 
 TEST_P(ChannelTest, ASenderThatWaitsGoesOnWhenThereIsRoom) {
@@ -228,7 +228,7 @@ TEST_P(ChannelTest, AReceiverThatWaitsGetsTheMessage) {
   send(*channel, "m");
   receiver.join();
   EXPECT_EQ(outcome, Outcome::Ok);
-  channel->release(message.slot, message.process);
+  channel->release(message);
 }
 
 TEST_P(ChannelTest, DropNewestDiscardsWhatDoesNotFitAndCountsIt) {
@@ -253,7 +253,7 @@ TEST_P(ChannelTest, DropOldestMakesRoomAndShowsAsAGap) {
   ASSERT_EQ(channel->try_recv(message), Outcome::Ok);
   EXPECT_EQ(message.sequence, 2u);
   EXPECT_EQ(text_of(message), "c");
-  channel->release(message.slot, message.process);
+  channel->release(message);
   EXPECT_EQ(next(*channel), "d");
 }
 
@@ -270,8 +270,8 @@ TEST_P(ChannelTest, DropOldestNeverTakesWhatIsHeldAndDropsTheNewestInstead) {
   EXPECT_EQ(channel->stats().dropped_oldest, 1u);
   EXPECT_EQ(channel->stats().dropped_newest, 1u);
   EXPECT_EQ(text_of(a), "a");
-  channel->release(a.slot, a.process);
-  channel->release(b.slot, b.process);
+  channel->release(a);
+  channel->release(b);
 }
 
 TEST_P(ChannelTest, ALoanIsNotSeenBeforeItIsPublishedAndFreeAfterAnAbort) {
@@ -300,7 +300,7 @@ TEST_P(ChannelTest, AMessageThatIsGivenBackComesAgainFirst) {
   EXPECT_EQ(text_of(message), "a");
   EXPECT_EQ(message.attempts, 1u);
   EXPECT_EQ(message.sequence, 0u);
-  channel->release(message.slot, message.process);
+  channel->release(message);
   EXPECT_EQ(next(*channel), "b");
   EXPECT_EQ(channel->stats().redelivered, 1u);
 }
@@ -323,7 +323,7 @@ TEST_P(ChannelTest, StatsCountSlotsByState) {
   EXPECT_EQ(stats.participants, 1u);
   EXPECT_EQ(stats.next_sequence, 2u);
   EXPECT_EQ(stats.head_sequence, 1u);
-  channel->release(message.slot, message.process);
+  channel->release(message);
   channel->abort(loan);
 }
 
@@ -461,7 +461,7 @@ TEST_P(ChannelTest, SequencesGoOnBeyondTheWidthOfACell) {
     Received message;
     ASSERT_EQ(channel->try_recv(message), Outcome::Ok);
     sequences.push_back(message.sequence);
-    channel->release(message.slot, message.process);
+    channel->release(message);
   }
   EXPECT_EQ(sequences, (std::vector<std::uint64_t>{lap - 4, lap - 3, lap - 2, lap, lap + 1, lap + 2}));
 }
@@ -521,7 +521,7 @@ TEST(Handles, AMessageThatAClosedHandleHoldsStaysHeldUntilItIsReleased) {
   EXPECT_EQ(first->stats().participants, 2u);
   EXPECT_EQ(next(*first), "(empty)");
   EXPECT_EQ(text_of(message), "a");
-  second->release(message.slot, message.process);
+  second->release(message);
   EXPECT_EQ(first->stats().participants, 1u);
   EXPECT_EQ(first->stats().free_slots, 4u);
 }
@@ -549,7 +549,7 @@ TEST(Handles, AbandonReleasesEveryMessageThatIsHeld) {
   EXPECT_EQ(first->stats().participants, 1u);
   EXPECT_EQ(first->stats().free_slots, 3u);
   EXPECT_EQ(next(*first), "b");
-  second->release(message.slot, message.process);
+  second->release(message);
   second->abandon();
   EXPECT_EQ(first->stats().free_slots, 4u);
 }
@@ -618,7 +618,7 @@ TEST(Handles, ClosingWhileThreadsAreInBlockingCallsLeavesNothingBehind) {
     });
     std::thread receiver([&] {
       Received message;
-      while (handle->recv(message, patience()) == Outcome::Ok) handle->release(message.slot, message.process);
+      while (handle->recv(message, patience()) == Outcome::Ok) handle->release(message);
     });
     while (handle->stats().next_sequence < static_cast<std::uint64_t>(round) * 3) std::this_thread::yield();
     handle->close();
@@ -662,12 +662,12 @@ TEST(Fork, AChildReleasesNothingThatItsParentHolds) {
   ASSERT_EQ(channel->try_recv(message), Outcome::Ok);
   EXPECT_EQ(in_child([&] {
               if (text_of(message) != "a") return false;
-              channel->release(message.slot, message.process);
+              channel->release(message);
               channel->give_back(message);
               channel->abandon();
               channel->depth();
               send(*channel, "b");
-              channel->release(message.slot, message.process);
+              channel->release(message);
               channel->give_back(message);
               channel->abandon();
               return true;
@@ -675,7 +675,7 @@ TEST(Fork, AChildReleasesNothingThatItsParentHolds) {
             0);
   EXPECT_EQ(channel->stats().pinned_by_me, 1u);
   EXPECT_EQ(text_of(message), "a");
-  channel->release(message.slot, message.process);
+  channel->release(message);
   EXPECT_EQ(next(*channel), "b");
   EXPECT_EQ(channel->stats().free_slots, 4u);
 }
@@ -727,7 +727,7 @@ TEST(Death, WhatAKilledReceiverHeldIsDeliveredToOneWhoWaits) {
   ASSERT_EQ(channel->recv(message, patience()), Outcome::Ok);
   EXPECT_EQ(text_of(message), "a");
   EXPECT_EQ(message.attempts, 1u);
-  channel->release(message.slot, message.process);
+  channel->release(message);
 }
 
 TEST(Death, WhatAKilledReceiverHeldIsDeliveredToOneWhoOnlyPolls) {
@@ -784,7 +784,7 @@ std::vector<std::pair<std::string, std::uint32_t>> drain(Channel& channel) {
   Received message;
   while (channel.try_recv(message) == Outcome::Ok) {
     all.emplace_back(text_of(message), message.attempts);
-    channel.release(message.slot, message.process);
+    channel.release(message);
   }
   return all;
 }

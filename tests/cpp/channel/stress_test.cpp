@@ -120,7 +120,7 @@ void consume(Channel& channel, Ledger& ledger, bool check_order = true) {
         last[payload.producer] = payload.sequence;
       }
     }
-    channel.release(message.slot, message.process);
+    channel.release(message);
   }
 }
 
@@ -255,7 +255,7 @@ TEST(StressDropOldest, EveryMessageArrivesOrIsCountedAsDropped) {
         for (; expected < message.sequence; expected = slots::next_position(expected)) ++missed;
         expected = slots::next_position(expected);
         ++received;
-        mine->release(message.slot, message.process);
+        mine->release(message);
       }
       end = expected;
     });

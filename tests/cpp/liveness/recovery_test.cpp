@@ -41,7 +41,7 @@ class RecoveryTest : public testing::TestWithParam<std::uint64_t> {
   }
   /// Its kernel locks go, its entry stays.
   void die() { dying.reset(); }
-  void recover() { EXPECT_EQ(recover_the_dead(*region, me), 1u); }
+  void recover() { EXPECT_EQ(recover_the_dead(*region, me, true), 1u); }
   /// As if the recoverer had died at its last step: the entry is still used, everything is done once more.
   void recover_again() {
     region->participant(dead).word.store(EntryWord::make(77, EntryState::Used).bits);
@@ -80,7 +80,7 @@ class RecoveryTest : public testing::TestWithParam<std::uint64_t> {
 TEST_P(RecoveryTest, WithNobodyDeadNothingHappens) {
   make(2);
   SlotPool(*dying).try_alloc(dead);
-  EXPECT_EQ(recover_the_dead(*region, me), 0u);
+  EXPECT_EQ(recover_the_dead(*region, me, true), 0u);
   EXPECT_TRUE(word(*region, 0).is(SlotPhase::Writing));
 }
 
@@ -89,14 +89,14 @@ TEST_P(RecoveryTest, TheNumberOfTheDeadIsFreeAfterwards) {
   die();
   recover();
   EXPECT_EQ(Participants(*region).entry(dead).state(), EntryState::Free);
-  EXPECT_EQ(region->header().recovered.load(), 1u);
-  EXPECT_EQ(recover_the_dead(*region, me), 0u);
+  EXPECT_EQ(region->header().deaths.load(), 1u);
+  EXPECT_EQ(recover_the_dead(*region, me, true), 0u);
 }
 
 TEST_P(RecoveryTest, ARecovererDoesNotTakeItselfForDead) {
   make(2);
   SlotPool(*region).try_alloc(me);
-  EXPECT_EQ(recover_the_dead(*region, me), 0u);
+  EXPECT_EQ(recover_the_dead(*region, me, true), 0u);
   EXPECT_TRUE(word(*region, 0).is(SlotPhase::Writing));
 }
 
@@ -380,7 +380,7 @@ TEST_P(RecoveryTest, SeveralDeadAreRecoveredInOneCall) {
   SlotPool(*second).try_alloc(other);
   die();
   second.reset();
-  EXPECT_EQ(recover_the_dead(*region, me), 2u);
+  EXPECT_EQ(recover_the_dead(*region, me, true), 2u);
   EXPECT_EQ(free_slots(*region), 3u);
 }
 
@@ -483,7 +483,7 @@ TEST_P(RebuildTest, KeepsTheAttemptsOfWhatWasGivenBack) {
   Held held{};
   for (int i = 0; i < 3; ++i) {
     ASSERT_TRUE(take(held));
-    Group(*region, 0).give_back(held, me);
+    Group(*region, 0).give_back(held, me, 0);
   }
   rebuild(*region);
   EXPECT_EQ(deliveries(), (std::vector<Delivery>{{a, at(0), 3}}));
@@ -550,7 +550,7 @@ TEST_P(RebuildTest, ARebuildThatWasCutAnywhereIsMadeGoodByTheNext) {
     Held first{}, second{};
     ASSERT_TRUE(take(first));
     ASSERT_TRUE(take(second));
-    Group(*region, 0).give_back(first, me);
+    Group(*region, 0).give_back(first, me, 0);
     SlotPool pool(*dying);
     ASSERT_EQ(pool.try_alloc(dead), 3u);
     pool.commit(3, pool.word(3), 1);

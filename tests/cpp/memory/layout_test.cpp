@@ -39,7 +39,7 @@ TEST(Layout, SectionsAreDisjointAndInOrder) {
 TEST(Layout, TheOrderHasAtLeastTwiceAsManyCellsAsThereAreSlots) {
   for (std::uint32_t slots : {1u, 2u, 3u, 4u, 5u, 63u, 64u, 65u, 1000u, kMaxSlots}) {
     Geometry g = plan_geometry(slots, 64, 64, 64, 8);
-    EXPECT_GE(g.order_cells, 2 * slots);
+    EXPECT_GE(g.order_cells, kCellsPerSlot * slots);
     EXPECT_EQ(g.order_cells & (g.order_cells - 1), 0u);
   }
 }
@@ -100,10 +100,12 @@ TEST(Layout, AGeometryThatNoCreatorWouldPlanIsInvalid) {
   }
 }
 
+Rules rules(Checksum checksum) { return {static_cast<std::uint32_t>(checksum), 0, 3, 16, 1, 0}; }
+
 TEST(Region, InspectionTellsWhatAFileIs) {
   auto storage = make_memfd_storage();
   int fd = dup(storage->descriptor());
-  auto region = Region::create(std::move(storage), plan_geometry(4, 64, 64, 4, 1), Checksum::Header, 0);
+  auto region = Region::create(std::move(storage), plan_geometry(4, 64, 64, 4, 1), rules(Checksum::Header), 0);
   auto again = make_file_storage(fd, StorageKind::File, "copy");
   EXPECT_EQ(inspect(*again).found, Found::Channel);
   region->header().layout_version = 99;
@@ -121,7 +123,7 @@ TEST(Region, InspectionTellsWhatAFileIs) {
 TEST(Region, AttachingShowsTheSameStateAndKeepsThePayloadReadOnlyUntilItIsWritten) {
   auto storage = make_memfd_storage();
   int fd = dup(storage->descriptor());
-  auto region = Region::create(std::move(storage), plan_geometry(4, 4096, 0, 4, 2), Checksum::Full, 0);
+  auto region = Region::create(std::move(storage), plan_geometry(4, 4096, 0, 4, 2), rules(Checksum::Full), 0);
   auto other = Region::attach(make_file_storage(fd, StorageKind::File, "copy"));
   EXPECT_EQ(other->checksum(), Checksum::Full);
   EXPECT_EQ(std::memcmp(&other->geometry(), &region->geometry(), sizeof(Geometry)), 0);
@@ -134,7 +136,7 @@ TEST(Region, AttachingShowsTheSameStateAndKeepsThePayloadReadOnlyUntilItIsWritte
 }
 
 TEST(Region, ASlotGrowsAndShrinks) {
-  auto region = Region::create(make_memfd_storage(), plan_geometry(4, 4096, 0, 4, 1), Checksum::Header, 0);
+  auto region = Region::create(make_memfd_storage(), plan_geometry(4, 4096, 0, 4, 1), rules(Checksum::Header), 0);
   std::uint64_t room = region->slot(1).room_bytes.load();
   region->reserve_slot(1, room + 100000);
   EXPECT_GE(region->slot(1).room_bytes.load(), room + 100000);

@@ -150,7 +150,7 @@ TEST_P(GroupWrapTest, AMessageThatIsHeldForManyLapsStaysItsHoldersAndIsRedeliver
       release(later.slot);
     }
   }
-  group->give_back(held, 1);
+  group->give_back(held, 1, 0);
   Held again{};
   ASSERT_TRUE(group->try_take(0, again));
   EXPECT_EQ(again.slot, held.slot);
@@ -166,7 +166,7 @@ TEST_F(GroupTest, AMessageThatIsGivenBackComesFirstAndCountsTheAttempt) {
   make(4);
   for (int i = 0; i < 3; ++i) send(*region);
   ASSERT_TRUE(group->try_take(1, held));
-  group->give_back(held, 1);
+  group->give_back(held, 1, 0);
   EXPECT_TRUE(group->anything_waiting());
   EXPECT_EQ(group->depth(), 3u);
   Held again{};
@@ -184,9 +184,9 @@ TEST_F(GroupTest, SeveralThatAreGivenBackComeOldestFirst) {
   Held all[3];
   for (int i = 0; i < 3; ++i) send(*region);
   for (Held& each : all) ASSERT_TRUE(group->try_take(1, each));
-  group->give_back(all[2], 1);
-  group->give_back(all[0], 1);
-  group->give_back(all[1], 1);
+  group->give_back(all[2], 1, 0);
+  group->give_back(all[0], 1, 0);
+  group->give_back(all[1], 1, 0);
   for (std::uint64_t p = 0; p < 3; ++p) {
     ASSERT_TRUE(group->try_take(2, held));
     EXPECT_EQ(held.position, p);
@@ -198,7 +198,7 @@ TEST_F(GroupTest, SeveralThatAreGivenBackComeOldestFirstAcrossTheWrap) {
   Held all[3];
   for (int i = 0; i < 3; ++i) send(*region);
   for (Held& each : all) ASSERT_TRUE(group->try_take(1, each));
-  for (const Held& each : all) group->give_back(each, 1);
+  for (const Held& each : all) group->give_back(each, 1, 0);
   for (const Held& each : all) {
     ASSERT_TRUE(group->try_take(2, held));
     EXPECT_EQ(held.position, each.position);
@@ -209,7 +209,7 @@ TEST_F(GroupTest, OnlyTheHolderCanGiveBack) {
   make(4);
   send(*region);
   ASSERT_TRUE(group->try_take(1, held));
-  group->give_back(held, 2);
+  group->give_back(held, 2, 0);
   EXPECT_EQ(claim(*region, held.slot).who(), Claim::holder(1));
   EXPECT_FALSE(group->anything_waiting());
 }
@@ -220,7 +220,7 @@ TEST_F(GroupTest, AttemptsOfAMessageStopAtTheirLargestValue) {
   for (std::uint32_t i = 0; i < 20; ++i) {
     ASSERT_TRUE(group->try_take(1, held));
     EXPECT_EQ(held.attempts, std::min(i, Claim::kMaxAttempts));
-    group->give_back(held, 1);
+    group->give_back(held, 1, 0);
   }
 }
 
@@ -230,8 +230,8 @@ TEST_F(GroupTest, TheFlagStaysUpUntilAScanFoundNothing) {
   Held first{}, second{};
   ASSERT_TRUE(group->try_take(1, first));
   ASSERT_TRUE(group->try_take(1, second));
-  group->give_back(first, 1);
-  group->give_back(second, 1);
+  group->give_back(first, 1, 0);
+  group->give_back(second, 1, 0);
   std::uint64_t raised = group->state().redeliver.load();
   EXPECT_EQ(raised & 1, 1u);
   ASSERT_TRUE(group->try_take(2, held));
@@ -291,17 +291,28 @@ TEST_F(GroupTest, ACursorBehindATakenMessageDoesNotDeliverItAgain) {
   EXPECT_EQ(group->state().cursor.load(), 1u);
 }
 
-TEST_F(GroupTest, ACellWithASlotNumberOutOfRangeIsSteppedOver) {
+TEST_F(GroupTest, AMessageWhoseCellIsDamagedIsFoundByItsClaim) {
   make(3);
   for (int i = 0; i < 3; ++i) send(*region);
-  for (std::uint32_t bad : {3u, 4u, 0xFFFFFu}) {
-    region->cell(1).store(Cell::make(1, bad).bits);
+  const Cell good = Cell{region->cell(1).load()};
+  for (Cell bad : {Cell::make(1, 3), Cell::make(1, 0xFFFFF), Cell::make(17, 1), Cell::make(1 + (kLap >> 1) - 1, 1)}) {
+    region->cell(1).store(bad.bits);
     group->state().cursor.store(1);
-    ASSERT_TRUE(group->try_take(0, held)) << bad;
-    EXPECT_EQ(held.position, 2u);
-    group->state().cursor.store(2);
-    region->claim(held.slot, 0).store(Claim::make(2, 0, Claim::kNobody).bits);
+    ASSERT_TRUE(group->try_take(0, held)) << bad.position_low() << " " << bad.slot();
+    EXPECT_EQ(held.position, 1u);
+    EXPECT_EQ(held.slot, good.slot());
+    region->claim(held.slot, 0).store(Claim::make(1, 0, Claim::kNobody).bits);
   }
+}
+
+TEST_F(GroupTest, ADamagedCellWhereNothingHasEnteredIsNoMessage) {
+  make(3);
+  send(*region);
+  region->cell(1).store(Cell::make(1 + (kLap >> 1) - 1, 2).bits);
+  ASSERT_TRUE(group->try_take(0, held));
+  EXPECT_FALSE(group->try_take(0, held));
+  EXPECT_FALSE(group->anything_waiting());
+  EXPECT_EQ(group->state().cursor.load(), 1u) << "the next message would enter behind the cursor";
 }
 
 TEST_F(GroupTest, ACellThatNamesAnotherMessagesSlotDeliversNothing) {

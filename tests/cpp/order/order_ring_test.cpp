@@ -102,12 +102,28 @@ TEST_P(OrderRingTest, ATailThatAnotherMovedIsLeftAlone) {
 TEST_P(OrderRingTest, ALapLaterTheSameCellHoldsTheLaterPosition) {
   make(2);
   const std::uint64_t first = GetParam();
-  for (std::uint64_t position = first - 1; position != first + 4;) {
+  const std::int64_t cells = region->geometry().order_cells;
+  const std::uint64_t lap_later = first + static_cast<std::uint64_t>(cells);
+  for (std::uint64_t position = first - 1; position != lap_later;) {
     OrderRing::Entered entered = ring->enter(1, 1);
     ring->advance_tail(entered);
     position = entered.position;
-    ASSERT_LE(position, first + 4);
-    EXPECT_EQ(ring->cell(first).ahead_of(first), position == first + 4 ? 4 : 0);
+    ASSERT_LE(position, lap_later);
+    EXPECT_EQ(ring->cell(first).ahead_of(first), position == lap_later ? cells : 0);
+  }
+}
+
+TEST_P(OrderRingTest, ADamagedCellAheadIsMendedByTheNextMessage) {
+  make(2);
+  const std::uint64_t first = GetParam();
+  for (std::uint64_t ahead : {std::uint64_t{1}, std::uint64_t{8}, std::uint64_t{1} << 43 }) {
+    const std::uint64_t next = ring->tail_guess();
+    region->cell(next).store(Cell::make(next + ahead - 1, 1).bits);
+    if (ahead == 1) region->cell(next).store(Cell::make(next + 3, 1).bits);
+    OrderRing::Entered entered = ring->enter(0, 1);
+    ring->advance_tail(entered);
+    EXPECT_EQ(entered.position, next) << first << " + " << ahead;
+    EXPECT_EQ(ring->cell(next).bits, Cell::make(next, 0).bits);
   }
 }
 

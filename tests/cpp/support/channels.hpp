@@ -46,7 +46,7 @@ inline std::string next(Channel& channel) {
   switch (channel.try_recv(message)) {
     case Outcome::Ok: {
       std::string text = text_of(message);
-      channel.release(message.slot, message.process);
+      channel.release(message);
       return text;
     }
     case Outcome::Closed:

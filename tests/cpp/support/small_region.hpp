@@ -16,6 +16,7 @@ struct Shape {
   std::uint32_t groups = 1;
   std::uint32_t participants = 4;
   std::uint64_t first_position = 0;
+  memory::Rules rules = {1, 0, 3, 16, 1, 0};  // as ChannelOptions has them by default
 };
 
 /// A new region over a memfd in the state in which a channel is created, every group of it active.
@@ -23,7 +24,7 @@ inline std::unique_ptr<memory::Region> make_region(const Shape& shape) {
   auto region =
       memory::Region::create(memory::make_memfd_storage(),
                              memory::plan_geometry(shape.slots, 64, 64, shape.participants, shape.groups),
-                             memory::Checksum::Header, shape.first_position);
+                             shape.rules, shape.first_position);
   slots::SlotPool::initialise(*region);
   order::OrderRing::initialise(*region, shape.first_position);
   for (std::uint32_t g = 0; g < shape.groups; ++g) {

@@ -1,0 +1,145 @@
+#include <algorithm>
+
+#include "channel/impl.hpp"
+#include "liveness/participants.hpp"
+#include "liveness/recovery.hpp"
+
+namespace dsline {
+
+/// Adds this handle's bit while at least one of its threads sleeps.
+class Channel::Impl::Sleeper {
+ public:
+  Sleeper(Impl& impl, waiting::WaitPoint point, std::uint32_t& count, std::uint64_t reason)
+      : impl_(impl), point_(point), count_(count) {
+    std::lock_guard lock(impl_.local->waiters);
+    ++count_;
+    point_.add(impl_.me);
+    impl_.region->participant(impl_.me).waiting_on.store(reason, std::memory_order_relaxed);
+  }
+  ~Sleeper() {
+    std::lock_guard lock(impl_.local->waiters);
+    if (--count_ != 0) return;
+    point_.remove(impl_.me);
+    impl_.region->participant(impl_.me).waiting_on.store(0, std::memory_order_relaxed);
+  }
+  Sleeper(const Sleeper&) = delete;
+  Sleeper& operator=(const Sleeper&) = delete;
+
+ private:
+  Impl& impl_;
+  waiting::WaitPoint point_;
+  std::uint32_t& count_;
+};
+
+/// `ready` is looked at while spinning; `surely` once more between registering and sleeping.
+template <class Ready, class Surely>
+Outcome Channel::Impl::wait(waiting::WaitPoint point, std::uint32_t& count, std::uint64_t reason,
+                            waiting::AdaptiveSpin& spinner, Ready ready, Surely surely, std::uint64_t done,
+                            std::int64_t deadline_ns, bool spin) {
+  const std::int64_t start = base::monotonic_ns();
+  if (spin && spinner(ready, deadline_ns, done)) return Outcome::Ok;
+  waiting::Wake wake{};
+  std::int64_t now = base::monotonic_ns();
+  {
+    DSLINE_POINT("wait.before_registering");
+    Sleeper sleeper(*this, point, count, reason);
+    DSLINE_POINT("wait.registered");
+    std::uint32_t sequence = point.sequence();
+    if (surely()) return Outcome::Ok;
+    if (now >= deadline_ns) return Outcome::TimedOut;
+    wake = point.sleep(sequence, std::min(deadline_ns, now + kSliceNs));
+    DSLINE_POINT("wait.woken");
+  }
+  if (wake == waiting::Wake::Interrupted) return Outcome::Interrupted;
+  if (wake == waiting::Wake::Woken) {
+    if (spin) spinner.woken_after(base::monotonic_ns() - start);
+    return Outcome::Ok;
+  }
+  sweep(false);
+  return base::monotonic_ns() >= deadline_ns ? Outcome::TimedOut : Outcome::Empty;
+}
+
+Outcome Channel::Impl::wait_for_space(std::int64_t deadline_ns, bool spin) {
+  enter();
+  Busy guard(*this);
+  if (closed.load(std::memory_order_seq_cst)) return Outcome::Ok;
+  send_waits.fetch_add(1, std::memory_order_relaxed);
+  auto ready = [this] {
+    return pool.anything_free() || closed.load(std::memory_order_relaxed) || is_shut_down();
+  };
+  auto surely = [this, &ready] { return ready() || pool.anything_free_by_scan(); };
+  return wait(pool.space(), local->sleeping_for_space, 1, local->space_spin, ready, surely,
+              sent.load(std::memory_order_relaxed), deadline_ns, spin);
+}
+
+Outcome Channel::Impl::wait_for_message(std::int64_t deadline_ns, bool spin) {
+  enter();
+  Busy guard(*this);
+  if (closed.load(std::memory_order_seq_cst) || !may_receive()) return Outcome::Ok;
+  recv_waits.fetch_add(1, std::memory_order_relaxed);
+  auto ready = [this] {
+    if (group.anything_waiting() || closed.load(std::memory_order_relaxed) || !may_receive()) return true;
+    const std::uint64_t state = active();
+    return (state & memory::kShutDown) != 0 && ((state & memory::kShutDownAtOnce) != 0 || is_drained());
+  };
+  return wait(group.messages(), local->sleeping_for_message, 2, local->message_spin, ready, ready,
+              taken.load(std::memory_order_relaxed), deadline_ns, spin);
+}
+
+Outcome Channel::Impl::wait_for_newer(bool any, std::uint64_t newer_than, std::int64_t deadline_ns, bool spin) {
+  enter();
+  Busy guard(*this);
+  if (closed.load(std::memory_order_seq_cst) || !region->keeps_history()) return Outcome::Ok;
+  recv_waits.fetch_add(1, std::memory_order_relaxed);
+  auto ready = [this, any, newer_than] {
+    std::uint32_t slot = 0;
+    std::uint64_t position = 0;
+    slots::SlotWord word{};
+    return closed_or_shut_down() || find_latest(any, newer_than, slot, position, word);
+  };
+  order::Group retention(*region, region->retention_group());
+  return wait(retention.messages(), local->sleeping_for_newer, 2, local->message_spin, ready, ready,
+              taken.load(std::memory_order_relaxed), deadline_ns, spin);
+}
+
+void Channel::Impl::pass_on_wake() noexcept {
+  if (is_inherited() || left) return;
+  if (may_receive() && group.anything_waiting()) group.messages().wake_one_if_anyone();
+  if (pool.anything_free()) pool.space().wake_one_if_anyone();
+}
+
+bool Channel::Impl::sweep(bool now) noexcept {
+  if (region->storage().kind() == memory::StorageKind::Heap) return false;  // its handles die with this process
+  std::unique_lock lock(local->recovery, std::try_to_lock);
+  if (!lock.owns_lock() || left) return false;
+  const std::int64_t time = base::monotonic_ns();
+  const std::int64_t last = local->last_sweep_ns.load(std::memory_order_relaxed);
+  if (!now && last != 0 && time - last < kSliceNs) return false;
+  local->last_sweep_ns.store(time, std::memory_order_relaxed);
+  return liveness::recover_the_dead(*region, me, false) != 0;
+}
+
+bool Channel::Impl::tidy() noexcept {
+  liveness::Membership membership(*region, pool);
+  if (!membership.anything_stale()) return false;
+  std::unique_lock lock(local->recovery, std::try_to_lock);
+  if (!lock.owns_lock() || left || is_inherited()) return false;
+  if (!region->storage().try_lock(memory::kControlLock)) return false;  // whoever has it does the same
+  membership.remove_abandoned(kNoGroup, me);
+  membership.sweep(me);
+  region->storage().unlock(memory::kControlLock);
+  return true;
+}
+
+Outcome Channel::wait_for_space(std::int64_t deadline_ns, bool spin) {
+  return impl_->wait_for_space(deadline_ns, spin);
+}
+Outcome Channel::wait_for_message(std::int64_t deadline_ns, bool spin) {
+  return impl_->wait_for_message(deadline_ns, spin);
+}
+Outcome Channel::wait_for_newer(bool any, std::uint64_t newer_than, std::int64_t deadline_ns, bool spin) {
+  return impl_->wait_for_newer(any, newer_than, deadline_ns, spin);
+}
+void Channel::pass_on_wake() noexcept { impl_->pass_on_wake(); }
+
+}  // namespace dsline
