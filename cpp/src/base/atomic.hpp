@@ -27,6 +27,15 @@ inline void fence_seq_cst() noexcept {
 #endif
 }
 
+/// An acquire fence.
+inline void fence_acquire() noexcept {
+#if defined(__SANITIZE_THREAD__)
+  fence_seq_cst();
+#else
+  std::atomic_thread_fence(std::memory_order_acquire);
+#endif
+}
+
 /// A full fence behind a sequentially consistent read-modify-write, which is one already on x86.
 inline void fence_seq_cst_after_rmw() noexcept {
 #if !defined(__x86_64__) && !defined(__i386__)

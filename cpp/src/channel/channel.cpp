@@ -56,17 +56,13 @@ std::shared_ptr<Channel> Channel::subscribe(const SubscribeOptions& options) {
                                                 " bytes, must have 1 to " +
                                                 std::to_string(memory::kMaxGroupName) + ", none of them zero");
   }
-  impl_->enter();
-  if (impl_->closed.load(std::memory_order_relaxed)) {
-    throw Error(ErrorCode::ChannelClosed,
-                "this handle of channel '" + impl_->label + "' is closed; open another one");
-  }
+  impl_->require_open();
   return make(
       std::make_unique<Impl>(channel::attach_again(*impl_->region, impl_->path, impl_->label, &options)));
 }
 
 std::shared_ptr<Channel> Channel::again() {
-  impl_->enter();
+  impl_->require_open();
   return make(
       std::make_unique<Impl>(channel::attach_again(*impl_->region, impl_->path, impl_->label, nullptr)));
 }

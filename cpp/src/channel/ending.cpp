@@ -81,6 +81,14 @@ void Channel::Impl::renew() {
   process.store(base::fork_generation(), std::memory_order_release);
 }
 
+/// For calls that throw: this handle is one of this process, and open.
+void Channel::Impl::require_open() {
+  enter();
+  if (closed.load(std::memory_order_relaxed)) {
+    throw Error(ErrorCode::ChannelClosed, "this handle of channel '" + label + "' is closed; open another one");
+  }
+}
+
 void Channel::Impl::wake_receivers() noexcept {
   for (std::uint32_t g = 0; g < region->geometry().groups; ++g) {
     order::Group(*region, g).messages().wake_all();
@@ -228,11 +236,9 @@ void Channel::Impl::unlink() {
 }
 
 void Channel::Impl::remove_group(const std::string& name) {
-  enter();
+  require_open();
+  Busy guard(*this);
   std::lock_guard sweeping(local->recovery);
-  if (left.load(std::memory_order_relaxed)) {
-    throw Error(ErrorCode::ChannelClosed, "this handle of channel '" + label + "' is closed; open another one");
-  }
   channel::ControlLock control(*region, label);
   liveness::Membership membership(*region, pool);
   const std::uint32_t number = membership.find(name);

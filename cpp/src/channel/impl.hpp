@@ -74,6 +74,7 @@ struct Channel::Impl {
       renew();
   }
   void renew();
+  void require_open();
 
   std::uint64_t active() const noexcept { return region->header().active.load(std::memory_order_seq_cst); }
   bool is_shut_down() const noexcept { return (active() & memory::kShutDown) != 0; }

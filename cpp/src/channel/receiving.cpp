@@ -242,7 +242,7 @@ Outcome Channel::Impl::try_read_latest(bool any, std::uint64_t newer_than, Recei
 bool Channel::Impl::is_unchanged(const Received& message) const noexcept {
   // SYNC latest: what was read before the fence was there before the word changed; pairs with the compare-and-swap that
   // takes a slot for writing, whose generation is a new one.
-  std::atomic_thread_fence(std::memory_order_acquire);
+  base::fence_acquire();
   return pool.word(message.slot).generation() == SlotWord{message.word}.generation();
 }
 

@@ -231,7 +231,7 @@ std::vector<Death> Channel::Impl::deaths_since(std::uint64_t first) const {
     if (group >= 2 && group <= region->geometry().groups) {
       death.group = liveness::Membership(*region, const_cast<slots::SlotPool&>(pool)).name(group - 1);
     }
-    std::atomic_thread_fence(std::memory_order_acquire);
+    base::fence_acquire();
     if (record.sequence.load(std::memory_order_relaxed) == number + 1) out.push_back(std::move(death));
   }
   return out;

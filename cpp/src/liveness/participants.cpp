@@ -24,6 +24,8 @@ std::uint32_t Participants::try_join() noexcept {
     mine.group.store(0, std::memory_order_relaxed);
     mine.start_time.store(base::process_start_time(pid), std::memory_order_relaxed);
     mine.waiting_on.store(0, std::memory_order_relaxed);
+    mine.left_writing.store(0, std::memory_order_relaxed);
+    mine.left_held.store(0, std::memory_order_relaxed);
     mine.joined_ns.store(static_cast<std::uint64_t>(base::realtime_ns()), std::memory_order_relaxed);
     mine.word.store(EntryWord::make(seen.incarnation() + 1, EntryState::Used).bits,
                     std::memory_order_release);

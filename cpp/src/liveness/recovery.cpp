@@ -122,7 +122,7 @@ Estate recover_slots(memory::Region& region, std::uint32_t d) noexcept {
   return estate;
 }
 
-void record_death(memory::Region& region, std::uint32_t d, Estate estate) noexcept {
+void record_death(memory::Region& region, std::uint32_t d) noexcept {
   memory::RegionHeader& header = region.header();
   const std::uint64_t number = header.deaths.fetch_add(1, std::memory_order_acq_rel);
   memory::DeathState& record = header.death[number % memory::kDeathsKept];
@@ -135,8 +135,8 @@ void record_death(memory::Region& region, std::uint32_t d, Estate estate) noexce
   record.pid.store(dead.pid.load(std::memory_order_relaxed), std::memory_order_relaxed);
   record.participant.store(d, std::memory_order_relaxed);
   record.group.store(dead.group.load(std::memory_order_relaxed), std::memory_order_relaxed);
-  record.writing.store(estate.writing, std::memory_order_relaxed);
-  record.held.store(estate.held, std::memory_order_relaxed);
+  record.writing.store(dead.left_writing.load(std::memory_order_relaxed), std::memory_order_relaxed);
+  record.held.store(dead.left_held.load(std::memory_order_relaxed), std::memory_order_relaxed);
   // SYNC death: pairs with the acquire load of whoever reads the record.
   record.sequence.store(number + 1, std::memory_order_release);
 }
@@ -149,6 +149,9 @@ void recover(memory::Region& region, std::uint32_t d) noexcept {
   for (std::uint32_t g = 0; g < groups; ++g) Group(region, g).messages().remove(d);
   DSLINE_POINT("recover.no_waiter");
   const Estate estate = recover_slots(region, d);
+  memory::ParticipantState& dead = region.participant(d);
+  dead.left_writing.fetch_add(estate.writing, std::memory_order_relaxed);
+  dead.left_held.fetch_add(estate.held, std::memory_order_relaxed);
   // V8: a claim that an earlier recoverer gave back before it died may still lack its flag. A wake-up that the dead
   // one swallowed is passed on as well.
   const std::uint64_t active = region.header().active.load(std::memory_order_acquire);
@@ -160,7 +163,6 @@ void recover(memory::Region& region, std::uint32_t d) noexcept {
   if ((active & memory::kShutDown) != 0) {  // its slot may have been the last
     for (std::uint32_t g = 0; g < groups; ++g) Group(region, g).messages().wake_all();
   }
-  record_death(region, d, estate);
 }
 
 /// V9: the groups of the dead. False when somebody else has the control lock.
@@ -188,6 +190,7 @@ std::uint32_t recover_the_dead(memory::Region& region, std::uint32_t me, bool ha
     recover(region, d);
     DSLINE_POINT("recover.before_burial");
     if (end_membership(region, d, me, has_control)) {
+      record_death(region, d);
       participants.bury(d);
       ++recovered;
     } else {

@@ -151,10 +151,13 @@ struct alignas(64) ParticipantState {
   base::Atomic<std::uint64_t> start_time;
   base::Atomic<std::uint64_t> waiting_on;  // 0 nothing, 1 space, 2 a message
   base::Atomic<std::uint64_t> joined_ns;   // CLOCK_REALTIME
+  base::Atomic<std::uint32_t> left_writing;  // what it was found dead with. Writer: its recoverer
+  base::Atomic<std::uint32_t> left_held;
 };
 static_assert(offsetof(ParticipantState, word) == 0 && offsetof(ParticipantState, pid) == 8);
 static_assert(offsetof(ParticipantState, group) == 12 && offsetof(ParticipantState, start_time) == 16);
 static_assert(offsetof(ParticipantState, waiting_on) == 24 && offsetof(ParticipantState, joined_ns) == 32);
+static_assert(offsetof(ParticipantState, left_writing) == 40 && offsetof(ParticipantState, left_held) == 44);
 static_assert(sizeof(ParticipantState) == 64 && std::is_standard_layout_v<ParticipantState>);
 
 /// One subscriber group: members compete, every group sees every message.
