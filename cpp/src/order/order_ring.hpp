@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "base/points.hpp"
@@ -51,20 +52,28 @@ class OrderRing {
   Entered enter(std::uint32_t s, std::uint32_t groups) noexcept {
     std::uint64_t hint = tail_guess();
     std::uint64_t t = hint;
+    std::uint64_t steps_left = kMostLaps * region_->geometry().order_cells;
     for (;;) {
       Cell seen = cell(t);
       const std::int64_t ahead = seen.ahead_of(t);
-      if (ahead == 0) {  // taken; walking makes a stale hint harmless
-        t = slots::next_position(t);
-        continue;
-      }
-      if (ahead > 0) [[unlikely]] {
+      if (ahead >= 0 && steps_left > 0) {
+        --steps_left;
+        if (ahead == 0) [[likely]] {  // taken; walking makes a stale hint harmless
+          t = slots::next_position(t);
+          continue;
+        }
         const std::uint64_t now = tail_guess();
         if (now != hint) {  // lapped while this process stood still
           hint = t = now;
           continue;
         }
-        // Invariant 4: a damaged cell, which is mended by overwriting it.
+        // Invariant 4: something is damaged. The tail, if a cell beside this one is of the same later lap: cells are taken
+        // in order, so all but the last lap before a taken one are taken. Else this cell, which is mended by overwriting.
+        if (cell(t - 1).ahead_of(t - 1) == ahead || cell(t + 1).ahead_of(t + 1) == ahead) {
+          const std::int64_t cells = region_->geometry().order_cells;
+          t = slots::next_position(t + static_cast<std::uint64_t>(std::max<std::int64_t>(ahead - cells, 0)));
+          continue;
+        }
       }
       DSLINE_POINT("enter.before_claims");
       // Ordered by the CAS below. A death after these stores leaves position t in a slot that is not in cell t.
@@ -91,6 +100,9 @@ class OrderRing {
   }
 
  private:
+  // A walk is never longer, whatever the words say.
+  static constexpr std::uint64_t kMostLaps = 4;
+
   memory::Region* region_;
 };
 

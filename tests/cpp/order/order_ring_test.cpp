@@ -127,6 +127,24 @@ TEST_P(OrderRingTest, ADamagedCellAheadIsMendedByTheNextMessage) {
   }
 }
 
+TEST_P(OrderRingTest, ADamagedTailIsMendedByTheNextMessage) {
+  make(2);
+  std::uint64_t next = 0;
+  for (std::uint32_t i = 0; i < 2 * region->geometry().order_cells; ++i) {
+    OrderRing::Entered entered = ring->enter(0, 1);
+    ring->advance_tail(entered);
+    next = ring->tail_guess();
+  }
+  for (std::uint64_t behind : {std::uint64_t{1}, std::uint64_t{9}, std::uint64_t{8000}, (std::uint64_t{1} << 43) - 8}) {
+    region->order().tail.store(next - behind);
+    OrderRing::Entered entered = ring->enter(1, 1);
+    ring->advance_tail(entered);
+    EXPECT_EQ(entered.position, next) << behind;
+    next = ring->tail_guess();
+    EXPECT_EQ(next, slots::next_position(entered.position));
+  }
+}
+
 // Shows that every publisher gets a position of its own and none is left out.
 TEST_P(OrderRingTest, CompetingPublishersGetDifferentPositionsWithoutGaps) {
   make(4);
