@@ -194,7 +194,7 @@ std::shared_ptr<Channel> open_channel(const Site& site, OpenMode mode) {
   return nullptr;
 }
 
-Outcome take_one(Channel& channel, Life& life, std::uint32_t) {
+Outcome take_one(Channel& channel, Life& life) {
   Received message;
   const Outcome outcome = channel.try_recv(message);
   if (outcome != Outcome::Ok) return outcome;

@@ -23,7 +23,7 @@ struct Site {
 std::shared_ptr<Channel> open_channel(const Site& site, OpenMode mode);
 
 /// Takes one message and releases it; the outcome of the taking. For the supervisor's last look.
-Outcome take_one(Channel& channel, Life& life, std::uint32_t index);
+Outcome take_one(Channel& channel, Life& life);
 
 [[noreturn]] void live(const Site& site, std::uint32_t index, std::uint64_t seed,
                        std::atomic<std::uint64_t>* hits);

@@ -137,7 +137,9 @@ struct Tally {
   std::uint64_t killed_at[kMaxPoints];
   std::uint64_t killed_at_random;
   std::atomic<std::uint64_t> hits[kMostShapes][kRoles][kMaxPoints];
-  Times recovery;    // from a death to the entry of the dead being free
+  // From a death to the entry of the dead being free: when a process has joined meanwhile, and when none has.
+  Times recovery_by_newcomers;
+  Times recovery_by_waiters;
   Times redelivery;  // from a death to its message in other hands
   std::uint32_t violations;
   char violation[kMostViolations][400];

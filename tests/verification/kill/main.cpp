@@ -159,7 +159,7 @@ int run(const Options& options) {
       } else if (now - moved[i] > kSilenceNs) {
         std::printf("FAILED: lane %u hangs in round %" PRIu64 "\n", i, tallies[i]->round.load());
         good = false;
-        kill(lanes[i], SIGTERM);
+        ::kill(lanes[i], SIGTERM);
         moved[i] = now;
       }
     }

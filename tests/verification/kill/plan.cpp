@@ -6,7 +6,8 @@ namespace dsline::kill {
 namespace {
 
 constexpr const char* kShapeNames[kShapes] = {"one to one",  "work queue",         "drop oldest",
-                                              "drop newest", "both sides killed", "creators"};
+                                              "drop newest", "both sides killed", "steady",
+                                              "creators"};
 constexpr const char* kPlaceNames[] = {"memfd", "shm", "file"};
 
 // Positions are compared modulo 2^44, and one value is skipped there.
@@ -89,6 +90,18 @@ Plan make_plan(std::uint64_t seed, std::uint64_t round, std::uint32_t only) {
       plan.wanted[1] = random.between(1, 2);
       plan.ends_by_kill = true;
       plan.respawn_delay_us = 5'000;
+      break;
+    case Shape::Steady:  // nobody is ever idle for long, no slot is ever missing, and nobody joins
+      plan.options.capacity = 64;
+      plan.options.max_message_size = plan.largest = 500;
+      plan.wanted[1] = random.between(2, 3);
+      plan.kills = random.between(4, 8);
+      plan.send_pause_us = random.between(1000, 8000);
+      plan.hold_pause_us = 0;
+      plan.life_us = 60'000;
+      plan.leave_one_in = 0;
+      plan.respawn_least_us = 300'000;
+      plan.stops = false;
       break;
     case Shape::Creators:
       plan.wanted[0] = plan.wanted[1] = 0;

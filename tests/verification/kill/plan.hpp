@@ -9,8 +9,8 @@
 /// Which processes a round has, on which channel, and how they behave. All of it follows from the seed.
 namespace dsline::kill {
 
-enum class Shape : std::uint32_t { OneToOne, WorkQueue, DropOldest, DropNewest, Reattach, Creators };
-inline constexpr std::uint32_t kShapes = 6;
+enum class Shape : std::uint32_t { OneToOne, WorkQueue, DropOldest, DropNewest, Reattach, Steady, Creators };
+inline constexpr std::uint32_t kShapes = 7;
 static_assert(kShapes <= kMostShapes);
 const char* shape_name(std::uint32_t shape) noexcept;
 
@@ -35,6 +35,7 @@ struct Plan {
   std::uint32_t kills;                ///< until the round ends
   std::uint32_t life_us;              ///< a process is killed at the latest after about this time
   std::uint32_t respawn_delay_us;     ///< at most, for some of the successors
+  std::uint32_t respawn_least_us;     ///< at least, for all
   bool has_keeper;                    ///< the supervisor keeps a handle open
   bool inherits;                      ///< children go on with the supervisor's handle
   bool stops;                         ///< some are stopped for a while

@@ -146,6 +146,7 @@ void Round::spawn(Role role) {
   child.kill_at_ns = now + std::int64_t{plan_.life_us} * 1000 / 4 + std::int64_t{random_.below(plan_.life_us * 2)} * 1000;
   if (plan_.stops && random_.one_in(3)) child.stop_at_ns = now + random_.below(10) * kMs;
   children_.push_back(child);
+  last_spawn_ns_ = now;
 }
 
 void Round::spawn_missing() {
@@ -192,7 +193,8 @@ void Round::reap() {
       complain(torn ? Fault::Torn : Fault::Other, text);
     }
     const std::uint32_t delay = random_.one_in(3) ? plan_.respawn_delay_us : plan_.respawn_delay_us / 20;
-    next_spawn_ns_[static_cast<std::uint32_t>(life.role)] = now + std::int64_t{random_.below(delay + 1)} * 1000;
+    next_spawn_ns_[static_cast<std::uint32_t>(life.role)] =
+        now + std::int64_t{plan_.respawn_least_us + random_.below(delay + 1)} * 1000;
     children_.erase(child);
   }
 }
@@ -240,7 +242,8 @@ void Round::watch_recovery() {
       if ((entry.word.load() & 0xFF) != 0 && entry.pid.load() == static_cast<std::uint32_t>(dead.pid)) return false;
     }
     if (somebody_since_ns_ != 0 && !plan_.stops && !is_ending_) {
-      tally_.recovery.add(now - std::max(dead.since_ns, somebody_since_ns_));
+      Times& times = last_spawn_ns_ > dead.since_ns ? tally_.recovery_by_newcomers : tally_.recovery_by_waiters;
+      times.add(now - std::max(dead.since_ns, somebody_since_ns_));
     }
     return true;
   });
@@ -325,44 +328,31 @@ void Round::finish() {
 }
 
 void Round::final_look() {
+  std::shared_ptr<Channel> channel = open_channel(site_, OpenMode::OpenOrCreate);
   site_.keeper.reset();
-  std::shared_ptr<Channel> channel;
-  if (plan_.place == Place::Shm && watch_ != nullptr) {
-    // The last handle of an empty channel takes the name along.
-    try {
-      channel = open_channel(site_, OpenMode::Open);
-    } catch (const Error& error) {
-      if (error.code() != ErrorCode::ChannelNotFound) throw;
-    }
-  } else {
-    channel = open_channel(site_, OpenMode::OpenOrCreate);
-  }
   Life& last = log_.life[kMostLives - 1];
   last.role = Role::Consumer;
   last.end = End::Left;
   last.joined_ns = base::monotonic_ns();
   std::uint64_t dropped = watch_ != nullptr ? watch_->group(0).dropped_oldest.load() : 0;
   const Complain complain_here = [this](Fault fault, const std::string& text) { complain(fault, text); };
-  if (channel != nullptr) {
-    auto region = memory::Region::attach(memory::make_file_storage(
-        dup(channel->descriptor()), memory::StorageKind::File, "the channel as its watcher sees it"));
-    Outcome outcome = Outcome::Ok;
-    while (outcome == Outcome::Ok) outcome = take_one(*channel, last, kMostLives - 1);
-    if (outcome != Outcome::Empty) complain(Fault::Other, "the last look ended with outcome " + std::to_string(static_cast<int>(outcome)));
-    judge_region(*region, 1, complain_here);
-    // Every slot can be taken again.
-    std::vector<Loan> loans(channel->capacity());
-    for (Loan& loan : loans) {
-      if (channel->try_alloc(16, 0, Backpressure::Raise, loan) != Outcome::Ok) {
-        complain(Fault::Leaked, "a free slot cannot be taken: " + dump_region(*region));
-        break;
-      }
-    }
-    for (const Loan& loan : loans) channel->abort(loan);
-    channel->close();
-  } else if (watch_ != nullptr) {
-    judge_region(*watch_, 0, complain_here);
+  auto region = memory::Region::attach(memory::make_file_storage(
+      dup(channel->descriptor()), memory::StorageKind::File, "the channel as its watcher sees it"));
+  Outcome outcome = Outcome::Ok;
+  while (outcome == Outcome::Ok) outcome = take_one(*channel, last);
+  if (outcome != Outcome::Empty) {
+    complain(Fault::Other, "the last look ended with outcome " + std::to_string(static_cast<int>(outcome)));
   }
+  judge_region(*region, 1, complain_here);
+  // Every slot can be taken again.
+  std::vector<Loan> loans(channel->capacity());
+  for (Loan& loan : loans) {
+    if (channel->try_alloc(16, 0, Backpressure::Raise, loan) == Outcome::Ok) continue;
+    complain(Fault::Leaked, "a free slot cannot be taken: " + dump_region(*region));
+    break;
+  }
+  for (const Loan& loan : loans) channel->abort(loan);
+  channel->close();
   judge_messages(plan_, log_, dropped, tally_, complain_here);
 }
 

@@ -9,6 +9,7 @@
 #include "log.hpp"
 #include "memory/region.hpp"
 #include "oracle.hpp"
+#include "payload.hpp"
 #include "plan.hpp"
 
 namespace dsline::kill {
@@ -58,6 +59,7 @@ class Round {
   std::vector<Dead> unrecovered_;
   std::int64_t next_spawn_ns_[kRoles] = {};
   std::int64_t started_ns_ = 0;
+  std::int64_t last_spawn_ns_ = 0;
   std::int64_t somebody_since_ns_ = 0;  // from when on a child has been at work all the time; 0: none
   std::uint32_t kills_ = 0;
   bool is_ending_ = false;
