@@ -140,6 +140,7 @@ struct Tally {
   // From a death to the entry of the dead being free: when a process has joined meanwhile, and when none has.
   Times recovery_by_newcomers;
   Times recovery_by_waiters;
+  Times recovery_in_stream;  // the same where messages keep coming, so that no wait lasts long
   Times redelivery;  // from a death to its message in other hands
   std::uint32_t violations;
   char violation[kMostViolations][400];

@@ -95,12 +95,12 @@ Plan make_plan(std::uint64_t seed, std::uint64_t round, std::uint32_t only) {
       plan.options.capacity = 64;
       plan.options.max_message_size = plan.largest = 500;
       plan.wanted[1] = random.between(2, 3);
-      plan.kills = random.between(4, 8);
-      plan.send_pause_us = random.between(1000, 8000);
+      plan.kills = 3;
+      plan.send_pause_us = random.between(1000, 45000);
       plan.hold_pause_us = 0;
-      plan.life_us = 60'000;
+      plan.life_us = 600'000;
       plan.leave_one_in = 0;
-      plan.respawn_least_us = 300'000;
+      plan.respawn_least_us = 700'000;
       plan.stops = false;
       break;
     case Shape::Creators:

@@ -39,6 +39,7 @@ void add(Tally& sum, const Tally& lane) {
   sum.killed_at_random += lane.killed_at_random;
   sum.recovery_by_newcomers.add(lane.recovery_by_newcomers);
   sum.recovery_by_waiters.add(lane.recovery_by_waiters);
+  sum.recovery_in_stream.add(lane.recovery_in_stream);
   sum.redelivery.add(lane.redelivery);
 }
 
@@ -82,6 +83,7 @@ bool write_json(const Options& options, const Tally& sum, std::uint64_t kills, d
                sum.lost, sum.torn, sum.duplicated, sum.disordered, sum.leaked, sum.stuck, sum.other);
   write_times(file, "recovery_by_newcomers", sum.recovery_by_newcomers, ",");
   write_times(file, "recovery_by_waiters", sum.recovery_by_waiters, ",");
+  write_times(file, "recovery_in_stream", sum.recovery_in_stream, ",");
   write_times(file, "redelivery", sum.redelivery, ",");
   std::fprintf(file, "  \"shapes\": {");
   for (std::uint32_t s = 0; s < kShapes; ++s) {
@@ -126,6 +128,7 @@ bool report(const Options& options, const std::vector<const Tally*>& lanes, doub
 
   print_times("recovery by a process that joins", sum->recovery_by_newcomers);
   print_times("recovery by those who were there", sum->recovery_by_waiters);
+  print_times("  of these in a steady stream", sum->recovery_in_stream);
   print_times("redelivery", sum->redelivery);
   std::printf("\n%" PRIu64 " kills and %" PRIu64 " stops in %.1f s: %" PRIu64 " sent, %" PRIu64 " received, %" PRIu64
               " of them again, %" PRIu64 " given back, %" PRIu64 " delivered for a dead sender, %" PRIu64 " dropped\n",
@@ -147,7 +150,8 @@ bool report(const Options& options, const std::vector<const Tally*>& lanes, doub
       std::printf("FAILED: %u labels without a death\n", unhit);
       good = false;
     }
-    for (const Times* times : {&sum->recovery_by_newcomers, &sum->recovery_by_waiters, &sum->redelivery}) {
+    for (const Times* times : {&sum->recovery_by_newcomers, &sum->recovery_by_waiters, &sum->recovery_in_stream,
+                               &sum->redelivery}) {
       if (times->count < 50 || times->quantile_ms(0.99) > kPromisedMs) {
         std::printf("FAILED: 99 %% of the recoveries must be over within %.0f ms\n", kPromisedMs);
         good = false;

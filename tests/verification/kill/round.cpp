@@ -243,7 +243,9 @@ void Round::watch_recovery() {
     }
     if (somebody_since_ns_ != 0 && !plan_.stops && !is_ending_) {
       Times& times = last_spawn_ns_ > dead.since_ns ? tally_.recovery_by_newcomers : tally_.recovery_by_waiters;
-      times.add(now - std::max(dead.since_ns, somebody_since_ns_));
+      const std::int64_t took = now - std::max(dead.since_ns, somebody_since_ns_);
+      times.add(took);
+      if (plan_.shape == Shape::Steady && last_spawn_ns_ <= dead.since_ns) tally_.recovery_in_stream.add(took);
     }
     return true;
   });
