@@ -143,7 +143,9 @@ void Round::spawn(Role role) {
   life.pid = pid;
   const std::int64_t now = base::monotonic_ns();
   Child child{index, pid, 0, 0, 0};
-  child.kill_at_ns = now + std::int64_t{plan_.life_us} * 1000 / 4 + std::int64_t{random_.below(plan_.life_us * 2)} * 1000;
+  // Whoever has a label to die at gets more time to come there.
+  const std::uint32_t patience = life.wanted_point >= 0 ? 3 : 1;
+  child.kill_at_ns = now + (plan_.life_us / 4 + std::int64_t{random_.below(plan_.life_us * 2)} * patience) * 1000;
   if (plan_.stops && random_.one_in(3)) child.stop_at_ns = now + random_.below(10) * kMs;
   children_.push_back(child);
   last_spawn_ns_ = now;

@@ -21,7 +21,8 @@ namespace {
 constexpr std::uint32_t kCapacity = 3;
 constexpr std::uint64_t kPayloadWords = 3;
 constexpr const char* kStartNames[kStarts] = {"empty",     "queued", "full",         "wrapped",      "pinned",
-                                              "given back", "waited", "dead holding", "dead writing", "dead committed"};
+                                              "given back", "waited", "dead holding", "dead writing", "dead committed",
+                                              "dead entered", "dead waiting"};
 constexpr const char* kActNames[kActs] = {"send", "abort", "receive", "release",     "give back",
                                           "join", "leave", "wait",    "drop oldest", "shut down"};
 
@@ -36,7 +37,7 @@ ChannelOptions options_for(Start start) {
 }
 
 bool is_dead(Start start) {
-  return start == Start::DeadHolding || start == Start::DeadWriting || start == Start::DeadCommitted;
+  return start >= Start::DeadHolding;
 }
 
 /// Forks; the child stops itself when it is ready and runs `work`. It dies with this process.
@@ -86,10 +87,10 @@ bool fits(Act act, Start start) noexcept {
     case Act::Abort:
       return start != Start::Full;
     case Act::Receive:
-      return start != Start::Empty && start != Start::Waited && !is_dead(start);
+      return start != Start::Empty && start != Start::Waited && (!is_dead(start) || start == Start::DeadEntered);
     case Act::Release:
     case Act::GiveBack:
-      return start != Start::Empty && start != Start::Waited;
+      return start != Start::Empty && start != Start::Waited && start != Start::DeadWaiting;
     case Act::Wait:
       return is_dead(start);
     case Act::DropOldest:
@@ -273,7 +274,7 @@ void Scene::place_dead() {
     for (Item& queued : items_) {
       if (queued.path == std::vector<int>{0}) queued.path = {1};
     }
-  } else if (start_ == Start::DeadCommitted) {
+  } else if (start_ == Start::DeadCommitted || start_ == Start::DeadEntered) {
     items_.push_back(item);
   }
   pid_t pid = start_child(false, [this] { be_dead(); });
@@ -293,6 +294,14 @@ void Scene::be_dead() {
       break;
     case Start::DeadWriting:
       die_at("publish: frame written");
+      send(*channel, next_id_ - 1, Backpressure::Raise);
+      break;
+    case Start::DeadWaiting:
+      die_at("wait: registered");
+      channel->recv(message, base::monotonic_ns() + 1'000'000'000);
+      break;
+    case Start::DeadEntered:
+      die_at("enter: in the order");
       send(*channel, next_id_ - 1, Backpressure::Raise);
       break;
     default:

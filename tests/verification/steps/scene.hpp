@@ -24,8 +24,10 @@ enum class Start : std::uint32_t {
   DeadHolding,
   DeadWriting,
   DeadCommitted,  ///< committed, but not in the order
+  DeadEntered,    ///< in the order, but its slot does not say so
+  DeadWaiting,    ///< registered as a waiter
 };
-inline constexpr std::uint32_t kStarts = 10;
+inline constexpr std::uint32_t kStarts = 12;
 const char* start_name(Start start) noexcept;
 
 enum class Act : std::uint32_t { Send, Abort, Receive, Release, GiveBack, Join, Leave, Wait, DropOldest, ShutDown };
