@@ -165,7 +165,7 @@ class Member {
       channel_->give_back(held.message);
       return;
     }
-    channel_->release(held.message.slot, held.message.process);
+    channel_->release(held.message.slot, held.message.process, held.message.group);
     std::atomic_signal_fence(std::memory_order_seq_cst);
     life_.note(event);
   }
@@ -204,7 +204,7 @@ Outcome take_one(Channel& channel, Life& life) {
   }
   Event event{base::monotonic_ns(), message.sequence, stamp.producer, stamp.sequence, message.attempts, What::Got};
   life.note(event);
-  channel.release(message.slot, message.process);
+  channel.release(message.slot, message.process, message.group);
   event.what = What::Released;
   life.note(event);
   return outcome;

@@ -35,6 +35,7 @@ void choose_channel(Plan& plan, Random& random) {
   plan.options.max_handles = random.one_in(2) ? 16 : 70;
   plan.options.checksum = static_cast<int>(random.below(3));
   plan.options.first_position = first_position(random);
+  plan.options.max_deliveries = 15;
   plan.has_keeper = plan.shape != Shape::Reattach && plan.shape != Shape::Creators &&
                     (plan.place == Place::Shm || random.one_in(2));
   plan.inherits = plan.has_keeper && random.one_in(3);

@@ -25,7 +25,7 @@ std::vector<Got> drain(Channel& channel) {
   Received message;
   while (const std::uint64_t id = take(channel, message)) {
     all.push_back({id, static_cast<int>(message.attempts)});
-    channel.release(message.slot, message.process);
+    channel.release(message.slot, message.process, message.group);
     if (all.size() > 1000) throw std::runtime_error("it does not come to an end");
   }
   return all;

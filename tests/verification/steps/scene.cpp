@@ -32,6 +32,7 @@ ChannelOptions options_for(Start start) {
   options.slot_size = options.max_message_size = 8 * kPayloadWords;
   options.max_handles = 6;
   options.checksum = 2;
+  options.max_deliveries = 15;
   if (start == Start::Wrapped) options.first_position = (std::uint64_t{1} << 44) - 9;
   return options;
 }
@@ -159,7 +160,7 @@ void Scene::set_stage(Channel& channel) {
       send(channel, next_id_++, Backpressure::Raise);
       Received message;
       take(channel, message);
-      channel.release(message.slot, message.process);
+      channel.release(message.slot, message.process, message.group);
     }
   }
   const bool mover_holds = act_ == Act::Release || act_ == Act::GiveBack;
@@ -243,7 +244,7 @@ void Scene::be_mover() {
       take(*channel, held);
       break;
     case Act::Release:
-      channel->release(held.slot, held.process);
+      channel->release(held.slot, held.process, held.group);
       break;
     case Act::GiveBack:
       channel->give_back(held);
@@ -293,19 +294,19 @@ void Scene::be_dead() {
       kill(getpid(), SIGKILL);
       break;
     case Start::DeadWriting:
-      die_at("publish: frame written");
+      die_at("publish.before_commit");
       send(*channel, next_id_ - 1, Backpressure::Raise);
       break;
     case Start::DeadWaiting:
-      die_at("wait: registered");
+      die_at("wait.registered");
       channel->recv(message, base::monotonic_ns() + 1'000'000'000);
       break;
     case Start::DeadEntered:
-      die_at("enter: in the order");
+      die_at("publish.entered");
       send(*channel, next_id_ - 1, Backpressure::Raise);
       break;
     default:
-      die_at("publish: committed");
+      die_at("publish.committed");
       send(*channel, next_id_ - 1, Backpressure::Raise);
       break;
   }
