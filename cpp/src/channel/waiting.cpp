@@ -53,6 +53,7 @@ Outcome Channel::Impl::wait(waiting::WaitPoint point, std::uint32_t& count, std:
   if (wake == waiting::Wake::Interrupted) return Outcome::Interrupted;
   if (wake == waiting::Wake::Woken) {
     if (spin) spinner.woken_after(base::monotonic_ns() - start);
+    sweep(false);  // in a steady stream no slice ever runs out
     return Outcome::Ok;
   }
   sweep(false);

@@ -1,0 +1,225 @@
+#include "life.hpp"
+
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <stdexcept>
+
+#include "base/clock.hpp"
+#include "payload.hpp"
+#include "points.hpp"
+
+namespace dsline::kill {
+namespace {
+
+constexpr std::int64_t kPatienceNs = 100'000'000;
+
+class Torn : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+void nap(Random& random, std::uint32_t most_us) {
+  if (most_us == 0 || !random.one_in(2)) return;
+  timespec pause{0, static_cast<long>(random.below(most_us)) * 1000};
+  nanosleep(&pause, nullptr);
+}
+
+std::string describe(const Received& message, const Stamp& stamp) {
+  char text[200];
+  std::snprintf(text, sizeof text, "slot %u position %llu bytes %llu, stamp: producer %u sequence %u bytes %llu",
+                message.slot, static_cast<unsigned long long>(message.sequence),
+                static_cast<unsigned long long>(message.payload_bytes), stamp.producer, stamp.sequence,
+                static_cast<unsigned long long>(stamp.bytes));
+  return text;
+}
+
+class Member {
+ public:
+  Member(const Site& site, std::uint32_t index, std::uint64_t seed)
+      : plan_(*site.plan), log_(*site.log), life_(log_.life[index]), index_(index), random_(seed) {
+    channel_ = plan_.inherits ? site.keeper : open_channel(site, OpenMode::OpenOrCreate);
+    life_.joined_ns = base::monotonic_ns();
+  }
+
+  void run() {
+    switch (life_.role) {
+      case Role::Producer:
+        while (!log_.stop_sending && !life_.is_full() && send_one()) {
+        }
+        break;
+      case Role::Consumer:
+        while (!life_.is_full() && receive_some(log_.stop)) {
+        }
+        break;
+      case Role::Peer:
+        for (std::uint32_t i = random_.between(1, plan_.leave_one_in); i > 0; --i) {
+          if (log_.stop_sending || life_.is_full() || !send_one() || !receive_some(true)) break;
+        }
+        break;
+    }
+    life_.leaving_ns = base::monotonic_ns();
+    while (!held_.empty()) let_go();
+    channel_->close();
+    channel_.reset();
+  }
+
+ private:
+  /// False when this life is over.
+  bool send_one() {
+    ++life_.heartbeat;
+    const std::uint32_t bytes = random_.between(kLeastPayload, random_.one_in(4) ? plan_.largest : 200);
+    if (random_.one_in(20)) return abort_one(bytes);
+    const std::uint32_t sequence = life_.sends.load(std::memory_order_relaxed);
+    life_.sent[sequence] = {base::monotonic_ns(), Fate::Intended};
+    life_.sends.store(sequence + 1, std::memory_order_release);
+    const Outcome outcome = random_.one_in(2) ? send_copy(sequence, bytes) : send_loan(sequence, bytes);
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+    life_.sent[sequence].fate = outcome == Outcome::Ok ? Fate::Returned : Fate::Refused;
+    if (outcome == Outcome::Closed) return false;
+    nap(random_, plan_.send_pause_us);
+    return plan_.leave_one_in == 0 || life_.role == Role::Peer || !random_.one_in(plan_.leave_one_in * 4);
+  }
+
+  Outcome send_copy(std::uint32_t sequence, std::uint32_t bytes) {
+    alignas(8) std::byte payload[20000];
+    write_payload(payload, index_, sequence, bytes);
+    return channel_->send(payload, bytes, plan_.policy, base::monotonic_ns() + kPatienceNs);
+  }
+
+  Outcome send_loan(std::uint32_t sequence, std::uint32_t bytes) {
+    Loan loan;
+    const std::int64_t deadline = base::monotonic_ns() + kPatienceNs;
+    for (bool spin = true;;) {
+      const Outcome outcome = channel_->try_alloc(bytes, 0, plan_.policy, loan);
+      if (outcome == Outcome::Ok) break;
+      if (outcome != Outcome::Full) return outcome;
+      const Outcome waited = channel_->wait_for_space(deadline, spin);
+      if (waited == Outcome::TimedOut) return waited;
+      spin = waited == Outcome::Ok;
+    }
+    write_payload(loan.payload, index_, sequence, bytes);
+    nap(random_, plan_.send_pause_us / 4);
+    return channel_->publish(loan, kBytesMessage, 0);
+  }
+
+  // Nothing that is aborted may ever be received.
+  bool abort_one(std::uint32_t bytes) {
+    Loan loan;
+    if (channel_->try_alloc(bytes, 0, Backpressure::Raise, loan) != Outcome::Ok) return true;
+    write_payload(loan.payload, index_, kNeverSent, bytes);
+    channel_->abort(loan);
+    return true;
+  }
+
+  bool receive_some(bool until_empty) {
+    ++life_.heartbeat;
+    Held held;
+    const std::int64_t patience = until_empty ? 0 : random_.one_in(2) ? kPatienceNs : 2'000'000;
+    const Outcome outcome = channel_->recv(held.message, base::monotonic_ns() + patience);
+    if (outcome == Outcome::Closed) return false;
+    if (outcome == Outcome::Corrupted) throw Torn(std::string("corrupted: ") + held.message.fault);
+    if (outcome == Outcome::Ok) {
+      check(held, "when received");
+      life_.note({base::monotonic_ns(), held.message.sequence, held.stamp.producer, held.stamp.sequence,
+                  held.message.attempts, What::Got});
+      held_.push_back(std::move(held));
+      nap(random_, plan_.hold_pause_us);
+    }
+    while (held_.size() >= plan_.most_held || (!held_.empty() && random_.one_in(3))) let_go();
+    if (outcome != Outcome::Ok && until_empty) return life_.role == Role::Peer;
+    return plan_.leave_one_in == 0 || life_.role == Role::Peer || !random_.one_in(plan_.leave_one_in);
+  }
+
+  struct Held {
+    Received message;
+    Stamp stamp{};
+  };
+
+  void check(Held& held, const char* when) {
+    if (!read_payload(held.message.payload, held.message.payload_bytes, held.stamp)) {
+      throw Torn(std::string("torn ") + when + ": " + describe(held.message, held.stamp));
+    }
+  }
+
+  /// Releases one of the held messages, or gives it back.
+  void let_go() {
+    std::swap(held_.front(), held_[random_.below(held_.size())]);
+    Held held = std::move(held_.front());
+    held_.pop_front();
+    const Stamp before = held.stamp;
+    check(held, "while held");
+    if (std::memcmp(&before, &held.stamp, sizeof before) != 0) {
+      throw Torn("another message while held: " + describe(held.message, held.stamp));
+    }
+    Event event{base::monotonic_ns(), held.message.sequence, before.producer, before.sequence,
+                held.message.attempts, What::Released};
+    if (plan_.give_back_one_in != 0 && held.message.attempts < 12 && random_.one_in(plan_.give_back_one_in)) {
+      event.what = What::GivingBack;
+      life_.note(event);
+      std::atomic_signal_fence(std::memory_order_seq_cst);
+      channel_->give_back(held.message);
+      return;
+    }
+    channel_->release(held.message.slot, held.message.process, held.message.group);
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+    life_.note(event);
+  }
+
+  const Plan& plan_;
+  Log& log_;
+  Life& life_;
+  std::uint32_t index_;
+  Random random_;
+  std::shared_ptr<Channel> channel_;
+  std::deque<Held> held_;
+};
+
+}  // namespace
+
+std::shared_ptr<Channel> open_channel(const Site& site, OpenMode mode) {
+  const Plan& plan = *site.plan;
+  switch (plan.place) {
+    case Place::Memfd:
+      return Channel::adopt_anonymous(dup(site.fd));
+    case Place::Shm:
+      return Channel::open_named(site.where, plan.options, mode);
+    case Place::File:
+      return Channel::open_file(site.where, plan.options, mode);
+  }
+  return nullptr;
+}
+
+Outcome take_one(Channel& channel, Life& life) {
+  Received message;
+  const Outcome outcome = channel.try_recv(message);
+  if (outcome != Outcome::Ok) return outcome;
+  Stamp stamp{};
+  if (!read_payload(message.payload, message.payload_bytes, stamp)) {
+    throw Torn("torn at the end: " + describe(message, stamp));
+  }
+  Event event{base::monotonic_ns(), message.sequence, stamp.producer, stamp.sequence, message.attempts, What::Got};
+  life.note(event);
+  channel.release(message.slot, message.process, message.group);
+  event.what = What::Released;
+  life.note(event);
+  return outcome;
+}
+
+void live(const Site& site, std::uint32_t index, std::uint64_t seed, std::atomic<std::uint64_t>* hits) {
+  Life& life = site.log->life[index];
+  arm({&life, hits, site.plan->delay_one_in, seed});
+  try {
+    Member(site, index, seed).run();
+  } catch (const std::exception& error) {
+    std::snprintf(life.error, sizeof life.error, "%s", error.what());
+    _exit(9);
+  }
+  _exit(0);
+}
+
+}  // namespace dsline::kill
