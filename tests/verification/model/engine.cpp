@@ -489,7 +489,7 @@ bool before_access(const void* at) noexcept {
 
 void after_access(const void* at, std::uint64_t before, std::uint64_t after, bool wrote) noexcept {
   if (mode == Mode::Setup) return;
-  note_use(word_index(at), wrote);
+  note_use(word_index(at), wrote && before != after);  // a write that changes nothing is a load to the others
   if (mode == Mode::Fibers && !bounds.compare_stacks)
     world.process[current].history = mix(world.process[current].history, before + 0x51ull * wrote);
   if (tracing) {

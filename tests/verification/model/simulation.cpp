@@ -26,6 +26,12 @@ using slots::SlotPhase;
 using slots::SlotPool;
 using slots::SlotWord;
 
+// Phases of a role.
+constexpr std::uint8_t kIdle = 0;
+constexpr std::uint8_t kHolding = 1;  // a loan, or a message
+constexpr std::uint8_t kOutside = 8;  // not attached yet
+constexpr std::uint8_t kGone = 9;
+
 constexpr std::uint64_t kMostSharedBytes = 32 * 1024;
 // More than any end needs: recovery, draining and a look at everything.
 constexpr std::uint64_t kMostAlone = 50'000;
@@ -118,7 +124,10 @@ Simulation::Simulation(const Setup& setup) : setup_(setup) {
     process.left = static_cast<std::uint8_t>(role.nacks);
     first_message_[p] = message;
     if (role.kind == Kind::Producer) message += role.messages;
-    if (role.kind == Kind::Successor) continue;
+    if (role.succeeds) {
+      process.phase = kOutside;
+      continue;
+    }
     current = static_cast<int>(p);
     process.number = static_cast<std::uint8_t>(liveness::Participants(*region_).try_join() + 1);
   }
@@ -156,6 +165,8 @@ Simulation::Simulation(const Setup& setup) : setup_(setup) {
     for (std::uint32_t n = 0; n < g.groups; ++n) place(&region_->claim(s, n), Word::Claim, s, n);
   }
   for (std::uint32_t k = 0; k < g.order_cells; ++k) place(&region_->cell(k), Word::Cell, k, 0);
+  for (std::uint32_t i = 0; i < g.participants; ++i) place(&region_->participant(i).word, Word::Entry, i, 0);
+  place(&region_->order().tail, Word::Tail, 0, 0);
 }
 
 std::string Simulation::describe(const void* at) const {
@@ -194,7 +205,7 @@ std::string Simulation::describe(const void* at) const {
 
 std::string Simulation::name_of(int p) const {
   if (p == kSurgeon) return "surgeon";
-  static const char* const kNames[] = {"producer", "consumer", "recoverer", "successor"};
+  static const char* const kNames[] = {"producer", "consumer", "recoverer"};
   return std::string(kNames[static_cast<int>(setup_.roles[static_cast<std::size_t>(p)].kind)]) +
          std::to_string(p);
 }
@@ -220,9 +231,25 @@ void Simulation::on_write(const void* at, std::uint64_t before, std::uint64_t af
       return on_claim(place.slot, place.group, before, after);
     case Word::Cell:
       return on_cell(before, after);
+    case Word::Entry:
+      // Recovered: the number may be given to another.
+      if (liveness::EntryWord{after}.state() == liveness::EntryState::Free) {
+        for (Process& process : world.process) {
+          if (process.alive == 0 && process.number == place.slot + 1) process.number = 0;
+        }
+      }
+      return;
+    case Word::Tail:
+      return on_tail(after);
     case Word::Other:
       return;
   }
+}
+
+void Simulation::on_tail(std::uint64_t tail) {
+  std::uint64_t last = tail - 1;
+  if ((last & slots::kPositionMask) == slots::kNoPositionLow) --last;
+  if (Cell{region_->cell(last).load()}.ahead_of(last) < 0) violate("N1: the hint of the tail is beyond it");
 }
 
 void Simulation::on_bit_cleared(std::uint32_t s, std::uint32_t g, int message) {
@@ -364,21 +391,22 @@ void Simulation::on_death(int) {}
 int Simulation::choices(int p) const {
   const Process& process = world.process[p];
   const Role& role = setup_.roles[static_cast<std::size_t>(p)];
+  if (process.phase == kGone) return 0;
+  if (process.phase == kOutside) return anybody_to_bury() ? 1 : 0;
   switch (role.kind) {
     case Kind::Producer:
       return process.done < role.messages ? 1 : 0;
     case Kind::Consumer:
-      return process.phase == 1 && process.left != 0 ? 2 : 1;
+      if (process.phase == kHolding) return process.left != 0 ? 2 : 1;
+      return role.gives_up ? 2 : 1;
     case Kind::Recoverer:
       return anybody_to_bury() ? 1 : 0;
-    case Kind::Successor:
-      if (process.phase == 0) return anybody_to_bury() ? 1 : 0;
-      return process.phase == 2 && process.left != 0 ? 2 : 1;
   }
   return 0;
 }
 
 void Simulation::run(int p, int choice) {
+  if (world.process[p].phase == kOutside) return join(p);
   switch (setup_.roles[static_cast<std::size_t>(p)].kind) {
     case Kind::Producer:
       return produce(p);
@@ -386,21 +414,59 @@ void Simulation::run(int p, int choice) {
       return consume(p, choice);
     case Kind::Recoverer:
       return recover(p);
-    case Kind::Successor:
-      return succeed(p);
   }
 }
 
+// As attaching does.
+void Simulation::join(int p) {
+  if (!region_->storage().try_lock(memory::kControlLock)) return;
+  liveness::recover_the_dead(*region_, liveness::Participants::kNobody);
+  const std::uint32_t me = liveness::Participants(*region_).try_join();
+  if (me != liveness::Participants::kNobody) {
+    world.process[p].number = static_cast<std::uint8_t>(me + 1);
+    world.process[p].phase = kIdle;
+    liveness::recover_leftovers(*region_, me);
+  }
+  region_->storage().unlock(memory::kControlLock);
+}
+
+// As Channel::Impl::wait() does, without the spinning before it.
+void Simulation::sleep_for_message(int p, std::uint32_t number_of_group) {
+  Group group(*region_, number_of_group);
+  waiting::WaitPoint& point = group.messages();
+  point.add(number(p));
+  const std::uint32_t sequence = point.sequence();
+  waiting::Wake wake = waiting::Wake::Woken;
+  if (!group.anything_waiting()) wake = point.sleep(sequence, 0);
+  point.remove(number(p));
+  if (wake == waiting::Wake::TimedOut) end_slice(p);
+}
+
+void Simulation::sleep_for_space(int p) {
+  SlotPool pool(*region_);
+  waiting::WaitPoint& point = pool.space();
+  point.add(number(p));
+  const std::uint32_t sequence = point.sequence();
+  waiting::Wake wake = waiting::Wake::Woken;
+  if (!pool.anything_free() && !pool.anything_free_by_scan()) wake = point.sleep(sequence, 0);
+  point.remove(number(p));
+  if (wake == waiting::Wake::TimedOut) end_slice(p);
+}
+
+void Simulation::end_slice(int p) { liveness::recover_the_dead(*region_, number(p)); }
+
 void Simulation::produce(int p) {
   Process& me = world.process[p];
+  const Role& role = setup_.roles[static_cast<std::size_t>(p)];
   SlotPool pool(*region_);
-  if (me.phase == 0) {
+  if (me.phase == kIdle) {
     std::uint32_t s = pool.try_alloc(number(p));
     if (s == kNoSlot) s = pool.try_alloc_by_scan(number(p));
+    if (s == kNoSlot && role.sleeps) sleep_for_space(p);
     if (s == kNoSlot) return;
     me.word = region_->slot(s).word.load();
     me.slot = static_cast<std::uint8_t>(s + 1);
-    me.phase = 1;
+    me.phase = kHolding;
     return;
   }
   const std::uint32_t s = me.slot - 1u;
@@ -417,7 +483,8 @@ void Simulation::produce(int p) {
       if ((groups >> g & 1) != 0) Group(*region_, g).messages().wake_one_if_anyone();
     }
   }
-  me.phase = me.slot = 0;
+  me.phase = kIdle;
+  me.slot = 0;
   me.word = 0;
   ++me.done;
 }
@@ -452,25 +519,33 @@ void Simulation::release(int p) {
 void Simulation::consume(int p, int choice) {
   Process& me = world.process[p];
   const Role& role = setup_.roles[static_cast<std::size_t>(p)];
-  if (me.phase == 0) {
-    if (take(p, static_cast<std::uint32_t>(role.group))) me.phase = 1;
+  const std::uint32_t group = static_cast<std::uint32_t>(role.group);
+  if (me.phase == kIdle && choice == 1) {
+    // Gives up: a wake-up that it may have got goes on to another.
+    if (Group(*region_, group).anything_waiting()) Group(*region_, group).messages().wake_one_if_anyone();
+    me.phase = kGone;
+    return;
+  }
+  if (me.phase == kIdle) {
+    if (take(p, group)) {
+      me.phase = kHolding;
+    } else if (role.sleeps) {
+      sleep_for_message(p, group);
+    }
     return;
   }
   if (choice == 0) {
     release(p);
   } else {
     --me.left;
-    Group(*region_, static_cast<std::uint32_t>(role.group))
-        .give_back(Held{me.slot - 1u, me.position, me.attempts}, number(p));
+    Group(*region_, group).give_back(Held{me.slot - 1u, me.position, me.attempts}, number(p));
     me.slot = me.attempts = me.group = 0;
     me.position = me.word = 0;
   }
-  me.phase = 0;
+  me.phase = kIdle;
 }
 
 void Simulation::recover(int p) { liveness::recover_the_dead(*region_, number(p)); }
-
-void Simulation::succeed(int) {}
 
 // --- the ends ------------------------------------------------------------------------------------------------------
 
@@ -527,7 +602,8 @@ void Simulation::check_after_all_died() {
   if (!run_alone(kSurgeon, work, this, kMostAlone)) violate("recovery or draining goes on for ever");
 }
 
-void Simulation::check_at_rest() {
+// Every living process goes on alone, one operation after another, until nothing can change any more.
+void Simulation::go_on_to_the_end() {
   struct Turn {
     Simulation* self;
     int p;
@@ -536,15 +612,14 @@ void Simulation::check_at_rest() {
     Turn& turn = *static_cast<Turn*>(context);
     turn.self->run(turn.p, 0);
   };
-  // Every living process goes on, one operation at a time, until nothing changes any more.
   std::uint32_t served = 0;
   bool can_bury = false;
-  for (int round = 0; round < 8 * (messages_ + 2); ++round) {
+  for (int round = 0; round < 6 * (messages_ + 1); ++round) {
     for (int p = 0; p < processes() && !is_violated(); ++p) {
       const Role& role = setup_.roles[static_cast<std::size_t>(p)];
       if (!is_alive(p) || choices(p) == 0) continue;
-      if (role.kind == Kind::Consumer) served |= 1u << role.group;
-      if (role.kind == Kind::Recoverer) can_bury = true;
+      if (role.kind == Kind::Consumer && world.process[p].phase != kOutside) served |= 1u << role.group;
+      can_bury |= role.kind == Kind::Recoverer || role.sleeps;
       Turn turn{this, p};
       if (!run_alone(p, work, &turn, kMostAlone)) violate("an operation goes on for ever");
     }
@@ -563,7 +638,28 @@ void Simulation::check_at_rest() {
   }
 }
 
-void Simulation::check_blocked() {}
-bool Simulation::slices_end() const { return false; }
+void Simulation::check_at_rest() { go_on_to_the_end(); }
+
+void Simulation::check_blocked() {
+  if (!slices_end()) {
+    // Nobody has died, so no wake-up may depend on the end of a slice.
+    for (int p = 0; p < processes(); ++p) {
+      const Role& role = setup_.roles[static_cast<std::size_t>(p)];
+      if (world.process[p].asleep == 0) continue;
+      if (role.kind == Kind::Producer && SlotPool(*region_).anything_free_by_scan())
+        violate("a producer sleeps though a slot is free");
+      if (role.kind == Kind::Consumer && Group(*region_, static_cast<std::uint32_t>(role.group)).anything_waiting())
+        violate("a consumer sleeps though a message waits");
+    }
+  }
+  // At the end of their slices they look again.
+  for (Process& process : world.process) {
+    process.stack_used = 0;
+    process.asleep = process.woken = 0;
+  }
+  go_on_to_the_end();
+}
+
+bool Simulation::slices_end() const { return world.kills_left < setup_.kills; }
 
 }  // namespace dsline::model

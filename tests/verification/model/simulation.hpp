@@ -13,9 +13,8 @@ namespace dsline::model {
 
 enum class Kind : std::uint8_t {
   Producer,   ///< sends `messages`, then is done
-  Consumer,   ///< takes and releases for `group`, for ever; gives back `nacks` of them
+  Consumer,   ///< takes and releases for `group`, for ever
   Recoverer,  ///< looks after the dead whenever there are any
-  Successor,  ///< joins when somebody has died, under whatever number is free, then is a consumer
 };
 
 struct Role {
@@ -23,8 +22,10 @@ struct Role {
   int messages = 0;
   bool drops_oldest = false;
   int group = 0;
-  int nacks = 0;
-  bool sleeps = false;  ///< waits in a futex instead of asking again
+  int nacks = 0;           ///< it may give back so many messages
+  bool sleeps = false;     ///< waits in a futex instead of asking again
+  bool gives_up = false;   ///< may stop waiting at any time, woken or not
+  bool succeeds = false;   ///< joins when somebody has died, under whatever number is free
 };
 
 struct Setup {
@@ -57,7 +58,7 @@ class Simulation final : public Subject {
   std::string name_of(int p) const override;
 
  private:
-  enum class Word : std::uint8_t { Other, Slot, Claim, Cell };
+  enum class Word : std::uint8_t { Other, Slot, Claim, Cell, Entry, Tail };
   struct Place {
     Word kind = Word::Other;
     std::uint8_t slot = 0;  // or cell
@@ -67,6 +68,7 @@ class Simulation final : public Subject {
   // Ledger.
   void on_slot_word(std::uint32_t s, std::uint64_t before, std::uint64_t after);
   void on_claim(std::uint32_t s, std::uint32_t g, std::uint64_t before, std::uint64_t after);
+  void on_tail(std::uint64_t tail);
   void on_cell(std::uint64_t before, std::uint64_t after);
   void on_bit_cleared(std::uint32_t s, std::uint32_t g, int message);
   bool is_alive(int p) const { return world.process[p].alive != 0; }
@@ -77,7 +79,10 @@ class Simulation final : public Subject {
   void produce(int p);
   void consume(int p, int choice);
   void recover(int p);
-  void succeed(int p);
+  void join(int p);
+  void sleep_for_message(int p, std::uint32_t group);
+  void sleep_for_space(int p);
+  void end_slice(int p);
   bool anybody_to_bury() const;
   bool take(int p, std::uint32_t group);
   void release(int p);
@@ -85,6 +90,7 @@ class Simulation final : public Subject {
 
   // Ends.
   void drain(int p);
+  void go_on_to_the_end();
   void check_everything_delivered(std::uint32_t groups);
   void check_everything_free(int p);
 
