@@ -3,7 +3,6 @@
 #include <setjmp.h>
 
 #include <algorithm>
-#include <bit>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -101,7 +100,7 @@ void note_use(std::uint32_t i, bool wrote) noexcept {
   WordClass& c = classes[i];
   c.users = static_cast<std::uint16_t>(c.users | 1u << current);
   c.written |= wrote;
-  if (!c.shared && c.written && std::popcount(c.users) > 1) {
+  if (!c.shared && c.written && (c.users & (c.users - 1)) != 0) {
     c.shared = true;
     newly_shared = true;
   }
@@ -189,8 +188,9 @@ void restore(const std::byte* from) noexcept {
 }
 
 std::uint64_t fingerprint() noexcept {
-  std::uint64_t h = hash_bytes(&world, sizeof world, 1);
-  for (const Range& range : ranges) h = hash_bytes(range.begin, range.bytes, h);
+  const std::size_t count = static_cast<std::size_t>(subject->processes());
+  std::uint64_t h = hash_bytes(world.process, count * sizeof(Process), aside.memory);
+  h = hash_bytes(&world.ledger, sizeof world - offsetof(World, ledger), h);
   if (bounds.compare_stacks) {
     for (int p = 0; p < kMaxProcesses; ++p) {
       const std::size_t used = world.process[p].stack_used;
@@ -506,6 +506,8 @@ void after_access(const void* at, std::uint64_t before, std::uint64_t after, boo
   }
   if (!wrote || before == after) return;
   aside.wrote[current] = 1;
+  const std::uint64_t where = word_index(at) * 0xA24BAED4963EE407ull;
+  aside.memory ^= mix(before, where) ^ mix(after, where);
   const Mode outer = mode;
   mode = Mode::Setup;  // what the ledger looks at is no step
   subject->on_write(at, before, after);

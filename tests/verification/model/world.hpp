@@ -67,8 +67,9 @@ struct World {
   std::uint32_t wakes_at;
 };
 
-/// Follows from the path, does not change what can come, and is not part of a state's identity.
+/// Saved with a state, but no part of its identity.
 struct Aside {
+  std::uint64_t memory;  ///< fingerprint of the shared memory, kept up with every write
   void* sp[kAllProcesses];
   std::uint8_t wrote[kAllProcesses];  ///< its last step changed something, so that a death now is a new one
 };
