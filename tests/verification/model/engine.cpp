@@ -535,6 +535,7 @@ void kernel_changed(const void* at) noexcept {
 
 bool fall_asleep(const void* at) noexcept {
   if (mode != Mode::Fibers) return false;
+  note_use(word_index(at), true);  // who sleeps is part of what the kernel keeps under the word
   Process& process = world.process[current];
   process.asleep = 1;
   process.woken = 0;
@@ -552,6 +553,7 @@ bool fall_asleep(const void* at) noexcept {
 void wake_sleepers(const void* at, int count) noexcept {
   int sleepers = 0;
   const std::uint32_t on = word_index(at);
+  if (mode != Mode::Setup) note_use(on, true);
   auto is_sleeper = [on](const Process& p) {
     return p.alive != 0 && p.asleep != 0 && p.woken == 0 && p.sleeps_on == on;
   };

@@ -33,7 +33,7 @@ int main(int argc, char** argv) {
       return argv[++i];
     };
     if (option == "--list") {
-      for (const Setup& setup : setups()) std::printf("%s\t%d\t%s\n", setup.name.c_str(), setup.kills, setup.what.c_str());
+      for (const Setup& setup : setups()) std::printf("%s\t%d\t%s\t%s\n", setup.name.c_str(), setup.kills, setup.is_long ? "long" : "short", setup.what.c_str());
       return 0;
     }
     if (option == "--setup") {

@@ -102,7 +102,7 @@ Simulation::Simulation(const Setup& setup) : setup_(setup) {
       memory::plan_geometry(setup.slots, 8, 8, attached + 1 + setup.spare_numbers, setup.groups);
   g.order_cells = setup.cells;
   if (attached > kMaxProcesses || setup.slots > kMaxSlots || setup.groups > kMaxGroups) std::abort();
-  const std::uint64_t first = setup.from_wrap ? slots::kNoPositionLow - 1 : 0;
+  const std::uint64_t first = setup.first_position;
 
   shared_begin = reinterpret_cast<std::uintptr_t>(shared);
   shared_bytes = sizeof shared;
@@ -132,7 +132,7 @@ Simulation::Simulation(const Setup& setup) : setup_(setup) {
     process.number = static_cast<std::uint8_t>(liveness::Participants(*region_).try_join() + 1);
   }
   messages_ = message - 1;
-  if (messages_ > kMaxMessages) std::abort();
+  if (messages_ >= kMaxMessages) std::abort();  // the surgeon sends one more
   world.kills_left = static_cast<std::uint8_t>(setup.kills);
 
   memory::RegionHeader& header = region_->header();
@@ -397,7 +397,7 @@ int Simulation::choices(int p) const {
     case Kind::Producer:
       return process.done < role.messages ? 1 : 0;
     case Kind::Consumer:
-      if (process.phase == kHolding) return process.left != 0 ? 2 : 1;
+      if (process.phase == kHolding) return role.keeps ? 0 : process.left != 0 ? 2 : 1;
       return role.gives_up ? 2 : 1;
     case Kind::Recoverer:
       return anybody_to_bury() ? 1 : 0;
@@ -469,11 +469,24 @@ void Simulation::produce(int p) {
     me.phase = kHolding;
     return;
   }
-  const std::uint32_t s = me.slot - 1u;
-  world.ledger.content[s] = static_cast<std::uint8_t>(message_of(p, me.done));
+  publish(p, me.slot - 1u, me.word, message_of(p, me.done));
+  me.phase = kIdle;
+  me.slot = 0;
+  me.word = 0;
+  ++me.done;
+}
+
+// As Channel::Impl::publish() does, behind the frame. The groups that it was for.
+std::uint32_t Simulation::publish(int p, std::uint32_t s, std::uint64_t word, int message) {
+  static_cast<void>(p);
+  SlotPool pool(*region_);
+  world.ledger.content[s] = static_cast<std::uint8_t>(message);
   const std::uint32_t groups =
       static_cast<std::uint32_t>(region_->header().active.load() & memory::kActiveGroupsMask);
-  if (!pool.commit(s, SlotWord{me.word}, groups)) return violate("N3: a living writer has lost its slot");
+  if (!pool.commit(s, SlotWord{word}, groups)) {
+    violate("N3: a living writer has lost its slot");
+    return 0;
+  }
   if (groups != 0) {
     OrderRing ring(*region_);
     OrderRing::Entered entered = ring.enter(s, groups);
@@ -483,10 +496,7 @@ void Simulation::produce(int p) {
       if ((groups >> g & 1) != 0) Group(*region_, g).messages().wake_one_if_anyone();
     }
   }
-  me.phase = kIdle;
-  me.slot = 0;
-  me.word = 0;
-  ++me.done;
+  return groups;
 }
 
 bool Simulation::take(int p, std::uint32_t group) {
@@ -542,7 +552,7 @@ void Simulation::consume(int p, int choice) {
     me.slot = me.attempts = me.group = 0;
     me.position = me.word = 0;
   }
-  me.phase = kIdle;
+  me.phase = role.goes && choice == 1 && me.left == 0 ? kGone : kIdle;
 }
 
 void Simulation::recover(int p) { liveness::recover_the_dead(*region_, number(p)); }
@@ -574,8 +584,27 @@ void Simulation::check_everything_free(int p) {
   for (std::uint32_t s = 0; s < setup_.slots; ++s) {
     if (!pool.word(s).is_free()) return violate("N4: a slot has leaked");
   }
+  std::uint32_t taken[kMaxSlots];
   for (std::uint32_t n = 0; n < setup_.slots; ++n) {
-    if (pool.try_alloc_by_scan(number(p)) == kNoSlot) return violate("N4: a free slot cannot be allocated");
+    taken[n] = pool.try_alloc_by_scan(number(p));
+    if (taken[n] == kNoSlot) return violate("N4: a free slot cannot be allocated");
+  }
+  for (std::uint32_t n = 0; n < setup_.slots; ++n) pool.abort(taken[n], pool.word(taken[n]));
+}
+
+// The channel still works, and the hint of the tail has not frozen.
+void Simulation::check_sending(int p) {
+  SlotPool pool(*region_);
+  const std::uint32_t s = pool.try_alloc(number(p));
+  if (s == kNoSlot) return violate("N4: the free map shows nothing though everything is free");
+  const std::uint32_t groups = publish(p, s, pool.word(s).bits, messages_ + 1);
+  if (is_violated() || groups == 0) return;
+  const std::uint64_t position = region_->slot(s).position.load();
+  if (region_->order().tail.load() != slots::next_position(position)) violate("N1: the hint of the tail has frozen");
+  drain(p);
+  for (std::uint32_t g = 0; g < setup_.groups; ++g) {
+    if ((groups >> g & 1) != 0 && world.ledger.status[messages_ + 1][g] != Status::Done)
+      violate("N1: a message sent after the recovery does not arrive");
   }
 }
 
@@ -598,6 +627,7 @@ void Simulation::check_after_all_died() {
     sim.drain(kSurgeon);
     sim.check_everything_delivered(~0u);
     sim.check_everything_free(kSurgeon);
+    if (!is_violated()) sim.check_sending(kSurgeon);
   };
   if (!run_alone(kSurgeon, work, this, kMostAlone)) violate("recovery or draining goes on for ever");
 }
@@ -617,7 +647,8 @@ void Simulation::go_on_to_the_end() {
   for (int round = 0; round < 6 * (messages_ + 1); ++round) {
     for (int p = 0; p < processes() && !is_violated(); ++p) {
       const Role& role = setup_.roles[static_cast<std::size_t>(p)];
-      if (!is_alive(p) || choices(p) == 0) continue;
+      const bool lets_go = role.keeps && world.process[p].phase == kHolding;
+      if (!is_alive(p) || (choices(p) == 0 && !lets_go)) continue;
       if (role.kind == Kind::Consumer && world.process[p].phase != kOutside) served |= 1u << role.group;
       can_bury |= role.kind == Kind::Recoverer || role.sleeps;
       Turn turn{this, p};

@@ -25,6 +25,8 @@ struct Role {
   int nacks = 0;           ///< it may give back so many messages
   bool sleeps = false;     ///< waits in a futex instead of asking again
   bool gives_up = false;   ///< may stop waiting at any time, woken or not
+  bool keeps = false;      ///< the one message that it takes
+  bool goes = false;       ///< its last give-back is the last that it does
   bool succeeds = false;   ///< joins when somebody has died, under whatever number is free
 };
 
@@ -36,8 +38,9 @@ struct Setup {
   std::uint32_t groups = 1;  ///< in the layout
   std::uint32_t active = 1;  ///< bits, at the start
   std::uint32_t spare_numbers = 0;  ///< participants beyond the processes that begin attached
-  bool from_wrap = false;  ///< positions start just before their width ends
+  std::uint64_t first_position = 0;
   int kills = 0;
+  bool is_long = false;  ///< not in the short mode
   std::vector<Role> roles;
 };
 
@@ -77,6 +80,7 @@ class Simulation final : public Subject {
 
   // Roles.
   void produce(int p);
+  std::uint32_t publish(int p, std::uint32_t s, std::uint64_t word, int message);
   void consume(int p, int choice);
   void recover(int p);
   void join(int p);
@@ -93,6 +97,7 @@ class Simulation final : public Subject {
   void go_on_to_the_end();
   void check_everything_delivered(std::uint32_t groups);
   void check_everything_free(int p);
+  void check_sending(int p);
 
   int message_of(int p, int count) const { return first_message_[p] + count; }
 
