@@ -3,12 +3,21 @@
 #include <atomic>
 #include <cstdint>
 
+#if defined(DSLINE_SCHEDULED_ATOMICS)
+#include "scheduled_atomic.hpp"  // supplied by the model checker, tests/verification/model
+#endif
+
 namespace dsline::base {
 
 /// The one name under which the core uses atomics, so that a test build can swap in instrumented ones.
 /// Every instance that lives in shared memory is lock-free and address-free.
+#if defined(DSLINE_SCHEDULED_ATOMICS)
+template <class T>
+using Atomic = model::ScheduledAtomic<T>;
+#else
 template <class T>
 using Atomic = std::atomic<T>;
+#endif
 
 static_assert(Atomic<std::uint64_t>::is_always_lock_free && sizeof(Atomic<std::uint64_t>) == 8);
 static_assert(Atomic<std::uint32_t>::is_always_lock_free && sizeof(Atomic<std::uint32_t>) == 4);

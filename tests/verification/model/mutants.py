@@ -1,0 +1,278 @@
+"""Seeded mistakes in the core, each of which the model must catch.
+
+A mutant is a change of one place in the core's sources, compiled in beside the original and switched on at run time by
+its number: MUTANT(n). Its search text must occur exactly once, so that a mutant whose place has changed fails the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    number: int
+    name: str
+    file: str  # below cpp/src
+    search: str
+    replace: str
+    setups: tuple[str, ...]  # it must be caught in one of these
+    more: tuple[tuple[str, str, str], ...] = ()  # further places: file, search, replace
+
+
+MUTANTS = [
+    Mutant(
+        1,
+        "alloc leaves the old position",
+        "slots/slot_pool.hpp",
+        "region_->slot(s).position.store(kNoPosition, std::memory_order_relaxed);\n    // Looked",
+        "if (!MUTANT(1)) region_->slot(s).position.store(kNoPosition, std::memory_order_relaxed);\n    // Looked",
+        ("lap",),
+    ),
+    Mutant(
+        2,
+        "alloc leaves the old claims",
+        "slots/slot_pool.hpp",
+        "if (claim.load(std::memory_order_relaxed) != Claim::none().bits) {",
+        "if (!MUTANT(2) && claim.load(std::memory_order_relaxed) != Claim::none().bits) {",
+        ("lap",),
+    ),
+    Mutant(
+        3,
+        "publish leaves the claims at no position",
+        "order/order_ring.hpp",
+        "for (std::uint32_t left = groups; left != 0; left &= left - 1) {",
+        "for (std::uint32_t left = MUTANT(3) ? 0 : groups; left != 0; left &= left - 1) {",
+        ("one-to-one",),
+    ),
+    Mutant(
+        4,
+        "the tail moves only from t to t + 1",
+        "order/order_ring.hpp",
+        "    region_->order().tail.compare_exchange_strong(entered.hint,",
+        "    if (MUTANT(4)) entered.hint = entered.position;\n"
+        "    region_->order().tail.compare_exchange_strong(entered.hint,",
+        ("two-to-one-kill",),
+    ),
+    Mutant(
+        5,
+        "take: the claim is stored, not compared and swapped",
+        "order/group.hpp",
+        "    // SYNC claim: pairs with enter() (position and frame) and with recovery's hand-over.\n",
+        "    if (MUTANT(5) && region_->claim(s, number_).load() == unclaimed.bits) {\n"
+        "      region_->claim(s, number_).store(unclaimed.with(0, slots::Claim::holder(me)).bits);\n"
+        "      return true;\n"
+        "    }\n"
+        "    // SYNC claim: pairs with enter() (position and frame) and with recovery's hand-over.\n",
+        ("two-consumers-kill",),
+    ),
+    Mutant(
+        6,
+        "take: the claim is stored without a look at it",
+        "order/group.hpp",
+        "    // SYNC claim: pairs with enter() (position and frame) and with recovery's hand-over.\n",
+        "    if (MUTANT(6)) {\n"
+        "      region_->claim(s, number_).store(unclaimed.with(0, slots::Claim::holder(me)).bits);\n"
+        "      return true;\n"
+        "    }\n"
+        "    // SYNC claim: pairs with enter() (position and frame) and with recovery's hand-over.\n",
+        ("two-consumers",),
+    ),
+    Mutant(
+        7,
+        "the redeliver flag is lowered after the scan, whatever it has become",
+        "order/group.hpp",
+        "      if (oldest == region_->geometry().slots) {\n",
+        "      if (oldest == region_->geometry().slots) {\n        if (MUTANT(7)) loaded = flag.load();\n",
+        ("nack", "nack-kill"),
+    ),
+    Mutant(
+        8,
+        "recovery without the dead one's lock",
+        "liveness/participants.cpp",
+        "  if (!region_->storage().try_lock(memory::participant_lock(number))) return false;\n",
+        "  if (!region_->storage().try_lock(memory::participant_lock(number)) && !MUTANT(8)) return false;\n",
+        ("two-recoverers",),
+    ),
+    Mutant(
+        9,
+        "V4: a message that was lapped counts as not in the order",
+        "liveness/recovery.cpp",
+        "  if (groups == 0) return true;\n",
+        "  if (MUTANT(9)) return false;\n  if (groups == 0) return true;\n",
+        ("lap-held",),
+    ),
+    Mutant(
+        10,
+        "V2: a message without a position counts as in the order",
+        "liveness/recovery.cpp",
+        "  if (q == slots::kNoPosition) return false;\n",
+        "  if (q == slots::kNoPosition) return MUTANT(10);\n",
+        ("one-to-one",),
+    ),
+    Mutant(
+        11,
+        "V3: an older cell counts as the message's",
+        "liveness/recovery.cpp",
+        "  if (ahead < 0) return false;\n",
+        "  if (ahead < 0) return MUTANT(11);\n",
+        ("one-to-one",),
+    ),
+    Mutant(
+        12,
+        "V5: a message in the order keeps its ENQ",
+        "liveness/recovery.cpp",
+        "    pool.clear_pending(s, slots::kEnqueueing);\n    return;\n",
+        "    if (!MUTANT(12)) pool.clear_pending(s, slots::kEnqueueing);\n    return;\n",
+        ("one-to-one",),
+    ),
+    Mutant(
+        13,
+        "V1: a half written slot stays",
+        "liveness/recovery.cpp",
+        "    pool.abort(s, word);\n    return;\n",
+        "    if (!MUTANT(13)) pool.abort(s, word);\n    return;\n",
+        ("one-to-one",),
+    ),
+    Mutant(
+        14,
+        "V7: what the dead one held goes back as untouched",
+        "liveness/recovery.cpp",
+        "compare_exchange_strong(seen.bits, claim.given_back().bits, std::memory_order_acq_rel);",
+        "compare_exchange_strong(seen.bits, MUTANT(14) ? claim.with(claim.attempts(), Claim::kNobody).bits\n"
+        "        : claim.given_back().bits, std::memory_order_acq_rel);",
+        ("two-consumers-kill",),
+    ),
+    Mutant(
+        15,
+        "V7 and V8: the flag is not raised",
+        "order/group.hpp",
+        "  void raise() noexcept {\n",
+        "  void raise() noexcept {\n    if (MUTANT(15)) return;\n",
+        ("nack", "two-consumers-kill"),
+    ),
+    Mutant(
+        16,
+        "a release clears all bits",
+        "slots/slot_pool.hpp",
+        "    SlotWord before{region_->slot(s).word.fetch_and(~std::uint64_t{bits}, std::memory_order_acq_rel)};\n",
+        "    if (MUTANT(16)) bits = kPendingMask;\n"
+        "    SlotWord before{region_->slot(s).word.fetch_and(~std::uint64_t{bits}, std::memory_order_acq_rel)};\n",
+        ("one-to-one",),
+    ),
+    Mutant(
+        17,
+        "commit without the publisher's own bit",
+        "slots/slot_pool.hpp",
+        "    std::uint32_t pending = groups == 0 ? 0 : groups | kEnqueueing;\n",
+        "    std::uint32_t pending = groups == 0 ? 0 : groups | kEnqueueing;\n"
+        "    if (MUTANT(17)) pending = groups;\n",
+        ("one-to-one",),
+    ),
+    Mutant(
+        18,
+        "the dead one's entry is freed before its slots are recovered",
+        "liveness/recovery.cpp",
+        "    recover(region, d);\n    participants.bury(d);\n",
+        "    if (MUTANT(18)) participants.bury(d);\n    recover(region, d);\n    if (!MUTANT(18)) participants.bury(d);\n",
+        ("two-recoverers",),
+    ),
+    Mutant(
+        19,
+        "a delivery that ended in death is not counted",
+        "slots/claim.hpp",
+        "attempts() < kMaxAttempts ? attempts() + 1 : kMaxAttempts;",
+        "MUTANT(19) ? attempts() : attempts() < kMaxAttempts ? attempts() + 1 : kMaxAttempts;",
+        ("nack",),
+    ),
+    Mutant(
+        20,
+        "T0: a message that was given back is taken by a store",
+        "order/group.hpp",
+        "      slots::Claim wanted = oldest_claim;\n",
+        "      if (MUTANT(20)) {\n"
+        "        region_->claim(oldest, number_).store(\n"
+        "            oldest_claim.with(oldest_claim.attempts(), slots::Claim::holder(me)).bits);\n"
+        "        held = Held{oldest, oldest_position, oldest_claim.attempts()};\n"
+        "        return true;\n"
+        "      }\n"
+        "      slots::Claim wanted = oldest_claim;\n",
+        ("nack",),
+    ),
+    Mutant(
+        21,
+        "T1: an empty cell is stepped over",
+        "order/group.hpp",
+        "      if (ahead < 0) return false;\n",
+        "      if (ahead < 0 && MUTANT(21)) advance(p, 0);\n      if (ahead < 0) return false;\n",
+        ("one-to-one",),
+    ),
+    Mutant(
+        22,
+        "a publisher wakes nobody",
+        "waiting/wait_point.hpp",
+        "    if (anyone()) [[unlikely]]\n",
+        "    if (anyone() && !MUTANT(22)) [[unlikely]]\n",
+        ("sleep-message",),
+    ),
+    Mutant(
+        23,
+        "a waker does not count",
+        "waiting/wait_point.hpp",
+        "    state_->sequence.fetch_add(1, std::memory_order_seq_cst);\n",
+        "    if (!MUTANT(23)) state_->sequence.fetch_add(1, std::memory_order_seq_cst);\n",
+        ("sleep-one",),
+    ),
+    Mutant(
+        24,
+        "a sleeper does not say that it sleeps",
+        "waiting/wait_point.hpp",
+        "    state_->waiters[participant / 64].fetch_or(bit(participant), std::memory_order_seq_cst);\n",
+        "    if (!MUTANT(24)) state_->waiters[participant / 64].fetch_or(bit(participant), std::memory_order_seq_cst);\n",
+        ("sleep-message",),
+    ),
+    Mutant(
+        25,
+        "a freed slot wakes no producer",
+        "slots/slot_pool.hpp",
+        "    base::fence_seq_cst_after_rmw();\n    space_.wake_one_if_anyone();\n",
+        "    base::fence_seq_cst_after_rmw();\n    if (!MUTANT(25)) space_.wake_one_if_anyone();\n",
+        ("sleep-space",),
+    ),
+    Mutant(
+        26,
+        "a message that was given back wakes nobody",
+        "order/group.hpp",
+        "    base::fence_seq_cst_after_rmw();\n    messages_.wake_one_if_anyone();\n",
+        "    base::fence_seq_cst_after_rmw();\n    if (!MUTANT(26)) messages_.wake_one_if_anyone();\n",
+        ("sleep-nack",),
+    ),
+    Mutant(
+        27,
+        "positions run through the one that means none",
+        "slots/position.hpp",
+        "  return (position & kPositionMask) == kNoPositionLow ? position + 1 : position;\n",
+        "  return (position & kPositionMask) == kNoPositionLow && !MUTANT(27) ? position + 1 : position;\n",
+        ("wrap-64",),
+    ),
+]
+
+
+def applied(source: pathlib.Path, target: pathlib.Path) -> list[str]:
+    """Copies the core's sources with every change made in the copy; says which could not be made."""
+    mistakes = []
+    texts = {p.relative_to(source).as_posix(): p.read_text() for p in source.rglob("*") if p.is_file()}
+    for mutant in MUTANTS:
+        for file, search, replace in [(mutant.file, mutant.search, mutant.replace), *mutant.more]:
+            found = texts.get(file, "").count(search)
+            if found != 1 or f"MUTANT({mutant.number})" not in replace:
+                mistakes.append(f"mutant {mutant.number} ({mutant.name}): its place occurs {found} times in {file}")
+            else:
+                texts[file] = texts[file].replace(search, replace)
+    for name, text in texts.items():
+        path = target / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+    return mistakes
