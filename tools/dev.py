@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One command for every chore: ``python3 tools/dev.py test | example | bench | lint | format``.
+"""One command for every chore: ``python3 tools/dev.py test | verify | example | bench | lint | format``.
 
 Needs Python 3.11 or newer and a C++20 compiler; everything else is installed into virtual environments under
 ``build/`` (GoogleTest through apt where this runs as root on Debian, otherwise from ``subprojects/gtest.wrap``).
@@ -30,6 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+import verification
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 LOGS = BUILD / "logs"
@@ -41,7 +43,7 @@ OLDEST_NUMPY = "1.23.5"
 STEP_SECONDS = 900
 TEST_SECONDS = 120
 SANITIZERS = {"cpp": "none", "asan": "address,undefined", "tsan": "thread"}
-GROUPS = (*SANITIZERS, "python", "processes", "source", "lint", "sdist", "downstream")
+GROUPS = (*SANITIZERS, "verify", "python", "processes", "source", "lint", "sdist", "downstream")
 PIP = ("-m", "pip", "--disable-pip-version-check")
 INSTALLING: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 IN_EVERY_WHEEL = ("py.typed", "_core.pyi", "_core.pxd", "include/dsline/error.hpp")
@@ -68,12 +70,13 @@ class Shell:
 
     live: ClassVar[set[subprocess.Popen[bytes]]] = set()
 
-    def __init__(self, step: str, verbose: bool) -> None:
+    def __init__(self, step: str, verbose: bool, seconds: float = STEP_SECONDS) -> None:
         LOGS.mkdir(parents=True, exist_ok=True)
         self.log = LOGS / f"{step}.log"
         self.log.write_bytes(b"")
         self.verbose = verbose
-        self.deadline = time.monotonic() + STEP_SECONDS
+        self.seconds = seconds
+        self.deadline = time.monotonic() + seconds
 
     def __call__(
         self,
@@ -105,7 +108,7 @@ class Shell:
                 code = process.wait(timeout=max(1.0, self.deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 kill_group(process)
-                raise StepFailed(f"took more than {STEP_SECONDS} s: {' '.join(words)}") from None
+                raise StepFailed(f"took more than {self.seconds:.0f} s: {' '.join(words)}") from None
             finally:
                 self.live.discard(process)
         with self.log.open("rb") as log:
@@ -372,6 +375,34 @@ def test_cpp(run: Shell, kind: str) -> str:
     return f"{passed[1]} executables"
 
 
+# --- the proof ----------------------------------------------------------------------------------------------
+
+VERIFY_BUILD = BUILD / "cpp-verify"
+VERIFY_SECONDS = {False: STEP_SECONDS, True: 6 * 3600}
+
+
+def build_verification(run: Shell) -> str:
+    """The programs of tests/verification, optimised as a wheel is."""
+    python = make_venv(run, "tools", base_python(), *TOOL_REQUIREMENTS)
+    env = {"PATH": f"{python.parent}:{os.environ['PATH']}"}
+    options = ["--werror", "-Dbuildtype=debugoptimized", "-Dcpp_args=-g1", "-Dpython=disabled", "-Dverification=enabled"]
+    again = ["--reconfigure"] if (VERIFY_BUILD / "build.ninja").is_file() else []
+    run("meson", "setup", *again, VERIFY_BUILD, *options, env=env)
+    run("ninja", "-C", VERIFY_BUILD, "-j", str(JOBS), "-k", "0", env=env)
+    return ""
+
+
+def verify(run: Shell, proof: verification.Proof, long: bool = False) -> str:
+    """One program of the proof: its counts."""
+    python = installed(run, MAIN_PYTHON) if proof.needs_wheel else base_python()
+    where = BUILD / "verification"
+    where.mkdir(parents=True, exist_ok=True)
+    results = where / f"{proof.name}.json"
+    results.unlink(missing_ok=True)
+    run(*proof.command(python, VERIFY_BUILD, results, long), cwd=where, env={"PYTHONDONTWRITEBYTECODE": "1"})
+    return verification.summary(verification.read(results))
+
+
 # --- testing the installed package --------------------------------------------------------------------------
 
 TEST_PACKAGES = ("mypy", "build")
@@ -554,8 +585,12 @@ def all_steps() -> list[Step]:
         )
 
     add_cpp("cpp")
+    build("build-verify", build_verification)
     steps.append(Step("sdist", "sdist", build_sdist, "build"))
     add_package(MAIN_PYTHON)
+    for proof in verification.PROOFS:
+        needs = (f"wheel-{MAIN_PYTHON}",) if proof.needs_wheel else ()
+        test(f"verify-{proof.name}", "verify", lambda run, proof=proof: verify(run, proof), "build-verify", *needs)
     add_cpp("asan")
     add_cpp("tsan")
     for version in PYTHONS[1:]:
@@ -626,6 +661,40 @@ def run_step(step: Step, by_name: dict[str, Step], verbose: bool) -> None:
 def shared_memory_names() -> set[str]:
     folder = Path(f"/dev/shm/dsline-{os.getuid()}")
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def verify_now(names: Sequence[str] | None, long: bool, record: bool) -> int:
+    """Builds and runs the programs of the proof one after the other."""
+    known = {proof.name: proof for proof in verification.PROOFS}
+    if unknown := sorted(set(names or ()) - set(known)):
+        raise SystemExit(f"--only does not know {', '.join(unknown)}; it takes {', '.join(known)}")
+    proofs = [proof for proof in verification.PROOFS if names is None or proof.name in names]
+    steps = [Step("build-verify", "build", build_verification, "build")]
+    if any(proof.needs_wheel for proof in proofs):
+        steps.append(Step("sdist", "sdist", build_sdist, "build"))
+        wheel = f"wheel-{MAIN_PYTHON}"
+        steps.append(Step(wheel, "build", lambda run: build_wheel(run, MAIN_PYTHON).name, "build", ("sdist",)))
+    for proof in proofs:
+        needs = ("build-verify", *((f"wheel-{MAIN_PYTHON}",) if proof.needs_wheel else ()))
+
+        def work(run: Shell, proof: verification.Proof = proof) -> str:
+            run.seconds = VERIFY_SECONDS[long]
+            run.deadline = time.monotonic() + run.seconds
+            return verify(run, proof, long)
+
+        steps.append(Step(f"verify-{proof.name}", "verify", work, "test", needs))
+    code = run_steps(steps, verbose=False)
+    if record:
+        passed = {
+            step.name.removeprefix("verify-"): (
+                step.seconds,
+                verification.read(BUILD / "verification" / f"{step.name.removeprefix('verify-')}.json"),
+            )
+            for step in steps
+            if step.group == "verify" and step.state == "passed"
+        }
+        verification.record(passed, long)
+    return code
 
 
 def run_steps(steps: list[Step], verbose: bool) -> int:
@@ -707,6 +776,10 @@ def command_line() -> argparse.ArgumentParser:
         "--python", metavar="VERSION,...", default=",".join(PYTHONS), help="default: %(default)s"
     )
     test.add_argument("-v", "--verbose", action="store_true", help="show what the steps print")
+    proof = commands.add_parser("verify", help="the programs that prove the core (docs/verification)")
+    proof.add_argument("--only", metavar="NAME,...", help="only these programs")
+    proof.add_argument("--long", action="store_true", help="the long form: hours")
+    proof.add_argument("--record", action="store_true", help="write the counts to docs/verification")
     for name, text in (("example", "the image example"), ("bench", "the benchmarks")):
         commands.add_parser(name, help=f"{text}; further arguments are passed on")
     commands.add_parser("lint", help="format, spelling, types, layers")
@@ -734,6 +807,8 @@ def main() -> int:
         )
     if options.command == "lint":
         return run_steps(choose(["lint"], PYTHONS), verbose=True)
+    if options.command == "verify":
+        return verify_now(options.only.split(",") if options.only else None, options.long, options.record)
     groups = options.only.split(",") if options.only else None
     if unknown := sorted(set(groups or ()) - set(GROUPS)):
         parser.error(f"--only does not know {', '.join(unknown)}; it takes {', '.join(GROUPS)}")
