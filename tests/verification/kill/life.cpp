@@ -5,18 +5,26 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <stdexcept>
+#include <vector>
 
 #include "base/clock.hpp"
 #include "payload.hpp"
 #include "points.hpp"
+#include "slots/position.hpp"
 
 namespace dsline::kill {
 namespace {
 
 constexpr std::int64_t kPatienceNs = 100'000'000;
+
+std::uint32_t group_number(const std::string& name) {
+  const std::size_t dash = name.find('-');
+  return dash == std::string::npos ? kDefaultGroup : static_cast<std::uint32_t>(atoi(name.c_str() + dash + 1));
+}
 
 class Torn : public std::runtime_error {
  public:
@@ -43,6 +51,12 @@ class Member {
   Member(const Site& site, std::uint32_t index, std::uint64_t seed)
       : plan_(*site.plan), log_(*site.log), life_(log_.life[index]), index_(index), random_(seed) {
     channel_ = plan_.inherits ? site.keeper : open_channel(site, OpenMode::OpenOrCreate);
+    if (life_.group != kDefaultGroup) {
+      base_ = channel_;
+      life_.asked_ns = base::monotonic_ns();
+      channel_ = base_->subscribe(subscription(plan_, life_.group));
+      if (random_.one_in(2)) base_->close();
+    }
     life_.joined_ns = base::monotonic_ns();
   }
 
@@ -53,7 +67,16 @@ class Member {
         }
         break;
       case Role::Consumer:
+      case Role::Viewer:
         while (!life_.is_full() && receive_some(log_.stop)) {
+        }
+        break;
+      case Role::Undertaker:
+        while (!life_.is_full() && !log_.stop && bury_one()) {
+        }
+        break;
+      case Role::Looker:
+        while (!log_.stop && look_once()) {
         }
         break;
       case Role::Peer:
@@ -64,8 +87,10 @@ class Member {
     }
     life_.leaving_ns = base::monotonic_ns();
     while (!held_.empty()) let_go();
+    if (life_.role == Role::Viewer) life_.lost = channel_->stats().lost;
     channel_->close();
     channel_.reset();
+    base_.reset();
   }
 
  private:
@@ -75,10 +100,11 @@ class Member {
     const std::uint32_t bytes = random_.between(kLeastPayload, random_.one_in(4) ? plan_.largest : 200);
     if (random_.one_in(20)) return abort_one(bytes);
     const std::uint32_t sequence = life_.sends.load(std::memory_order_relaxed);
-    life_.sent[sequence] = {base::monotonic_ns(), Fate::Intended};
+    life_.sent[sequence] = {base::monotonic_ns(), 0, Fate::Intended};
     life_.sends.store(sequence + 1, std::memory_order_release);
     const Outcome outcome = random_.one_in(2) ? send_copy(sequence, bytes) : send_loan(sequence, bytes);
     std::atomic_signal_fence(std::memory_order_seq_cst);
+    life_.sent[sequence].returned_ns = base::monotonic_ns();
     life_.sent[sequence].fate = outcome == Outcome::Ok ? Fate::Returned : Fate::Refused;
     if (outcome == Outcome::Closed) return false;
     nap(random_, plan_.send_pause_us);
@@ -121,12 +147,12 @@ class Member {
     Held held;
     const std::int64_t patience = until_empty ? 0 : random_.one_in(2) ? kPatienceNs : 2'000'000;
     const Outcome outcome = channel_->recv(held.message, base::monotonic_ns() + patience);
-    if (outcome == Outcome::Closed) return false;
+    if (outcome == Outcome::Closed) throw std::runtime_error("recv() says closed, and nobody has closed anything");
     if (outcome == Outcome::Corrupted) throw Torn(std::string("corrupted: ") + held.message.fault);
     if (outcome == Outcome::Ok) {
       check(held, "when received");
-      life_.note({base::monotonic_ns(), held.message.sequence, held.stamp.producer, held.stamp.sequence,
-                  held.message.attempts, What::Got});
+      held.group = life_.group;
+      note(held, What::Got);
       held_.push_back(std::move(held));
       nap(random_, plan_.hold_pause_us);
     }
@@ -138,7 +164,59 @@ class Member {
   struct Held {
     Received message;
     Stamp stamp{};
+    std::uint32_t group = 0;
+    bool is_letter = false;
   };
+
+  void note(const Held& held, What what) {
+    life_.note({base::monotonic_ns(), held.message.sequence, held.stamp.producer, held.stamp.sequence, held.group,
+                static_cast<std::uint8_t>(held.message.attempts), held.is_letter, what});
+  }
+
+  bool bury_one() {
+    ++life_.heartbeat;
+    Held held;
+    held.is_letter = true;
+    DeadLetter why;
+    const Outcome outcome = channel_->try_take_dead_letter(held.message, why);
+    if (outcome == Outcome::Corrupted) throw Torn(std::string("corrupted letter: ") + held.message.fault);
+    if (outcome != Outcome::Ok) {
+      channel_->check_peers();
+      nap(random_, 2000);
+      return outcome == Outcome::Empty;
+    }
+    check(held, "as a dead letter");
+    held.group = group_number(why.group);
+    note(held, What::Got);
+    nap(random_, plan_.hold_pause_us);
+    held_.push_back(std::move(held));
+    let_go();
+    return true;
+  }
+
+  /// The payload may change while it is read; then is_unchanged() must say so.
+  bool look_once() {
+    ++life_.heartbeat;
+    Received message;
+    const Outcome outcome = channel_->try_read_latest(!has_looked_, newest_, message);
+    if (outcome == Outcome::Closed) return false;
+    if (outcome == Outcome::Empty) {
+      channel_->wait_for_newer(!has_looked_, newest_, base::monotonic_ns() + 2'000'000, true);
+      return true;
+    }
+    if (outcome == Outcome::Corrupted) throw Torn(std::string("corrupted newest: ") + message.fault);
+    std::vector<std::byte> copy(message.payload, message.payload + message.payload_bytes);
+    if (!channel_->is_unchanged(message)) return true;
+    Stamp stamp{};
+    if (!read_payload(copy.data(), copy.size(), stamp)) throw Torn("torn newest: " + describe(message, stamp));
+    if (has_looked_ && slots::distance(message.sequence & slots::kPositionMask, newest_) <= 0) {
+      throw std::runtime_error("the newest message is older than the one before");
+    }
+    newest_ = message.sequence;
+    has_looked_ = true;
+    ++life_.looks;
+    return true;
+  }
 
   void check(Held& held, const char* when) {
     if (!read_payload(held.message.payload, held.message.payload_bytes, held.stamp)) {
@@ -156,18 +234,21 @@ class Member {
     if (std::memcmp(&before, &held.stamp, sizeof before) != 0) {
       throw Torn("another message while held: " + describe(held.message, held.stamp));
     }
-    Event event{base::monotonic_ns(), held.message.sequence, before.producer, before.sequence,
-                held.message.attempts, What::Released};
-    if (plan_.give_back_one_in != 0 && held.message.attempts < 12 && random_.one_in(plan_.give_back_one_in)) {
-      event.what = What::GivingBack;
-      life_.note(event);
+    const bool may_go_back = held.message.attempts < 12 || plan_.options.max_deliveries < 12;
+    if (plan_.give_back_one_in != 0 && may_go_back && random_.one_in(plan_.give_back_one_in)) {
+      const bool revives = held.is_letter && random_.one_in(2);
+      note(held, revives ? What::Reviving : What::GivingBack);
       std::atomic_signal_fence(std::memory_order_seq_cst);
-      channel_->give_back(held.message);
+      if (revives) {
+        channel_->revive(held.message);
+      } else {
+        channel_->give_back(held.message);
+      }
       return;
     }
     channel_->release(held.message.slot, held.message.process, held.message.group);
     std::atomic_signal_fence(std::memory_order_seq_cst);
-    life_.note(event);
+    note(held, What::Released);
   }
 
   const Plan& plan_;
@@ -175,11 +256,43 @@ class Member {
   Life& life_;
   std::uint32_t index_;
   Random random_;
+  std::shared_ptr<Channel> base_;  // what a subscriber came from
   std::shared_ptr<Channel> channel_;
   std::deque<Held> held_;
+  std::uint64_t newest_ = 0;
+  bool has_looked_ = false;
 };
 
+Outcome finish(Channel& channel, Life& life, Received& message, std::uint32_t group, bool is_letter) {
+  Stamp stamp{};
+  if (!read_payload(message.payload, message.payload_bytes, stamp)) {
+    throw Torn("torn at the end: " + describe(message, stamp));
+  }
+  Event event{base::monotonic_ns(), message.sequence, stamp.producer,
+              stamp.sequence,       group,            static_cast<std::uint8_t>(message.attempts),
+              is_letter,            What::Got};
+  life.note(event);
+  channel.release(message.slot, message.process, message.group);
+  event.what = What::Released;
+  life.note(event);
+  return Outcome::Ok;
+}
+
 }  // namespace
+
+std::string group_name(std::uint32_t group) {
+  if (group == kDefaultGroup) return "";
+  return (group < kViewerGroup ? "durable-" : "viewer-") + std::to_string(group);
+}
+
+SubscribeOptions subscription(const Plan& plan, std::uint32_t group) {
+  SubscribeOptions options;
+  options.group = group_name(group);
+  options.durable = group < kViewerGroup;
+  options.start = options.durable ? Start::Next : plan.start;
+  options.on_death = options.durable && plan.drops ? OnDeath::Drop : OnDeath::Redeliver;
+  return options;
+}
 
 std::shared_ptr<Channel> open_channel(const Site& site, OpenMode mode) {
   const Plan& plan = *site.plan;
@@ -194,20 +307,17 @@ std::shared_ptr<Channel> open_channel(const Site& site, OpenMode mode) {
   return nullptr;
 }
 
-Outcome take_one(Channel& channel, Life& life) {
+Outcome take_one(Channel& channel, Life& life, std::uint32_t group) {
   Received message;
   const Outcome outcome = channel.try_recv(message);
-  if (outcome != Outcome::Ok) return outcome;
-  Stamp stamp{};
-  if (!read_payload(message.payload, message.payload_bytes, stamp)) {
-    throw Torn("torn at the end: " + describe(message, stamp));
-  }
-  Event event{base::monotonic_ns(), message.sequence, stamp.producer, stamp.sequence, message.attempts, What::Got};
-  life.note(event);
-  channel.release(message.slot, message.process, message.group);
-  event.what = What::Released;
-  life.note(event);
-  return outcome;
+  return outcome == Outcome::Ok ? finish(channel, life, message, group, false) : outcome;
+}
+
+Outcome take_one_letter(Channel& channel, Life& life) {
+  Received message;
+  DeadLetter why;
+  const Outcome outcome = channel.try_take_dead_letter(message, why);
+  return outcome == Outcome::Ok ? finish(channel, life, message, group_number(why.group), true) : outcome;
 }
 
 void live(const Site& site, std::uint32_t index, std::uint64_t seed, std::atomic<std::uint64_t>* hits) {
@@ -215,6 +325,9 @@ void live(const Site& site, std::uint32_t index, std::uint64_t seed, std::atomic
   arm({&life, hits, site.plan->delay_one_in, seed});
   try {
     Member(site, index, seed).run();
+  } catch (const Error& error) {
+    std::snprintf(life.error, sizeof life.error, "%s", error.what());
+    _exit(error.code() == ErrorCode::TooManyGroups ? kRefused : 9);
   } catch (const std::exception& error) {
     std::snprintf(life.error, sizeof life.error, "%s", error.what());
     _exit(9);

@@ -22,24 +22,43 @@ enum class Fate : std::uint8_t {
 
 struct Send {
   std::int64_t intended_ns;
+  std::int64_t returned_ns;
   Fate fate;
 };
 
-enum class What : std::uint8_t { Got, Released, GivingBack };
+enum class What : std::uint8_t {
+  Got,         ///< a message, or a dead letter
+  Released,
+  GivingBack,
+  Reviving,    ///< a dead letter goes to its group again
+};
+
+/// Groups as the harness counts them: 0 the default group, from 1 the durable ones, and one per viewer.
+inline constexpr std::uint32_t kDefaultGroup = 0;
+inline constexpr std::uint32_t kViewerGroup = 1000;  // + number of the life
 
 struct Event {
   std::int64_t at_ns;
   std::uint64_t position;
   std::uint32_t producer;
   std::uint32_t sequence;
-  std::uint32_t attempts;
+  std::uint32_t group;
+  std::uint8_t attempts;
+  bool is_letter;
   What what;
 };
 
-enum class Role : std::uint8_t { Producer, Consumer, Peer };
-inline constexpr std::uint32_t kRoles = 3;
+enum class Role : std::uint8_t {
+  Producer,
+  Consumer,    ///< of the default group or a durable one
+  Viewer,      ///< in a group of its own that goes with it
+  Undertaker,  ///< takes dead letters
+  Looker,      ///< looks at the newest message of the history
+  Peer,        ///< opens, sends, receives, closes
+};
+inline constexpr std::uint32_t kRoles = 6;
 
-enum class End : std::uint8_t { Running, Left, Killed, Failed };
+enum class End : std::uint8_t { Running, Left, Killed, Refused, Failed };
 
 /// One child process.
 struct Life {
@@ -55,11 +74,14 @@ struct Life {
   std::int64_t killed_ns;
   std::int32_t killed_at;  // label, -1 when at a random time
   // Writer: the child.
-  std::int64_t joined_ns;
+  std::int64_t asked_ns;   // before it subscribed
+  std::int64_t joined_ns;  // when it had
   std::int64_t leaving_ns;
+  std::uint64_t lost;  // as the channel counts it for this viewer, when it leaves
   std::atomic<std::uint32_t> sends;
   std::atomic<std::uint32_t> events;
   std::atomic<std::uint64_t> heartbeat;
+  std::atomic<std::uint64_t> looks;
   std::atomic<std::int32_t> last_point;
   char error[200];
   Send sent[kMostSends];
@@ -133,6 +155,10 @@ struct Tally {
   std::uint64_t given_back;
   std::uint64_t rolled_forward;  // delivered though send() had not returned
   std::uint64_t dropped;
+  std::uint64_t letters;
+  std::uint64_t old_messages;  // received by viewers that joined later
+  std::uint64_t looks;         // at the newest message
+  std::uint64_t refused;       // no number left for a group
   std::uint64_t lost, torn, duplicated, disordered, leaked, stuck, other;  // violations
   std::uint64_t killed_at[kMaxPoints];
   std::uint64_t killed_at_random;

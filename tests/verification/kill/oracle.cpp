@@ -1,11 +1,13 @@
 #include "oracle.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <cstdio>
 #include <map>
 #include <vector>
 
 #include "slots/claim.hpp"
+#include "slots/position.hpp"
 #include "slots/slot_word.hpp"
 
 namespace dsline::kill {
@@ -19,46 +21,57 @@ struct Delivery {
   std::uint32_t life;
   const Event* got;
   bool released = false;
-  const Event* given_back = nullptr;
+  const Event* given_back = nullptr;  // or revived
 };
 
 struct Message {
-  Fate fate;
-  std::vector<Delivery> deliveries;
+  const Send* send;
+  std::map<std::uint32_t, std::vector<Delivery>> by_group;
+  std::uint64_t position = 0;
+  bool has_position = false;
 };
 
 using Key = std::uint64_t;  // producer << 32 | sequence
 Key key_of(const Event& event) { return Key{event.producer} << 32 | event.sequence; }
 
 std::string text_of(Key key, const Message& message) {
-  char line[160];
+  char line[200];
   std::snprintf(line, sizeof line, "message %u/%u (fate %d)", static_cast<std::uint32_t>(key >> 32),
-                static_cast<std::uint32_t>(key), static_cast<int>(message.fate));
+                static_cast<std::uint32_t>(key), static_cast<int>(message.send->fate));
   std::string text = line;
-  for (const Delivery& d : message.deliveries) {
-    std::snprintf(line, sizeof line, "; life %u got position %llu attempts %u%s%s", d.life,
-                  static_cast<unsigned long long>(d.got->position), d.got->attempts, d.released ? " released" : "",
-                  d.given_back != nullptr ? " given back" : "");
-    text += line;
+  for (const auto& [group, deliveries] : message.by_group) {
+    for (const Delivery& d : deliveries) {
+      std::snprintf(line, sizeof line, "; life %u of group %u got %sposition %llu attempts %u%s%s", d.life, group,
+                    d.got->is_letter ? "letter " : "", static_cast<unsigned long long>(d.got->position),
+                    d.got->attempts, d.released ? " released" : "",
+                    d.given_back == nullptr                   ? ""
+                    : d.given_back->what == What::Reviving ? " revived"
+                                                              : " given back");
+      text += line;
+    }
   }
   return text;
 }
 
 class Judge {
  public:
-  Judge(const Plan& plan, const Log& log, Tally& tally, const Complain& complain)
-      : plan_(plan), log_(log), tally_(tally), complain_(complain) {}
+  Judge(const Plan& plan, const Log& log, const Counts& counts, Tally& tally, const Complain& complain)
+      : plan_(plan), log_(log), counts_(counts), tally_(tally), complain_(complain) {}
 
-  void run(std::uint64_t dropped_oldest) {
+  void run() {
     collect_sends();
     for (std::uint32_t i = 0; i < kMostLives; ++i) collect_events(i);
-    std::uint64_t missing = 0;
     for (auto& [key, message] : messages_) {
-      judge(key, message);
-      missing += message.fate == Fate::Returned && message.deliveries.empty();
+      for (auto& [group, deliveries] : message.by_group) judge(key, message, deliveries);
     }
-    judge_losses(missing, dropped_oldest);
     judge_positions();
+    std::uint32_t nth = 0;
+    for (std::uint32_t g = plan_.options.default_group == 0 ? 1 : 0; g <= plan_.durable; ++g) {
+      judge_losses(g, counts_.dropped_oldest[nth++]);
+    }
+    for (std::uint32_t i = 0; i < kMostLives; ++i) {
+      if (log_.life[i].role == Role::Viewer && log_.life[i].joined_ns != 0) judge_viewer(i);
+    }
   }
 
  private:
@@ -66,8 +79,9 @@ class Judge {
     for (std::uint32_t p = 0; p < kMostLives; ++p) {
       const Life& life = log_.life[p];
       deaths_ += life.end == End::Killed;
+      tally_.looks += life.looks;
       for (std::uint32_t i = 0; i < life.sends.load(); ++i) {
-        messages_[Key{p} << 32 | i].fate = life.sent[i].fate;
+        messages_[Key{p} << 32 | i].send = &life.sent[i];
         tally_.sent += life.sent[i].fate == Fate::Returned;
       }
     }
@@ -76,8 +90,7 @@ class Judge {
   void collect_events(std::uint32_t index) {
     const Life& life = log_.life[index];
     const std::uint32_t count = life.events.load();
-    std::uint64_t last_position = 0;
-    bool any = false;
+    std::map<std::uint32_t, std::uint64_t> last_position;
     for (std::uint32_t i = 0; i < count; ++i) {
       const Event& event = life.seen[i];
       auto found = messages_.find(key_of(event));
@@ -86,23 +99,25 @@ class Judge {
                                    std::to_string(event.producer) + " sequence " + std::to_string(event.sequence));
         continue;
       }
-      Message& message = found->second;
+      auto& deliveries = found->second.by_group[event.group];
       if (event.what == What::Got) {
-        message.deliveries.push_back({index, &event});
+        deliveries.push_back({index, &event});
         ++tally_.received;
-        tally_.redelivered += event.attempts != 0;
-        if (event.attempts != 0) continue;
-        if (any && event.position <= last_position) {
+        tally_.letters += event.is_letter;
+        tally_.redelivered += event.attempts != 0 && !event.is_letter;
+        // A dead letter that was sent to its group again starts anew, where it stands.
+        if (event.attempts != 0 || plan_.options.max_deliveries == 1) continue;
+        auto last = last_position.find(event.group);
+        if (last != last_position.end() && event.position <= last->second) {
           complain_(Fault::Disordered, "life " + std::to_string(index) + " got position " +
-                                           std::to_string(event.position) + " after " + std::to_string(last_position));
+                                           std::to_string(event.position) + " after " + std::to_string(last->second));
         }
-        any = true;
-        last_position = event.position;
+        last_position[event.group] = event.position;
         continue;
       }
-      auto mine = std::find_if(message.deliveries.rbegin(), message.deliveries.rend(),
+      auto mine = std::find_if(deliveries.rbegin(), deliveries.rend(),
                                [index](const Delivery& d) { return d.life == index; });
-      if (mine == message.deliveries.rend()) continue;
+      if (mine == deliveries.rend()) continue;
       if (event.what == What::Released) {
         mine->released = true;
       } else {
@@ -112,19 +127,27 @@ class Judge {
     }
   }
 
-  void judge(Key key, Message& message) {
-    auto& deliveries = message.deliveries;
+  /// One message, one group: who had it one after the other.
+  void judge(Key key, Message& message, std::vector<Delivery>& deliveries) {
     if (deliveries.empty()) return;
-    tally_.rolled_forward += message.fate == Fate::Intended;
-    if (message.fate == Fate::Refused) {
+    tally_.rolled_forward += message.send->fate == Fate::Intended;
+    if (message.send->fate == Fate::Refused) {
       complain_(Fault::Other, "delivered although send() refused it: " + text_of(key, message));
     }
-    std::stable_sort(deliveries.begin(), deliveries.end(), [](const Delivery& a, const Delivery& b) {
-      return a.got->attempts != b.got->attempts ? a.got->attempts < b.got->attempts : a.got->at_ns < b.got->at_ns;
-    });
+    std::stable_sort(deliveries.begin(), deliveries.end(),
+                     [](const Delivery& a, const Delivery& b) { return a.got->at_ns < b.got->at_ns; });
+    if (!message.has_position) message.position = deliveries[0].got->position;
+    message.has_position = true;
     for (std::size_t i = 0; i < deliveries.size(); ++i) {
-      if (deliveries[i].got->position != deliveries[0].got->position) {
+      const Event& got = *deliveries[i].got;
+      if (got.position != message.position) {
         complain_(Fault::Disordered, "one message at two positions: " + text_of(key, message));
+      }
+      if (!got.is_letter && got.attempts >= plan_.options.max_deliveries) {
+        complain_(Fault::Other, "delivered more often than allowed: " + text_of(key, message));
+      }
+      if (got.is_letter && got.attempts < plan_.options.max_deliveries) {
+        complain_(Fault::Other, "a dead letter too early: " + text_of(key, message));
       }
       if (i > 0) judge_repeat(key, message, deliveries[i - 1], deliveries[i]);
     }
@@ -135,8 +158,14 @@ class Judge {
 
   void judge_repeat(Key key, const Message& message, const Delivery& before, const Delivery& after) {
     const Life& holder = log_.life[before.life];
-    if (after.got->attempts == before.got->attempts && after.got->attempts < Claim::kMaxAttempts) {
-      complain_(Fault::Duplicated, "twice with one number of attempts: " + text_of(key, message));
+    const bool revived = before.given_back != nullptr && before.given_back->what == What::Reviving;
+    const bool letters = before.got->is_letter && after.got->is_letter;
+    if (!revived && !letters && after.got->attempts <= before.got->attempts) {
+      complain_(Fault::Duplicated, "again without a higher number of attempts: " + text_of(key, message));
+      return;
+    }
+    if (before.got->is_letter && !after.got->is_letter && !revived) {
+      complain_(Fault::Duplicated, "a dead letter was delivered again: " + text_of(key, message));
       return;
     }
     if (before.released) {
@@ -155,36 +184,94 @@ class Judge {
     if (after.got->at_ns < let_go_ns) {
       complain_(Fault::Duplicated, "two holders at a time: " + text_of(key, message));
     }
+    if (plan_.drops && before.given_back == nullptr && before.got->group != kDefaultGroup && !before.got->is_letter) {
+      complain_(Fault::Duplicated, "again where the dead's messages are dropped: " + text_of(key, message));
+    }
     // How long it took, for the waiting: as long as somebody was there who was not being stopped.
-    if (before.given_back == nullptr && after.got->attempts == before.got->attempts + 1 && !plan_.stops) {
+    if (before.given_back == nullptr && after.got->attempts == before.got->attempts + 1 && !plan_.stops &&
+        !after.got->is_letter && after.life != kMostLives - 1) {
       const Life& taker = log_.life[after.life];
       tally_.redelivery.add(after.got->at_ns - std::max(let_go_ns, taker.joined_ns));
     }
   }
 
-  void judge_losses(std::uint64_t missing, std::uint64_t dropped_oldest) {
-    if (plan_.shape == Shape::DropOldest) {
-      tally_.dropped += dropped_oldest;
-      // A producer that dies between taking the oldest and counting it, or between counting and releasing it.
-      if (missing > dropped_oldest + deaths_ || dropped_oldest > missing + deaths_ + intended()) {
-        complain_(Fault::Lost, std::to_string(missing) + " messages are missing, " +
-                                   std::to_string(dropped_oldest) + " are counted as dropped, " +
-                                   std::to_string(deaths_) + " processes died");
-      }
-      return;
-    }
-    if (missing == 0) return;
+  /// For a group that was there all the time.
+  void judge_losses(std::uint32_t group, std::uint64_t dropped) {
+    std::uint64_t missing = 0;
+    std::uint64_t intended = 0;
+    const Message* example = nullptr;
+    Key example_key = 0;
     for (const auto& [key, message] : messages_) {
-      if (message.fate == Fate::Returned && message.deliveries.empty()) {
-        complain_(Fault::Lost, "send() had returned, and nobody got it: " + text_of(key, message));
+      auto found = message.by_group.find(group);
+      if (found != message.by_group.end() && !found->second.empty()) continue;
+      intended += message.send->fate == Fate::Intended;
+      if (message.send->fate != Fate::Returned) continue;
+      ++missing;
+      if (example == nullptr) {
+        example = &message;
+        example_key = key;
       }
     }
+    tally_.dropped += dropped;
+    // Whoever takes something to drop it, and dies, may leave it uncounted.
+    std::uint64_t most = 0;
+    if (plan_.policy == Backpressure::DropOldest) {
+      most = dropped + deaths_;
+      if (dropped > missing + deaths_ + intended) {
+        complain_(Fault::Other, "group " + std::to_string(group) + ": " + std::to_string(missing) +
+                                    " messages are missing, " + std::to_string(dropped) + " are counted as dropped");
+      }
+    } else if (plan_.shape == Shape::DeadLetters) {
+      most = counts_.letters_dropped == 0 && deaths_ == 0 ? 0 : counts_.letters_dropped + dropped + deaths_;
+    } else if (plan_.drops && group != kDefaultGroup) {
+      for (const Life& life : log_.life) {
+        if (life.end == End::Killed && life.role == Role::Consumer && life.group == group) most += plan_.most_held + 1;
+      }
+    }
+    if (missing <= most) return;
+    complain_(Fault::Lost, "group " + std::to_string(group) + " lacks " + std::to_string(missing) + " messages, " +
+                               std::to_string(most) + " may be; send() had returned for " +
+                               text_of(example_key, *example));
   }
 
-  std::uint64_t intended() const {
-    return static_cast<std::uint64_t>(std::count_if(messages_.begin(), messages_.end(), [](const auto& entry) {
-      return entry.second.fate == Fate::Intended && entry.second.deliveries.empty();
-    }));
+  /// A viewer gets every message that was sent after it had joined, up to the last that it got.
+  void judge_viewer(std::uint32_t index) {
+    const Life& life = log_.life[index];
+    std::vector<std::uint64_t> positions;
+    std::uint64_t begin = 0;
+    bool has_begun = false;
+    std::uint64_t uncertain = 0;  // messages whose senders may have looked at the groups before it joined
+    for (const auto& [key, message] : messages_) {
+      const Send& send = *message.send;
+      uncertain += send.intended_ns <= life.joined_ns && (send.returned_ns == 0 || send.returned_ns >= life.asked_ns);
+      auto found = message.by_group.find(life.group);
+      if (found == message.by_group.end() || found->second.empty()) continue;
+      positions.push_back(message.position);
+      tally_.old_messages += send.returned_ns != 0 && send.returned_ns < life.asked_ns;
+      if (send.intended_ns > life.joined_ns && (!has_begun || message.position < begin)) {
+        begin = message.position;
+        has_begun = true;
+      }
+    }
+    if (!has_begun) return;
+    std::sort(positions.begin(), positions.end());
+    std::uint64_t gaps = 0;
+    std::uint64_t expected = begin;
+    for (std::uint64_t position : positions) {
+      if (position < begin) continue;
+      for (; expected < position && gaps < 1'000'000; expected = slots::next_position(expected)) ++gaps;
+      expected = slots::next_position(position);
+    }
+    std::uint64_t most = uncertain;
+    if (plan_.policy == Backpressure::DropOldest) {
+      if (life.end != End::Left) return;  // what it had lost is not known
+      most += life.lost + deaths_;
+    }
+    if (gaps > most) {
+      complain_(Fault::Lost, "viewer " + std::to_string(index) + " got " + std::to_string(positions.size()) +
+                                 " messages with " + std::to_string(gaps) + " gaps after it had joined, counted " +
+                                 std::to_string(life.lost) + ", uncertain " + std::to_string(uncertain));
+    }
   }
 
   // One position, one message; and what one producer sent one after the other stands in that order.
@@ -194,8 +281,8 @@ class Judge {
     std::uint32_t producer = kMostLives;
     std::uint64_t last = 0;
     for (const auto& [key, message] : messages_) {
-      if (message.deliveries.empty()) continue;
-      const std::uint64_t position = message.deliveries[0].got->position;
+      if (!message.has_position) continue;
+      const std::uint64_t position = message.position;
       if (!at.emplace(position, key).second) {
         complain_(Fault::Disordered, "position " + std::to_string(position) + " has two messages: " +
                                          text_of(key, message) + " and " + text_of(at[position], messages_[at[position]]));
@@ -210,6 +297,7 @@ class Judge {
 
   const Plan& plan_;
   const Log& log_;
+  const Counts& counts_;
   Tally& tally_;
   const Complain& complain_;
   std::map<Key, Message> messages_;
@@ -218,22 +306,32 @@ class Judge {
 
 }  // namespace
 
-void judge_messages(const Plan& plan, const Log& log, std::uint64_t dropped_oldest, Tally& tally,
-                    const Complain& complain) {
-  Judge(plan, log, tally, complain).run(dropped_oldest);
+void judge_messages(const Plan& plan, const Log& log, const Counts& counts, Tally& tally, const Complain& complain) {
+  Judge(plan, log, counts, tally, complain).run();
 }
 
-void judge_region(const memory::Region& region, std::uint32_t handles, const Complain& complain) {
+void judge_region(const memory::Region& region, std::uint32_t handles, std::uint32_t durable,
+                  const Complain& complain) {
   const memory::Geometry& g = region.geometry();
+  const std::uint32_t retained = region.keeps_history() ? 1u << region.retention_group() : 0;
   bool clean = true;
+  std::uint32_t history = 0;
   for (std::uint32_t s = 0; s < g.slots; ++s) {
-    clean = clean && SlotWord{region.slot(s).word.load()}.is_free();
+    const SlotWord word{region.slot(s).word.load()};
+    const bool is_history = word.is(slots::SlotPhase::Committed) && word.pending() == retained && retained != 0;
+    history += is_history;
+    clean = clean && (word.is_free() || is_history);
   }
-  if (!clean) complain(Fault::Leaked, "slots are not free: " + dump_region(region));
+  if (!clean || history > region.rules().history) complain(Fault::Leaked, "slots are not free: " + dump_region(region));
   std::uint32_t used = 0;
   for (std::uint32_t i = 0; i < g.participants; ++i) used += (region.participant(i).word.load() & 0xFF) != 0;
   if (used != handles) {
     complain(Fault::Leaked, std::to_string(used) + " participants, " + std::to_string(handles) + " handles");
+  }
+  const auto groups = static_cast<std::uint32_t>(region.header().active.load()) & region.group_bits();
+  const std::uint32_t wanted = (region.rules().default_group != 0 ? 1 : 0) + (retained != 0 ? 1 : 0) + durable;
+  if (static_cast<std::uint32_t>(std::popcount(groups)) != wanted) {
+    complain(Fault::Leaked, "groups of the dead: " + dump_region(region));
   }
   std::uint64_t bits = 0;
   for (const auto& word : region.header().space.waiters) bits |= word.load();

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "log.hpp"
 #include "memory/region.hpp"
@@ -15,12 +16,19 @@ enum class Fault { Lost, Torn, Duplicated, Disordered, Leaked, Stuck, Other };
 
 using Complain = std::function<void(Fault, const std::string&)>;
 
-/// What has become of every message. `final_life` received what was left.
-void judge_messages(const Plan& plan, const Log& log, std::uint64_t dropped_oldest, Tally& tally,
-                    const Complain& complain);
+/// What the channel says it has dropped.
+struct Counts {
+  std::vector<std::uint64_t> dropped_oldest;  ///< of the groups that were there from the start, in their order
+  std::uint64_t letters_dropped = 0;
+};
 
-/// After the last message has been released, and with `handles` handles open: nothing may be left in the region.
-void judge_region(const memory::Region& region, std::uint32_t handles, const Complain& complain);
+/// What has become of every message. The last life received what was left.
+void judge_messages(const Plan& plan, const Log& log, const Counts& counts, Tally& tally, const Complain& complain);
+
+/// After the last message has been released, with `handles` handles open and `durable` named groups: nothing but the
+/// history may be left in the region.
+void judge_region(const memory::Region& region, std::uint32_t handles, std::uint32_t durable,
+                  const Complain& complain);
 
 /// The state of a region, for people.
 std::string dump_region(const memory::Region& region);

@@ -9,8 +9,21 @@
 /// Which processes a round has, on which channel, and how they behave. All of it follows from the seed.
 namespace dsline::kill {
 
-enum class Shape : std::uint32_t { OneToOne, WorkQueue, DropOldest, DropNewest, Reattach, Steady, Creators };
-inline constexpr std::uint32_t kShapes = 7;
+enum class Shape : std::uint32_t {
+  OneToOne,
+  WorkQueue,
+  DropOldest,
+  DropNewest,
+  Reattach,
+  Steady,
+  Broadcast,
+  SlowViewers,
+  History,
+  DeadLetters,
+  DropOnDeath,
+  Creators,
+};
+inline constexpr std::uint32_t kShapes = 12;
 static_assert(kShapes <= kMostShapes);
 const char* shape_name(std::uint32_t shape) noexcept;
 
@@ -25,6 +38,9 @@ struct Plan {
   ChannelOptions options;
   Backpressure policy;
   std::uint32_t wanted[kRoles];       ///< processes of each role
+  std::uint32_t durable;              ///< groups that are there from the start, beside the default group
+  bool drops;                         ///< on_death of the durable groups: drop
+  Start start;                        ///< of viewers
   std::uint32_t most_held;            ///< messages that a consumer holds at once
   std::uint32_t largest;              ///< payload bytes
   std::uint32_t send_pause_us;        ///< at most, after a message; 0: none

@@ -29,6 +29,10 @@ void add(Tally& sum, const Tally& lane) {
   sum.given_back += lane.given_back;
   sum.rolled_forward += lane.rolled_forward;
   sum.dropped += lane.dropped;
+  sum.letters += lane.letters;
+  sum.old_messages += lane.old_messages;
+  sum.looks += lane.looks;
+  sum.refused += lane.refused;
   sum.lost += lane.lost;
   sum.torn += lane.torn;
   sum.duplicated += lane.duplicated;
@@ -73,9 +77,10 @@ bool write_json(const Options& options, const Tally& sum, std::uint64_t kills, d
   std::fprintf(file,
                "  \"kills_at_random_times\": %" PRIu64 ",\n  \"stops\": %" PRIu64 ",\n  \"sent\": %" PRIu64
                ",\n  \"received\": %" PRIu64 ",\n  \"redelivered\": %" PRIu64 ",\n  \"given_back\": %" PRIu64
-               ",\n  \"rolled_forward\": %" PRIu64 ",\n  \"dropped\": %" PRIu64 ",\n",
+               ",\n  \"rolled_forward\": %" PRIu64 ",\n  \"dropped\": %" PRIu64 ",\n  \"dead_letters\": %" PRIu64
+               ",\n  \"older_messages\": %" PRIu64 ",\n  \"looks\": %" PRIu64 ",\n  \"refused\": %" PRIu64 ",\n",
                sum.killed_at_random, sum.stops, sum.sent, sum.received, sum.redelivered, sum.given_back,
-               sum.rolled_forward, sum.dropped);
+               sum.rolled_forward, sum.dropped, sum.letters, sum.old_messages, sum.looks, sum.refused);
   std::fprintf(file,
                "  \"violations\": {\"lost\": %" PRIu64 ", \"torn\": %" PRIu64 ", \"duplicated\": %" PRIu64
                ", \"disordered\": %" PRIu64 ", \"leaked\": %" PRIu64 ", \"stuck\": %" PRIu64 ", \"other\": %" PRIu64
@@ -134,6 +139,9 @@ bool report(const Options& options, const std::vector<const Tally*>& lanes, doub
               " of them again, %" PRIu64 " given back, %" PRIu64 " delivered for a dead sender, %" PRIu64 " dropped\n",
               kills, sum->stops, seconds, sum->sent, sum->received, sum->redelivered, sum->given_back,
               sum->rolled_forward, sum->dropped);
+  std::printf("%" PRIu64 " dead letters taken, %" PRIu64 " older messages received by viewers, %" PRIu64
+              " looks at the newest message, %" PRIu64 " viewers found no number left\n",
+              sum->letters, sum->old_messages, sum->looks, sum->refused);
   std::printf("lost %" PRIu64 ", torn %" PRIu64 ", duplicated %" PRIu64 ", out of order %" PRIu64 ", leaked %" PRIu64
               ", stuck %" PRIu64 ", other %" PRIu64 "\n",
               sum->lost, sum->torn, sum->duplicated, sum->disordered, sum->leaked, sum->stuck, sum->other);
@@ -146,6 +154,10 @@ bool report(const Options& options, const std::vector<const Tally*>& lanes, doub
     good = false;
   }
   if (is_whole && kills >= 5000) {
+    if (sum->letters == 0 || sum->old_messages == 0 || sum->looks == 0 || sum->rolled_forward == 0) {
+      std::printf("FAILED: something that should happen never did\n");
+      good = false;
+    }
     if (unhit != 0) {
       std::printf("FAILED: %u labels without a death\n", unhit);
       good = false;

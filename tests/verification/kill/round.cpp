@@ -91,6 +91,7 @@ void Round::create() {
   site_.fd = dup(first->descriptor());
   watch_ = memory::Region::attach(
       memory::make_file_storage(dup(site_.fd), memory::StorageKind::File, "the channel as its watcher sees it"));
+  for (std::uint32_t g = 1; g <= plan_.durable; ++g) first->subscribe(subscription(plan_, g))->close();
   if (plan_.has_keeper) {
     site_.keeper = first;
   } else {
@@ -118,10 +119,23 @@ void Round::choose_point(Life& life) {
   life.wants_stop = plan_.stops && random_.one_in(4);
 }
 
+/// A consumer goes to the group that has the fewest.
+std::uint32_t Round::group_for(Role role, std::uint32_t index) {
+  if (role == Role::Viewer) return kViewerGroup + index;
+  if (role != Role::Consumer) return kDefaultGroup;
+  std::vector<std::uint32_t> members(plan_.durable + 1, 0);
+  if (plan_.options.default_group == 0) members[0] = ~0u;
+  for (const Child& child : children_) {
+    if (log_.life[child.index].role == Role::Consumer) ++members[log_.life[child.index].group];
+  }
+  return static_cast<std::uint32_t>(std::min_element(members.begin(), members.end()) - members.begin());
+}
+
 void Round::spawn(Role role) {
   const std::uint32_t index = log_.lives++;
   Life& life = log_.life[index];
   life.role = role;
+  life.group = group_for(role, index);
   life.killed_at = -1;
   life.last_point = -1;
   choose_point(life);
@@ -187,6 +201,9 @@ void Round::reap() {
       unrecovered_.push_back({pid, life.killed_ns});
     } else if (WIFEXITED(status) && WEXITSTATUS(status) == 0) {
       life.end = End::Left;
+    } else if (WIFEXITED(status) && WEXITSTATUS(status) == kRefused) {
+      life.end = End::Refused;
+      ++tally_.refused;
     } else {
       life.end = End::Failed;
       const bool torn = std::strstr(life.error, "torn") != nullptr || std::strstr(life.error, "corrupted") != nullptr;
@@ -226,12 +243,15 @@ void Round::act() {
   }
 }
 
-/// Recovery is over when the entry of the dead is free. It is promised while somebody waits or calls.
+/// Recovery is over when the entry of the dead is free. It is promised while somebody waits for messages, or for room:
+/// a producer that has room needs nothing of the dead.
 void Round::watch_recovery() {
   if (watch_ == nullptr) return;
   const std::int64_t now = base::monotonic_ns();
   const bool somebody = std::any_of(children_.begin(), children_.end(), [this](const Child& child) {
-    return child.go_on_at_ns == 0 && child.kill_at_ns != INT64_MAX && log_.life[child.index].joined_ns != 0;
+    const Life& life = log_.life[child.index];
+    const bool receives = life.role == Role::Consumer || life.role == Role::Viewer || life.role == Role::Undertaker;
+    return receives && child.go_on_at_ns == 0 && child.kill_at_ns != INT64_MAX && life.joined_ns != 0;
   });
   if (!somebody) {
     somebody_since_ns_ = 0;
@@ -319,7 +339,7 @@ void Round::finish() {
   while (!children_.empty()) {
     supervise();
     const bool senders = std::any_of(children_.begin(), children_.end(), [this](const Child& child) {
-      return log_.life[child.index].role != Role::Consumer;
+      return log_.life[child.index].role == Role::Producer || log_.life[child.index].role == Role::Peer;
     });
     if (!senders) log_.stop = true;
     if (base::monotonic_ns() > end) {
@@ -338,16 +358,25 @@ void Round::final_look() {
   last.role = Role::Consumer;
   last.end = End::Left;
   last.joined_ns = base::monotonic_ns();
-  std::uint64_t dropped = watch_ != nullptr ? watch_->group(0).dropped_oldest.load() : 0;
   const Complain complain_here = [this](Fault fault, const std::string& text) { complain(fault, text); };
   auto region = memory::Region::attach(memory::make_file_storage(
       dup(channel->descriptor()), memory::StorageKind::File, "the channel as its watcher sees it"));
-  Outcome outcome = Outcome::Ok;
-  while (outcome == Outcome::Ok) outcome = take_one(*channel, last);
-  if (outcome != Outcome::Empty) {
-    complain(Fault::Other, "the last look ended with outcome " + std::to_string(static_cast<int>(outcome)));
+  Counts counts;
+  for (std::uint32_t g = plan_.options.default_group == 0 ? 1 : 0; g <= plan_.durable; ++g) {
+    auto member = g == kDefaultGroup ? channel : channel->subscribe(subscription(plan_, g));
+    Outcome outcome = Outcome::Ok;
+    while (outcome == Outcome::Ok) outcome = take_one(*member, last, g);
+    if (outcome != Outcome::Empty) {
+      complain(Fault::Other, "the last look ended with outcome " + std::to_string(static_cast<int>(outcome)));
+    }
+    // Numbers are given in order, and the durable groups came first.
+    counts.dropped_oldest.push_back(region->group(g).dropped_oldest.load());
+    if (g != kDefaultGroup) member->close();
   }
-  judge_region(*region, 1, complain_here);
+  while (take_one_letter(*channel, last) == Outcome::Ok) {
+  }
+  counts.letters_dropped = region->header().letters_dropped.load();
+  judge_region(*region, 1, plan_.durable, complain_here);
   // Every slot can be taken again.
   std::vector<Loan> loans(channel->capacity());
   for (Loan& loan : loans) {
@@ -357,7 +386,7 @@ void Round::final_look() {
   }
   for (const Loan& loan : loans) channel->abort(loan);
   channel->close();
-  judge_messages(plan_, log_, dropped, tally_, complain_here);
+  judge_messages(plan_, log_, counts, tally_, complain_here);
 }
 
 }  // namespace dsline::kill

@@ -36,6 +36,7 @@ class Round {
   void create();
   void spawn_missing();
   void spawn(Role role);
+  std::uint32_t group_for(Role role, std::uint32_t index);
   void choose_point(Life& life);
   void reap();
   void act();
