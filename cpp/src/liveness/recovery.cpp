@@ -177,6 +177,18 @@ bool end_membership(memory::Region& region, std::uint32_t d, std::uint32_t me, b
   return true;
 }
 
+/// Whoever died while it ended a group, or had committed for one that has ended, leaves bits of it behind.
+void sweep_ended_groups(memory::Region& region, std::uint32_t me, bool has_control) noexcept {
+  SlotPool pool(region);
+  Membership membership(region, pool);
+  if (!membership.anything_stale()) return;
+  if (!has_control && !region.storage().try_lock(memory::kControlLock)) return;
+  DSLINE_POINT("recover.before_sweep");
+  membership.remove_abandoned(Membership::kNoGroup, me);
+  membership.sweep(me);
+  if (!has_control) region.storage().unlock(memory::kControlLock);
+}
+
 }  // namespace
 
 void recover_leftovers(memory::Region& region, std::uint32_t me) noexcept { recover_slots(region, me); }
@@ -197,6 +209,7 @@ std::uint32_t recover_the_dead(memory::Region& region, std::uint32_t me, bool ha
       participants.unlock_dead(d);
     }
   }
+  if (recovered != 0 || has_control) sweep_ended_groups(region, me, has_control);
   return recovered;
 }
 
