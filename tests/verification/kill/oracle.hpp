@@ -26,8 +26,8 @@ struct Counts {
 void judge_messages(const Plan& plan, const Log& log, const Counts& counts, Tally& tally, const Complain& complain);
 
 /// After the last message has been released, with `handles` handles open and `durable` named groups: nothing but the
-/// history may be left in the region.
-void judge_region(const memory::Region& region, std::uint32_t handles, std::uint32_t durable,
+/// history may be left in the region, and `history` messages of it at most.
+void judge_region(const memory::Region& region, std::uint32_t handles, std::uint32_t durable, std::uint32_t history,
                   const Complain& complain);
 
 /// The state of a region, for people.

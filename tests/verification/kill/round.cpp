@@ -376,7 +376,9 @@ void Round::final_look() {
   while (take_one_letter(*channel, last) == Outcome::Ok) {
   }
   counts.letters_dropped = region->header().letters_dropped.load();
-  judge_region(*region, 1, plan_.durable, complain_here);
+  // A sender that dies before it cuts the history leaves that to the next one.
+  const std::uint32_t history = region->rules().history;
+  judge_region(*region, 1, plan_.durable, history == 0 ? 0 : history + plan_.wanted[0], complain_here);
   // Every slot can be taken again.
   std::vector<Loan> loans(channel->capacity());
   for (Loan& loan : loans) {
@@ -385,6 +387,16 @@ void Round::final_look() {
     break;
   }
   for (const Loan& loan : loans) channel->abort(loan);
+  if (history != 0) {
+    for (std::uint32_t i = 0; i < 2; ++i) channel->try_send("", 0, kBytesMessage, nullptr, 0, 0, Backpressure::Raise);
+    for (std::uint32_t g = plan_.options.default_group == 0 ? 1 : 0; g <= plan_.durable; ++g) {
+      auto member = g == kDefaultGroup ? channel : channel->subscribe(subscription(plan_, g));
+      Received message;
+      while (member->try_recv(message) == Outcome::Ok) member->release(message.slot, message.process, message.group);
+      if (g != kDefaultGroup) member->close();
+    }
+    judge_region(*region, 1, plan_.durable, history, complain_here);
+  }
   channel->close();
   judge_messages(plan_, log_, counts, tally_, complain_here);
 }
