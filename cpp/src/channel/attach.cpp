@@ -340,12 +340,16 @@ Attachment attach_path(const std::string& path, const std::string& label, memory
     }
     auto storage = make_unnamed_storage(path, kind, options.mode);
     check_locks_work(*storage);
+    DSLINE_POINT("create.unnamed");
     out.region = make_region(std::move(storage), options);
     ControlLock control(*out.region, label);
     out.participant = join(*out.region, label);
     out.group = enter_default_group(*out.region, out.participant);
     DSLINE_POINT("create.before_link");
-    if (link_storage(out.region->storage(), path)) return out;
+    if (link_storage(out.region->storage(), path)) {
+      DSLINE_POINT("create.linked");
+      return out;
+    }
   }
   throw Error(ErrorCode::Internal, "channel '" + label + "' was made and removed by others " +
                                        std::to_string(kAttempts) +

@@ -163,6 +163,7 @@ void Channel::Impl::leave_if_idle() noexcept {
 void Channel::Impl::leave() noexcept {
   std::lock_guard sweeping(local->recovery);
   left = true;
+  DSLINE_POINT("close.begun");
   pool.return_hints(hints);
   pool.space().remove(me);
   for (std::uint32_t g = 0; g < region->geometry().groups; ++g) order::Group(*region, g).messages().remove(me);
@@ -175,6 +176,7 @@ void Channel::Impl::leave() noexcept {
     if (region->storage().kind() == StorageKind::PosixShm &&
         !participants.anyone_else_alive(liveness::Participants::kNobody) &&
         (is_shut_down() || !channel::holds_messages(*region))) {
+      DSLINE_POINT("close.before_name");
       channel::remove_name(region->storage(), path);
     }
   } catch (const Error&) {

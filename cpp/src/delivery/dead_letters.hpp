@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "base/points.hpp"
 #include "memory/region.hpp"
 #include "order/group.hpp"
 #include "slots/claim.hpp"
@@ -56,6 +57,7 @@ class DeadLetters {
     Found oldest{};
     while (find_oldest(oldest, true)) {
       if (!try_claim(oldest, slots::Claim::holder(me))) continue;
+      DSLINE_POINT("letter.claimed");
       held = order::Held{oldest.slot, oldest.position, oldest.claim.attempts()};
       group = oldest.group;
       return true;
@@ -78,6 +80,7 @@ class DeadLetters {
     if (region_->claim(held.slot, group.number())
             .compare_exchange_strong(mine.bits, mine.with(attempts, slots::Claim::kRedeliver).bits,
                                      std::memory_order_acq_rel)) {
+      DSLINE_POINT("letter.before_flag");
       group.raise();
     }
   }

@@ -34,8 +34,10 @@ class Publication {
       return true;
     }
     const std::uint64_t position = enter(s, groups);
-    if (region_->keeps_history()) [[unlikely]]
+    if (region_->keeps_history()) [[unlikely]] {
+      DSLINE_POINT("history.before_cut");
       trim_history(position, me);
+    }
     return true;
   }
 
@@ -128,6 +130,7 @@ class Publication {
   void finish_drop(order::Group& group, std::uint32_t slot) noexcept {
     DSLINE_POINT("drop.claimed");
     pool_->clear_pending(slot, group.bit());
+    DSLINE_POINT("drop.before_count");
     group.state().dropped_oldest.fetch_add(1, std::memory_order_relaxed);
   }
 

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include "base/clock.hpp"
+#include "base/points.hpp"
 #include "base/process.hpp"
 
 namespace dsline::liveness {
@@ -27,8 +28,10 @@ std::uint32_t Participants::try_join() noexcept {
     mine.left_writing.store(0, std::memory_order_relaxed);
     mine.left_held.store(0, std::memory_order_relaxed);
     mine.joined_ns.store(static_cast<std::uint64_t>(base::realtime_ns()), std::memory_order_relaxed);
+    DSLINE_POINT("entry.before_used");
     mine.word.store(EntryWord::make(seen.incarnation() + 1, EntryState::Used).bits,
                     std::memory_order_release);
+    DSLINE_POINT("entry.used");
     return i;
   }
   return kNobody;
@@ -37,6 +40,7 @@ std::uint32_t Participants::try_join() noexcept {
 void Participants::leave(std::uint32_t me) noexcept {
   memory::ParticipantState& mine = region_->participant(me);
   mine.word.store(EntryWord::make(entry(me).incarnation(), EntryState::Free).bits, std::memory_order_release);
+  DSLINE_POINT("entry.before_unlock");
   region_->storage().unlock(memory::participant_lock(me));
 }
 

@@ -49,11 +49,13 @@ void recover_published(memory::Region& region, SlotPool& pool, OrderRing& ring, 
   SlotWord word = pool.word(s);
   if (word.owner() != d) return;
   if (word.is(SlotPhase::Writing)) {
+    DSLINE_POINT("recover.before_abort");
     pool.abort(s, word);
     return;
   }
   if (!word.is(SlotPhase::Committed) || (word.pending() & slots::kEnqueueing) == 0) return;
   if (is_in_order(region, ring, s, word)) {
+    DSLINE_POINT("recover.before_not_enqueueing");
     pool.clear_pending(s, slots::kEnqueueing);
     return;
   }

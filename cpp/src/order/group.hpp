@@ -131,6 +131,7 @@ class Group {
     std::uint64_t seen = flag.load(std::memory_order_acquire);
     while (!flag.compare_exchange_weak(seen, ((seen >> 1) + 1) << 1 | 1, std::memory_order_seq_cst)) {
     }
+    DSLINE_POINT("redeliver.before_wake");
     base::fence_seq_cst_after_rmw();
     messages_.wake_one_if_anyone();
   }
@@ -202,6 +203,7 @@ class Group {
       if (won) DSLINE_POINT("take.claimed");
       advance(p);
       if (won) {
+        DSLINE_POINT("take.advanced");
         prefetch_ahead(p + kPrefetchDistance);
         held = Held{s, p, 0};
         return true;
@@ -270,6 +272,7 @@ class Group {
       if (region_->claim(oldest, number_)
               .compare_exchange_strong(wanted.bits, oldest_claim.with(oldest_claim.attempts(), who).bits,
                                        std::memory_order_acq_rel)) {
+        DSLINE_POINT("redeliver.claimed");
         note_time(oldest);
         held = Held{oldest, oldest_position, oldest_claim.attempts()};
         return true;

@@ -3,6 +3,7 @@
 #include <bit>
 #include <cstdint>
 
+#include "base/points.hpp"
 #include "memory/region.hpp"
 #include "slots/claim.hpp"
 #include "slots/slot_word.hpp"
@@ -155,6 +156,7 @@ class SlotPool {
   void clear_pending(std::uint32_t s, std::uint32_t bits) noexcept {
     // SYNC word: release pairs with A1's acquire, so that every reader is done before the next writer starts.
     SlotWord before{region_->slot(s).word.fetch_and(~std::uint64_t{bits}, std::memory_order_acq_rel)};
+    DSLINE_POINT("free.before_map");
     if (before.is(SlotPhase::Committed) && (before.pending() & bits) != 0 && (before.pending() & ~bits) == 0)
       free(s);
   }
@@ -223,6 +225,7 @@ class SlotPool {
   void free(std::uint32_t s) noexcept {
     // SYNC free: bit, full fence, load of the waiters; pairs with a waiter's bit, fence, look at the map.
     region_->free_map(s / 64).fetch_or(map_bit(s), std::memory_order_seq_cst);
+    DSLINE_POINT("free.before_wake");
     base::fence_seq_cst_after_rmw();
     space_.wake_one_if_anyone();
   }
@@ -233,6 +236,7 @@ class SlotPool {
     // whoever changes `active` and then reads this word sees WRITING, or the publisher sees the change.
     if (!region_->slot(s).word.compare_exchange_strong(seen.bits, writing.bits, std::memory_order_seq_cst))
       return false;
+    DSLINE_POINT("alloc.word");
     // SYNC latest: whoever reads a payload without holding it sees the new word before it can see new bytes.
     base::fence_seq_cst_after_rmw();
     // Only the owner touches these while the slot is WRITING; ordered by the commit's release.
@@ -257,6 +261,7 @@ class SlotPool {
       const std::uint64_t lowest = seen & ~rest;
       std::uint64_t taken = region_->free_map(i).fetch_and(~lowest, std::memory_order_seq_cst) & lowest;
       if (taken == 0) continue;
+      DSLINE_POINT("alloc.hints");
       cache.map_word.store(i, std::memory_order_relaxed);
       cache.bits.store(taken, std::memory_order_relaxed);
       for (; taken != 0; taken &= taken - 1)
