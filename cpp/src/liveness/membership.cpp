@@ -216,9 +216,10 @@ void Membership::wait_for_senders(std::uint32_t group) const noexcept {
 
 void Membership::leave(std::uint32_t me) noexcept {
   const std::uint32_t entry = region_->participant(me).group.load(std::memory_order_relaxed);
-  region_->participant(me).group.store(0, std::memory_order_release);
+  // The entry comes last: whoever recovers me finds a group that I had not ended, or not swept.
+  if (entry >= 1 && is_named(entry - 1)) remove_abandoned(me, me);
   DSLINE_POINT("leave.no_member");
-  if (entry >= 1 && is_named(entry - 1)) remove_abandoned(kNoGroup, me);
+  region_->participant(me).group.store(0, std::memory_order_release);
 }
 
 void Membership::remove(std::uint32_t group, std::uint32_t me) noexcept {
