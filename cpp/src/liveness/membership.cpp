@@ -108,6 +108,7 @@ std::uint32_t Membership::make(std::string_view wanted, std::uint32_t rules, Joi
     }
     std::uint64_t from = tail;
     if (start != JoinAt::Next) {
+      forget_claims(g);
       from = first_position(start, g, tail);
       group.cursor.store(from, std::memory_order_seq_cst);
       offer_old(g, from);
@@ -160,6 +161,18 @@ std::uint64_t Membership::first_position(JoinAt start, std::uint32_t group,
   return first;
 }
 
+// What the last group with this number had read must not pass for read by the new one. Nobody writes the claim of a
+// committed slot that lacks the bit, until the slot is taken for writing, which does the same.
+void Membership::forget_claims(std::uint32_t group) noexcept {
+  for (std::uint32_t s = 0; s < region_->geometry().slots; ++s) {
+    base::Atomic<std::uint64_t>& claim = region_->claim(s, group);
+    Claim before{claim.load(std::memory_order_acquire)};
+    const SlotWord word = pool_->word(s);
+    if (!word.is(SlotPhase::Committed) || (word.pending() >> group & 1) != 0) continue;
+    claim.compare_exchange_strong(before.bits, Claim::none().bits, std::memory_order_acq_rel);
+  }
+}
+
 void Membership::offer_old(std::uint32_t group, std::uint64_t from) noexcept {
   const std::uint64_t tail = order::OrderRing(*region_).tail_guess();
   for (std::uint32_t s = 0; s < region_->geometry().slots; ++s) {
@@ -203,9 +216,10 @@ void Membership::wait_for_senders(std::uint32_t group) const noexcept {
 
 void Membership::leave(std::uint32_t me) noexcept {
   const std::uint32_t entry = region_->participant(me).group.load(std::memory_order_relaxed);
-  region_->participant(me).group.store(0, std::memory_order_release);
+  // The entry comes last: whoever recovers me finds a group that I had not ended, or not swept.
+  if (entry >= 1 && is_named(entry - 1)) remove_abandoned(me, me);
   DSLINE_POINT("leave.no_member");
-  if (entry >= 1 && is_named(entry - 1)) remove_abandoned(kNoGroup, me);
+  region_->participant(me).group.store(0, std::memory_order_release);
 }
 
 void Membership::remove(std::uint32_t group, std::uint32_t me) noexcept {

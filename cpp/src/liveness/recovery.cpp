@@ -174,7 +174,9 @@ bool end_membership(memory::Region& region, std::uint32_t d, std::uint32_t me, b
   if (!has_control && !region.storage().try_lock(memory::kControlLock)) return false;
   SlotPool pool(region);
   DSLINE_POINT("recover.before_membership");
-  Membership(region, pool).remove_abandoned(d, me);
+  Membership membership(region, pool);
+  membership.remove_abandoned(d, me);
+  membership.sweep(me);  // a group that it was still joining, or had already ended
   if (!has_control) region.storage().unlock(memory::kControlLock);
   return true;
 }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "liveness/participants.hpp"
 #include "memory/region.hpp"
 #include "order/order_ring.hpp"
 #include "slots/slot_pool.hpp"
@@ -17,9 +18,10 @@ struct Shape {
   std::uint32_t participants = 4;
   std::uint64_t first_position = 0;
   memory::Rules rules = {1, 0, 3, 16, 1, 0};  // as ChannelOptions has them by default
+  std::uint32_t active = ~0u;                 // groups that are there from the start, of those that there can be
 };
 
-/// A new region over a memfd in the state in which a channel is created, every group of it active.
+/// A new region over a memfd in the state in which a channel is created, with the groups of `shape` active.
 inline std::unique_ptr<memory::Region> make_region(const Shape& shape) {
   auto region =
       memory::Region::create(memory::make_memfd_storage(),
@@ -29,9 +31,9 @@ inline std::unique_ptr<memory::Region> make_region(const Shape& shape) {
   order::OrderRing::initialise(*region, shape.first_position);
   for (std::uint32_t g = 0; g < shape.groups; ++g) {
     region->group(g).cursor.store(shape.first_position);
-    region->group(g).state.store(1);
+    if ((shape.active >> g & 1) != 0) region->group(g).state.store(memory::kGroupNamed | memory::kGroupDurable);
   }
-  region->header().active.store((1u << shape.groups) - 1);
+  region->header().active.store(((1u << shape.groups) - 1) & shape.active);
   return region;
 }
 
@@ -39,6 +41,16 @@ inline std::unique_ptr<memory::Region> make_region(const Shape& shape) {
 inline std::unique_ptr<memory::Region> open_again(const memory::Region& region) {
   return memory::Region::attach(memory::adopt_memfd_storage(dup(region.storage().descriptor())));
 }
+
+/// A participant with a handle of its own, which may die: its kernel locks go, its entry stays.
+struct Peer {
+  explicit Peer(const memory::Region& of)
+      : region(open_again(of)), number(liveness::Participants(*region).try_join()) {}
+  void die() { region.reset(); }
+
+  std::unique_ptr<memory::Region> region;
+  std::uint32_t number;
+};
 
 /// Takes a slot, commits it and enters it for `groups`, as a publisher does.
 inline order::OrderRing::Entered publish(memory::Region& region, std::uint32_t s, std::uint32_t,
