@@ -26,10 +26,10 @@ struct HintCache {
 /// The slots of a region as a pool: take a free one, commit it, release it. protocol.md names the steps (A1 …).
 ///
 /// Threads: any number, of any processes; every step that decides is one compare-and-swap on the slot's word.
-/// Invariants: 1. A WRITING slot is reached by its owner alone: it is in no cell of the order, and its claims
-///   match no position. 2. A slot becomes free by one atomic step, after its last reader and its publisher are done
-///   with it. 3. The free map is a hint: a bit that is missing is found by scanning the words, a bit too many
-///   costs a failed look.
+/// Invariants: 1. A WRITING slot is reached by its owner alone: it is in no cell of the order, and its word has no bit of
+///   a group, without which nobody looks at a claim. 2. A slot becomes free by one atomic step, after its last reader
+///   and its publisher are done with it. 3. The free map is a hint: a bit that is missing is found by scanning the
+///   words, a bit too many costs a failed look.
 /// Death: a slot in the hands of a dead participant carries its number (WRITING), or its number and ENQ
 ///   (COMMITTED), or its number in a claim, so recovery finds it by scanning.
 class SlotPool {
@@ -37,7 +37,6 @@ class SlotPool {
   explicit SlotPool(memory::Region& region) noexcept
       : region_(&region),
         slots_(region.geometry().slots),
-        groups_(region.geometry().groups),
         group_bits_(region.group_bits()),
         hints_per_handle_(slots_ <= kMostSlotsForHints ? slots_ / 8 : 0),
         space_(region.header().space, region.geometry().participants) {}
@@ -142,6 +141,12 @@ class SlotPool {
   /// False when the word is no longer the one that alloc made: the slot has been taken away.
   bool commit(std::uint32_t s, SlotWord mine, std::uint32_t groups) noexcept {
     std::uint32_t pending = groups == 0 ? 0 : groups | kEnqueueing;
+    // What an earlier message left there must not pass for a claim on this one. Claims of other groups are nobody's to
+    // look at. Only the owner touches these while the slot is WRITING; ordered by the compare-and-swap below.
+    for (std::uint32_t left = groups; left != 0; left &= left - 1) {
+      region_->claim(s, static_cast<std::uint32_t>(std::countr_zero(left)))
+          .store(Claim::none().bits, std::memory_order_relaxed);
+    }
     SlotWord committed = SlotWord::make(mine.generation(), mine.owner(), SlotPhase::Committed, pending);
     // SYNC word: pairs with the acquire loads of takers and recoverers; makes frame, position and claims visible. A
     // compare-and-swap, since a thread may come here after its process gave the slot back at its exit.
@@ -239,15 +244,8 @@ class SlotPool {
     DSLINE_POINT("alloc.word");
     // SYNC latest: whoever reads a payload without holding it sees the new word before it can see new bytes.
     base::fence_seq_cst_after_rmw();
-    // Only the owner touches these while the slot is WRITING; ordered by the commit's release.
+    // Only the owner touches it while the slot is WRITING; ordered by the commit's release.
     region_->slot(s).position.store(kNoPosition, std::memory_order_relaxed);
-    // Looked at before it is written: the claims of groups that nobody uses stay in everybody's cache.
-    for (std::uint32_t g = 0; g < groups_; ++g) {
-      base::Atomic<std::uint64_t>& claim = region_->claim(s, g);
-      if (claim.load(std::memory_order_relaxed) != Claim::none().bits) {
-        claim.store(Claim::none().bits, std::memory_order_relaxed);
-      }
-    }
     return true;
   }
 
@@ -289,7 +287,6 @@ class SlotPool {
 
   memory::Region* region_;
   std::uint32_t slots_;
-  std::uint32_t groups_;
   std::uint32_t group_bits_;
   std::uint32_t hints_per_handle_;
   waiting::WaitPoint space_;
