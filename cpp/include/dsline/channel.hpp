@@ -287,7 +287,8 @@ class Channel {
   /// Takes the oldest dead letter of any group: Ok, Empty or Corrupted. It is gone when it is released, and is a dead
   /// letter again when its holder dies or gives it back.
   Outcome try_take_dead_letter(Received& message, DeadLetter& why);
-  /// Sends a dead letter that this handle holds to its group again, as if it had never been delivered.
+  /// Sends a dead letter that this handle holds to its group again, as a message that was delivered once (where the channel
+  /// delivers more than once).
   void revive(const Received& message) noexcept;
 
   /// Looks at the newest message of the history without taking it: Ok, or Empty where there is none or none behind

@@ -27,6 +27,8 @@ constexpr std::uint32_t kDefaultMaxDeliveries = 3;
 constexpr std::uint32_t kDefaultDeadLetters = 16;
 // A participant that looks after the dead may hold the lock of a free number for a moment.
 constexpr int kJoinAttempts = 200;
+// Whoever recovers a dead participant has its lock, and looks like its living owner for as long.
+constexpr int kFullLooks = 20;
 constexpr int kAttempts = 100;
 
 void sleep_ms(long ms) noexcept {
@@ -142,13 +144,16 @@ std::string differences(const memory::Region& region, const ChannelOptions& opti
 
 // Requires: the control lock.
 std::uint32_t join(memory::Region& region, const std::string& label) {
+  int full = 0;
   for (int attempt = 0; attempt < kJoinAttempts; ++attempt) {
     std::uint32_t me = Participants(region).try_join();
     if (me != Participants::kNobody) {
       liveness::recover_leftovers(region, me);
       return me;
     }
-    if (Participants(region).alive_guess(Participants::kNobody) == region.geometry().participants) break;
+    const bool is_full = Participants(region).alive_guess(Participants::kNobody) == region.geometry().participants;
+    full = is_full ? full + 1 : 0;
+    if (full == kFullLooks) break;
     liveness::recover_the_dead(region, Participants::kNobody, true);
     sleep_ms(1);
   }
@@ -382,6 +387,7 @@ Attachment attach_again(const memory::Region& region, const std::string& path, c
   }
   try {
     out.group = enter_group(*out.region, label, *options, out.participant);
+    out.joined = out.region->group(out.group).joined.load(std::memory_order_relaxed);
   } catch (const Error&) {
     Participants(*out.region).leave(out.participant);
     throw;

@@ -16,6 +16,7 @@ struct Attachment {
   std::string path;   ///< empty without a file
   std::string label;  ///< what people call it
   std::uint32_t group = liveness::Membership::kNoGroup;
+  std::uint32_t joined = 0;  ///< memory::GroupState::joined at that time
 };
 
 /// Opens the region at `path`, or creates it, as `mode` and `options` say, and joins it.

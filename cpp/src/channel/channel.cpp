@@ -86,7 +86,7 @@ std::uint64_t Channel::deaths() const noexcept {
 }
 std::vector<Death> Channel::deaths_since(std::uint64_t first) const { return impl_->deaths_since(first); }
 
-std::uint64_t Channel::depth() const noexcept { return can_receive() ? impl_->group.depth() : 0; }
+std::uint64_t Channel::depth() const noexcept { return impl_->may_receive() ? impl_->group.depth() : 0; }
 bool Channel::is_full() const noexcept { return !impl_->pool.anything_free_by_scan(); }
 ChannelStats Channel::stats() const noexcept { return impl_->stats(); }
 std::uint32_t Channel::capacity() const noexcept { return impl_->region->geometry().slots; }

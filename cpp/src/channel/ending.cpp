@@ -24,7 +24,7 @@ Channel::Impl::Impl(channel::Attachment attachment)
       pool(*region),
       ring(*region),
       group_number(attachment.group),
-      joined(group_number == kNoGroup ? 0 : region->group(group_number).joined.load(std::memory_order_relaxed)),
+      joined(attachment.joined),
       group(*region, group_number == kNoGroup ? 0 : group_number),
       publication(*region, pool),
       letters(*region, pool),
@@ -103,7 +103,7 @@ void Channel::Impl::shutdown(bool at_once) {
   for (std::uint32_t g = 0; at_once && !left && g < region->geometry().groups; ++g) {
     order::Group ending(*region, g);
     order::Held held{};
-    while (ending.try_discard(me, held)) pool.clear_pending(held.slot, ending.bit());
+    while (ending.is_active() && ending.try_discard(me, held)) pool.clear_pending(held.slot, ending.bit());
   }
   wake_receivers();
   pool.space().wake_all();
@@ -194,10 +194,13 @@ void Channel::Impl::return_everything() noexcept {
       if (!is_held_by_me(s, g, word)) continue;
       order::Group from(*region, g);
       const slots::Claim claim = from.claim(s);
+      const order::Held held{s, region->slot(s).position.load(std::memory_order_relaxed), claim.attempts()};
       if (claim.who() == slots::Claim::holder(me) && from.is_active()) {
-        from.give_back(
-            order::Held{s, region->slot(s).position.load(std::memory_order_relaxed), claim.attempts()}, me,
-            static_cast<std::uint32_t>(getpid()));
+        if (held.attempts >= region->rules().max_deliveries) {
+          letters.put_back(from, held, me);
+        } else {
+          from.give_back(held, me, static_cast<std::uint32_t>(getpid()));
+        }
       } else {
         pool.clear_pending(s, from.bit());
       }

@@ -141,6 +141,7 @@ struct Channel::Impl {
   bool sweep(bool now) noexcept;
   /// Ends groups without members and releases what waits for groups that are gone; true when something was done.
   bool tidy() noexcept;
+  void offer_what_was_passed() noexcept;
 
   // --- ending.cpp ---
   static std::set<Impl*>& handles();

@@ -133,12 +133,14 @@ bool Channel::Impl::is_drained() noexcept {
 }
 
 void Channel::Impl::release(std::uint32_t slot, std::uint32_t holder, std::uint32_t from) noexcept {
-  if (holder != base::fork_generation() || left.load(std::memory_order_relaxed) || !claimed_by_me(slot, from))
-      [[unlikely]] {
+  if (holder != base::fork_generation() || left.load(std::memory_order_relaxed)) [[unlikely]]
     return;
-  }
+  // The word comes first: while the claim is mine, it is the word of my message.
+  const SlotWord word = pool.word(slot);
+  if (!claimed_by_me(slot, from)) [[unlikely]]
+    return;
   DSLINE_POINT("release.before");
-  pool.clear_pending(slot, 1u << from);
+  pool.clear_pending_of(slot, word, 1u << from);
   DSLINE_POINT("release.after");
   if (closed.load(std::memory_order_relaxed)) [[unlikely]]
     leave_if_idle();

@@ -1,5 +1,6 @@
 #include "channel/report.hpp"
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 
@@ -201,7 +202,7 @@ ChannelStats Channel::Impl::stats() const noexcept {
   ChannelStats out =
       channel::count(*region, group.number(), is_inherited() || left ? Participants::kNobody : me);
   out.lost = out.dropped_oldest - dropped_before;
-  if (group_number == kNoGroup) {
+  if (group_number != 0 && (group_number == kNoGroup || group.state().joined.load(std::memory_order_relaxed) != joined)) {
     out.depth = out.dropped_oldest = out.lost = out.redelivered = 0;
     out.head_sequence = out.next_sequence;
   }
@@ -232,7 +233,12 @@ std::vector<Death> Channel::Impl::deaths_since(std::uint64_t first) const {
       death.group = liveness::Membership(*region, const_cast<slots::SlotPool&>(pool)).name(group - 1);
     }
     base::fence_acquire();
-    if (record.sequence.load(std::memory_order_relaxed) == number + 1) out.push_back(std::move(death));
+    if (record.sequence.load(std::memory_order_relaxed) != number + 1) continue;
+    // A recoverer that died after it had recorded the death leaves it to the next one, which records it again.
+    const bool again = std::any_of(out.begin(), out.end(), [&death](const Death& other) {
+      return other.participant == death.participant && other.joined_ns == death.joined_ns;
+    });
+    if (!again) out.push_back(std::move(death));
   }
   return out;
 }

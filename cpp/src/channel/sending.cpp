@@ -109,6 +109,7 @@ std::uint32_t Channel::Impl::take_slot_when_full(Backpressure policy) {
     local->last_scan_ns.store(now, std::memory_order_relaxed);
     sweep(false);
     tidy();
+    offer_what_was_passed();
   }
   if (due || policy == Backpressure::Block || region->geometry().slots <= slots::kMostSlotsForHints) {
     std::uint32_t s = pool.try_alloc_by_scan(me);
@@ -144,7 +145,8 @@ void Channel::Impl::fit(std::uint32_t s, std::uint64_t frame) {
   } else {
     std::uint64_t uses = state.small_uses.load(std::memory_order_relaxed) + 1;
     state.small_uses.store(uses, std::memory_order_relaxed);
-    if (uses >= kSmallUsesBeforeShrink) {
+    // Whoever looks at the newest message without holding it must not find a hole where its pages were.
+    if (uses >= kSmallUsesBeforeShrink && !region->keeps_history()) {
       region->shrink_slot(s, need);
       state.small_uses.store(0, std::memory_order_relaxed);
     }
@@ -169,6 +171,7 @@ void Channel::Impl::grow(std::uint32_t s, std::uint64_t need) {
 bool Channel::Impl::reclaim_free_slots() noexcept {
   bool any = false;
   const memory::Geometry& g = region->geometry();
+  if (region->keeps_history()) return false;  // see fit()
   for (std::uint32_t s = 0; s < g.slots; ++s) {
     if (region->slot(s).room_bytes.load(std::memory_order_relaxed) <= g.room_bytes || !pool.try_take(s, me))
       continue;

@@ -37,6 +37,7 @@ Outcome Channel::Impl::wait(waiting::WaitPoint point, std::uint32_t& count, std:
                             waiting::AdaptiveSpin& spinner, Ready ready, Surely surely, std::uint64_t done,
                             std::int64_t deadline_ns, bool spin) {
   const std::int64_t start = base::monotonic_ns();
+  if (start >= deadline_ns) return Outcome::TimedOut;  // also where `ready` promises what nobody can take
   if (spin && spinner(ready, deadline_ns, done)) return Outcome::Ok;
   waiting::Wake wake{};
   std::int64_t now = base::monotonic_ns();
@@ -83,8 +84,10 @@ Outcome Channel::Impl::wait_for_message(std::int64_t deadline_ns, bool spin) {
     const std::uint64_t state = active();
     return (state & memory::kShutDown) != 0 && ((state & memory::kShutDownAtOnce) != 0 || is_drained());
   };
-  return wait(group.messages(), local->sleeping_for_message, 2, local->message_spin, ready, ready,
-              taken.load(std::memory_order_relaxed), deadline_ns, spin);
+  const Outcome outcome = wait(group.messages(), local->sleeping_for_message, 2, local->message_spin, ready, ready,
+                               taken.load(std::memory_order_relaxed), deadline_ns, spin);
+  if (outcome == Outcome::Empty) group.offer_what_was_passed();
+  return outcome;
 }
 
 Outcome Channel::Impl::wait_for_newer(bool any, std::uint64_t newer_than, std::int64_t deadline_ns, bool spin) {
@@ -118,6 +121,14 @@ bool Channel::Impl::sweep(bool now) noexcept {
   if (!now && last != 0 && time - last < kSliceNs) return false;
   local->last_sweep_ns.store(time, std::memory_order_relaxed);
   return liveness::recover_the_dead(*region, me, false) != 0;
+}
+
+void Channel::Impl::offer_what_was_passed() noexcept {
+  const std::uint64_t now = active();
+  for (std::uint32_t g = 0; g < region->geometry().groups; ++g) {
+    const bool retention = region->keeps_history() && g == region->retention_group();
+    if ((now >> g & 1) != 0 && !retention) order::Group(*region, g).offer_what_was_passed();
+  }
 }
 
 bool Channel::Impl::tidy() noexcept {

@@ -16,8 +16,8 @@ namespace dsline::delivery {
 /// half of its slots: the oldest goes for a newer one.
 ///
 /// Threads: any number, of any processes; every step is one compare-and-swap on the claim.
-/// Death: whoever dies between taking the message and burying it holds it like any other, so recovery gives it back and
-///   the next taker buries it.
+/// Death: whoever dies with a message that was delivered often enough, about to bury it or reading the letter, leaves a
+///   dead letter.
 class DeadLetters {
  public:
   DeadLetters(memory::Region& region, slots::SlotPool& pool) noexcept : region_(&region), pool_(&pool) {}
@@ -25,8 +25,10 @@ class DeadLetters {
   /// Takes the next message of `group` that may still be delivered; buries what may not.
   bool try_take(order::Group& group, std::uint32_t me, order::Held& held) noexcept {
     while (group.try_take(me, held)) {
-      if (held.attempts < region_->rules().max_deliveries) [[likely]]
+      if (held.attempts < region_->rules().max_deliveries) [[likely]] {
+        if (held.attempts != 0) group.state().redelivered.fetch_add(1, std::memory_order_relaxed);
         return true;
+      }
       bury(group, held, me);
     }
     return false;
@@ -73,7 +75,7 @@ class DeadLetters {
                                  std::memory_order_acq_rel);
   }
 
-  /// Gives a letter that `me` holds to its group again.
+  /// Gives a letter that `me` holds to its group again, as a message that was delivered once.
   void revive(order::Group& group, const order::Held& held, std::uint32_t me) noexcept {
     slots::Claim mine = slots::Claim::make(held.position, held.attempts, slots::Claim::holder(me));
     const std::uint32_t attempts = std::min(1u, region_->rules().max_deliveries - 1);

@@ -46,9 +46,9 @@ class Publication {
   std::uint64_t enter(std::uint32_t s, std::uint32_t groups) noexcept {
     order::OrderRing::Entered entered = ring_.enter(s, groups);
     DSLINE_POINT("publish.entered");
-    pool_->clear_pending(s, slots::kEnqueueing);
-    DSLINE_POINT("publish.not_enqueueing");
     ring_.advance_tail(entered);
+    DSLINE_POINT("publish.tail_moved");
+    pool_->clear_pending(s, slots::kEnqueueing);
     DSLINE_POINT("publish.before_wake");
     base::fence_seq_cst_after_rmw();
     wake(groups);
@@ -112,10 +112,16 @@ class Publication {
   }
 
  private:
+  // Groups whose messages DROP_OLDEST may take.
   std::uint32_t listening() const noexcept {
     const std::uint64_t active = region_->header().active.load(std::memory_order_acquire);
     std::uint32_t groups = static_cast<std::uint32_t>(active) & region_->group_bits();
     if (region_->keeps_history()) groups &= ~(1u << region_->retention_group());
+    for (std::uint32_t left = groups; left != 0; left &= left - 1) {
+      const std::uint32_t g = static_cast<std::uint32_t>(std::countr_zero(left));
+      // Its joiner may still add messages behind what a sender would step over.
+      if ((region_->group(g).state.load(std::memory_order_acquire) & memory::kGroupJoining) != 0) groups &= ~(1u << g);
+    }
     return groups;
   }
 

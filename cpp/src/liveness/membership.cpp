@@ -96,7 +96,7 @@ std::uint32_t Membership::make(std::string_view wanted, std::uint32_t rules, Joi
     for (std::size_t i = 0; i < kNameWords; ++i) {
       group.name[i].store(name_word(wanted, i), std::memory_order_relaxed);
     }
-    group.state.store(memory::kGroupNamed | rules, std::memory_order_relaxed);
+    group.state.store(memory::kGroupNamed | memory::kGroupJoining | rules, std::memory_order_relaxed);
     group.dropped_oldest.store(0, std::memory_order_relaxed);
     group.redelivered.store(0, std::memory_order_relaxed);
     group.joined.fetch_add(1, std::memory_order_relaxed);
@@ -121,6 +121,7 @@ std::uint32_t Membership::make(std::string_view wanted, std::uint32_t rules, Joi
       wait_for_senders(g);
       offer_old(g, from);
     }
+    end_joining(g);
     return g;
   }
   return kNoGroup;
@@ -227,8 +228,18 @@ void Membership::remove(std::uint32_t group, std::uint32_t me) noexcept {
   region_->header().active.fetch_and(~(std::uint64_t{1} << group), std::memory_order_seq_cst);
   DSLINE_POINT("leave.inactive");
   region_->group(group).state.store(0, std::memory_order_relaxed);
+  // Members that are still there must not pass for members of the next group with this number.
+  for (std::uint32_t i = 0; i < region_->geometry().participants; ++i) {
+    std::uint32_t mine = group + 1;
+    region_->participant(i).group.compare_exchange_strong(mine, 0, std::memory_order_acq_rel);
+  }
   order::Group(*region_, group).messages().wake_all();
   sweep(me);
+}
+
+// SYNC joining: pairs with the acquire load of DROP_OLDEST senders, who leave the group alone until here.
+void Membership::end_joining(std::uint32_t group) noexcept {
+  if (is_named(group)) region_->group(group).state.fetch_and(~memory::kGroupJoining, std::memory_order_release);
 }
 
 bool Membership::has_members(std::uint32_t group, std::uint32_t except) const noexcept {

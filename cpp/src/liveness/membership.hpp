@@ -41,6 +41,8 @@ class Membership {
   std::uint32_t make(std::string_view name, std::uint32_t rules, JoinAt start, std::uint32_t me) noexcept;
   /// `me` is no member any more; a group that is not durable goes with its last one.
   void leave(std::uint32_t me) noexcept;
+  /// Its first member is done with what was there before it; also for a member that died over it.
+  void end_joining(std::uint32_t group) noexcept;
   /// Ends a group, whoever is in it.
   void remove(std::uint32_t group, std::uint32_t me) noexcept;
   /// Ends groups that are not durable and have no members but `except` (a participant that is being recovered;

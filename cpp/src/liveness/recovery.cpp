@@ -96,6 +96,12 @@ void recover_held(memory::Region& region, SlotPool& pool, std::uint32_t s, std::
     }
     if (claim.who() != Claim::holder(d)) continue;
     ++estate.held;
+    Claim seen = claim;
+    if ((active >> g & 1) != 0 && claim.attempts() >= region.rules().max_deliveries) {
+      region.claim(s, g).compare_exchange_strong(seen.bits, claim.with(claim.attempts(), Claim::kDead).bits,
+                                                 std::memory_order_acq_rel);
+      continue;
+    }
     const bool drops = (group.state().state.load(std::memory_order_relaxed) & memory::kGroupDrops) != 0;
     if ((active >> g & 1) == 0 || drops) {
       DSLINE_POINT("recover.before_release");
@@ -104,7 +110,6 @@ void recover_held(memory::Region& region, SlotPool& pool, std::uint32_t s, std::
     }
     group.note_holder(s, region.participant(d).pid.load(std::memory_order_relaxed), memory::kHolderDied);
     DSLINE_POINT("recover.before_give_back");
-    Claim seen = claim;
     region.claim(s, g).compare_exchange_strong(seen.bits, claim.given_back().bits, std::memory_order_acq_rel);
     DSLINE_POINT("recover.before_flag");
     group.raise();
@@ -175,6 +180,7 @@ bool end_membership(memory::Region& region, std::uint32_t d, std::uint32_t me, b
   SlotPool pool(region);
   DSLINE_POINT("recover.before_membership");
   Membership membership(region, pool);
+  membership.end_joining(group - 1);
   membership.remove_abandoned(d, me);
   membership.sweep(me);  // a group that it was still joining, or had already ended
   if (!has_control) region.storage().unlock(memory::kControlLock);
@@ -225,8 +231,10 @@ void rebuild(memory::Region& region) {
   std::uint32_t kept = region.rules().default_group != 0 ? 1 : 0;
   for (std::uint32_t g = 1; g < geometry.groups; ++g) {
     const std::uint32_t state = region.group(g).state.load(std::memory_order_relaxed);
-    const bool durable = (state & memory::kGroupNamed) != 0 && (state & memory::kGroupDurable) != 0;
+    const bool durable = (region.header().active.load(std::memory_order_relaxed) >> g & 1) != 0 &&
+                         (state & memory::kGroupDurable) != 0;
     if (durable) kept |= 1u << g;
+    region.group(g).state.store(state & ~memory::kGroupJoining, std::memory_order_relaxed);
   }
   const std::uint32_t retained = region.keeps_history() ? 1u << region.retention_group() : 0;
   kept |= retained;

@@ -50,19 +50,18 @@ class Group {
   bool anything_waiting() const noexcept {
     if (is_raised()) return true;
     std::uint64_t p = state().cursor.load(std::memory_order_acquire);
-    const std::int64_t ahead = order_.cell(p).ahead_of(p);
-    std::uint32_t s = 0;
-    return ahead == 0 || (ahead > 0 && look_at(p, s) != Look::Empty);
+    const Cell c = order_.cell(p);
+    const std::int64_t ahead = c.ahead_of(p);
+    if (ahead < 0) return false;
+    if (ahead == 0 && c.slot() < region_->geometry().slots) return true;
+    return look_at(p).what != Look::Empty;
   }
 
   /// T0 to T2: takes the next message for participant `me`. False when there is none.
   bool try_take(std::uint32_t me, Held& held) noexcept {
     const std::uint32_t who = slots::Claim::holder(me);
     if (is_raised()) [[unlikely]] {
-      if (take_given_back(who, held)) {
-        if (held.attempts != 0) state().redelivered.fetch_add(1, std::memory_order_relaxed);
-        return true;
-      }
+      if (take_given_back(who, held)) return true;
     }
     return take_at_cursor(who, held);
   }
@@ -77,7 +76,7 @@ class Group {
   /// Takes the message at `position`, in slot `s`, to discard it: false when somebody has it, or is done with it.
   bool try_discard_at(std::uint32_t s, std::uint64_t position, std::uint32_t me) noexcept {
     const bool won = claim_at(s, position, slots::Claim::discarder(me));
-    advance(position);
+    advance(position, slots::next_position(position));
     return won;
   }
 
@@ -85,16 +84,15 @@ class Group {
   /// cursor over what needs nobody.
   bool next_unclaimed(std::uint64_t& position, std::uint32_t& slot) noexcept {
     for (;;) {
-      std::uint64_t p = state().cursor.load(std::memory_order_acquire);
-      std::uint32_t s = 0;
-      const Look look = look_at(p, s);
-      if (look == Look::Empty) return false;
-      if (look == Look::Message && is_unclaimed(s, p)) {
+      const std::uint64_t p = state().cursor.load(std::memory_order_acquire);
+      const Seen seen = look_at(p);
+      if (seen.what == Look::Empty) return false;
+      if (seen.what == Look::Message && is_unclaimed(seen.slot, p)) {
         position = p;
-        slot = s;
+        slot = seen.slot;
         return true;
       }
-      if (look != Look::Again) advance(p);
+      if (seen.what != Look::Again) advance(p, seen.next);
     }
   }
 
@@ -136,6 +134,29 @@ class Group {
     messages_.wake_one_if_anyone();
   }
 
+  /// Offers what lies behind the cursor and was never claimed, as if it had been put back: a cursor that was moved by
+  /// somebody who had stood still since the number belonged to another group, or that was damaged, has passed it.
+  void offer_what_was_passed() noexcept {
+    const std::uint64_t tail = order_.tail_guess();
+    std::uint64_t cursor = state().cursor.load(std::memory_order_acquire);
+    const std::int64_t cells = region_->geometry().order_cells;
+    if (slots::distance(cursor & slots::kPositionMask, tail) > cells) advance(cursor, tail);
+    bool any = false;
+    for (std::uint32_t s = 0; s < region_->geometry().slots; ++s) {
+      slots::Claim found = claim(s);
+      const slots::SlotWord word{region_->slot(s).word.load(std::memory_order_acquire)};
+      if (!word.is(slots::SlotPhase::Committed) || (word.pending() & bit()) == 0 ||
+          (word.pending() & slots::kEnqueueing) != 0 || found.who() != slots::Claim::kNobody ||
+          found.position_low() == slots::kNoPositionLow || slots::distance(found.position_low(), cursor) >= 0)
+        continue;
+      const slots::Claim offered = found.with(0, slots::Claim::kRedeliver);
+      any = region_->claim(s, number_)
+                .compare_exchange_strong(found.bits, offered.bits, std::memory_order_acq_rel) ||
+            any;
+    }
+    if (any) raise();
+  }
+
   /// Messages that wait to be taken; exact while nobody sends or receives.
   std::uint64_t depth() const noexcept {
     std::uint64_t waiting = 0;
@@ -167,6 +188,11 @@ class Group {
   static constexpr std::uint64_t kPrefetchDistance = 4;
 
   enum class Look { Empty, Message, Nothing, Again };
+  struct Seen {
+    Look what;
+    std::uint32_t slot;
+    std::uint64_t next;  // where the cursor goes from here
+  };
 
   bool is_raised() const noexcept { return (state().redeliver.load(std::memory_order_acquire) & 1) != 0; }
 
@@ -175,19 +201,40 @@ class Group {
   }
 
   // T1: what is at position `p`, which was loaded from the cursor?
-  Look look_at(std::uint64_t p, std::uint32_t& s) const noexcept {
+  Seen look_at(std::uint64_t p) const noexcept {
     const Cell c = order_.cell(p);
     const std::int64_t ahead = c.ahead_of(p);
-    if (ahead < 0) return Look::Empty;
-    s = c.slot();
-    if (ahead == 0 && s < region_->geometry().slots) [[likely]]
-      return Look::Message;
-    if (state().cursor.load(std::memory_order_acquire) != p) return Look::Again;
-    // Invariant 4: the cell is damaged. What entered there is found by its claim; what has not entered yet will.
-    for (s = 0; s < region_->geometry().slots; ++s) {
-      if (is_unclaimed(s, p)) return Look::Message;
+    if (ahead < 0) return {Look::Empty, 0, p};
+    if (ahead == 0 && c.slot() < region_->geometry().slots) [[likely]]
+      return {Look::Message, c.slot(), slots::next_position(p)};
+    if (state().cursor.load(std::memory_order_acquire) != p) return {Look::Again, 0, p};
+    return look_by_claims(p);
+  }
+
+  // The cell does not say: it is damaged, or the cursor is, or the group was made while a lap went by. The first message
+  // at or behind `p` that the group needs is found by its claim, and the cursor goes there; never beyond the tail that
+  // was loaded before, behind which messages enter. A message that is still entering has its final claim only when it
+  // is no longer ENQ, so it is waited for.
+  Seen look_by_claims(std::uint64_t p) const noexcept {
+    const std::uint64_t tail = order_.tail_guess();
+    Seen seen{Look::Nothing, 0, tail};
+    if (slots::distance(tail & slots::kPositionMask, p) < 0) seen.next = p;
+    bool is_entering = false;
+    for (std::uint32_t s = 0; s < region_->geometry().slots; ++s) {
+      const slots::SlotWord word{region_->slot(s).word.load(std::memory_order_acquire)};
+      if (!word.is(slots::SlotPhase::Committed) || (word.pending() & bit()) == 0) continue;
+      const slots::Claim found = claim(s);
+      const std::int64_t before_next = slots::distance(found.position_low(), seen.next);
+      if (found.who() != slots::Claim::kNobody || found.position_low() == slots::kNoPositionLow ||
+          slots::distance(found.position_low(), p) < 0 || before_next > 0 || (before_next == 0 && seen.next != p))
+        continue;
+      seen.next += static_cast<std::uint64_t>(before_next);
+      seen.slot = s;
+      is_entering = (word.pending() & slots::kEnqueueing) != 0;
+      if (seen.next == p && !is_entering) return {Look::Message, s, slots::next_position(p)};
     }
-    return slots::distance(order_.tail_guess() & slots::kPositionMask, p) > 0 ? Look::Nothing : Look::Empty;
+    if (seen.next == p) seen.what = Look::Empty;
+    return seen;
   }
 
   // T1 and T2.
@@ -195,17 +242,15 @@ class Group {
     memory::GroupState& group = state();
     for (;;) {
       const std::uint64_t p = group.cursor.load(std::memory_order_acquire);
-      std::uint32_t s = 0;
-      const Look look = look_at(p, s);
-      if (look == Look::Empty) return false;
-      if (look == Look::Again) continue;
-      const bool won = look == Look::Message && claim_at(s, p, who);
+      const Seen seen = look_at(p);
+      if (seen.what == Look::Empty) return false;
+      if (seen.what == Look::Again) continue;
+      const bool won = seen.what == Look::Message && claim_at(seen.slot, p, who);
       if (won) DSLINE_POINT("take.claimed");
-      advance(p);
+      advance(p, seen.next);
       if (won) {
-        DSLINE_POINT("take.advanced");
         prefetch_ahead(p + kPrefetchDistance);
-        held = Held{s, p, 0};
+        held = Held{seen.slot, p, 0};
         return true;
       }
     }
@@ -237,9 +282,8 @@ class Group {
     __builtin_prefetch(frame + base::kCacheLine);
   }
 
-  void advance(std::uint64_t position) noexcept {
-    state().cursor.compare_exchange_strong(position, slots::next_position(position),
-                                           std::memory_order_relaxed);
+  void advance(std::uint64_t position, std::uint64_t next) noexcept {
+    state().cursor.compare_exchange_strong(position, next, std::memory_order_relaxed);
   }
 
   // T0: the oldest message that was given back.

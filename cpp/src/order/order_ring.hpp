@@ -17,8 +17,8 @@ namespace dsline::order {
 ///   entered, by its publisher or by the one that holds its dead publisher's lock. 2. The ring has at least
 ///   kCellsPerSlot times as many cells as there are slots, so a cell that some group still needs is never overwritten.
 ///   3. The tail is never beyond the true tail; a producer walks from it to the true one. 4. From a tail that has not
-///   changed since it was loaded, a walk meets no cell of a later lap: whoever entered there has moved the tail, or had
-///   loaded the same one, and those are no more than there are slots.
+///   changed since it was loaded, a walk meets no cell of a later lap: whoever entered behind it and has not moved it
+///   still keeps its slot (ENQ is cleared after the tail has moved, by recovery too), and there are fewer slots than cells.
 /// Death: before the cell's CAS the message is not in the order and position and claims say so (protocol V2–V4);
 ///   behind it the message is delivered, only the hint and a wake-up may be missing.
 class OrderRing {
@@ -52,16 +52,15 @@ class OrderRing {
   Entered enter(std::uint32_t s, std::uint32_t groups) noexcept {
     std::uint64_t hint = tail_guess();
     std::uint64_t t = hint;
-    std::uint64_t steps_left = kMostLaps * region_->geometry().order_cells;
+    int jumps_left = kMostJumps;
     for (;;) {
       Cell seen = cell(t);
       const std::int64_t ahead = seen.ahead_of(t);
-      if (ahead >= 0 && steps_left > 0) {
-        --steps_left;
-        if (ahead == 0) [[likely]] {  // taken; walking makes a stale hint harmless
-          t = slots::next_position(t);
-          continue;
-        }
+      if (ahead == 0) {  // taken; walking makes a stale hint harmless
+        t = slots::next_position(t);
+        continue;
+      }
+      if (ahead > 0) [[unlikely]] {
         const std::uint64_t now = tail_guess();
         if (now != hint) {  // lapped while this process stood still
           hint = t = now;
@@ -69,7 +68,8 @@ class OrderRing {
         }
         // Invariant 4: something is damaged. The tail, if a cell beside this one is of the same later lap: cells are taken
         // in order, so all but the last lap before a taken one are taken. Else this cell, which is mended by overwriting.
-        if (cell(t - 1).ahead_of(t - 1) == ahead || cell(t + 1).ahead_of(t + 1) == ahead) {
+        const bool same_lap = cell(t - 1).ahead_of(t - 1) == ahead || cell(t + 1).ahead_of(t + 1) == ahead;
+        if (same_lap && jumps_left-- > 0) {
           const std::int64_t cells = region_->geometry().order_cells;
           t = slots::next_position(t + static_cast<std::uint64_t>(std::max<std::int64_t>(ahead - cells, 0)));
           continue;
@@ -92,16 +92,22 @@ class OrderRing {
     }
   }
 
-  /// P3: moves the hint from the value that enter() started from; never from t to t + 1, since then one death
-  /// would freeze it.
+  /// P3, before ENQ is cleared: moves the hint from the value that enter() started from; never from t to t + 1, since then
+  /// one death would freeze it.
   void advance_tail(Entered entered) noexcept {
     region_->order().tail.compare_exchange_strong(entered.hint, slots::next_position(entered.position),
                                                   std::memory_order_release, std::memory_order_relaxed);
   }
 
+  /// The same for a message that its dead publisher had entered at `position`.
+  void advance_tail_past(std::uint64_t position) noexcept {
+    std::uint64_t hint = tail_guess();
+    if (slots::distance(position & slots::kPositionMask, hint) >= 0) advance_tail({position, hint});
+  }
+
  private:
-  // A walk is never longer, whatever the words say.
-  static constexpr std::uint64_t kMostLaps = 4;
+  // After a damaged tail one jump and at most a lap of steps lead to the true one; words that keep changing end it, too.
+  static constexpr int kMostJumps = 64;
 
   memory::Region* region_;
 };

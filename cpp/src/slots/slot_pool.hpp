@@ -166,6 +166,21 @@ class SlotPool {
       free(s);
   }
 
+  /// The same for the message that `seen` is the word of, and for no later one in this slot: a thread may come here after
+  /// its process gave the message back at its exit.
+  void clear_pending_of(std::uint32_t s, SlotWord seen, std::uint32_t bits) noexcept {
+    const std::uint32_t generation = seen.generation();
+    while (seen.generation() == generation && seen.is(SlotPhase::Committed) && (seen.pending() & bits) != 0) {
+      const SlotWord without{seen.bits & ~std::uint64_t{bits}};
+      // SYNC word: as in clear_pending().
+      if (!region_->slot(s).word.compare_exchange_weak(seen.bits, without.bits, std::memory_order_acq_rel,
+                                                       std::memory_order_acquire))
+        continue;
+      if (without.pending() == 0) free(s);
+      return;
+    }
+  }
+
   /// The last release of a message whose frame failed its check: the slot is kept out of use while others are free.
   void clear_pending_corrupted(std::uint32_t s, std::uint32_t bits) noexcept {
     SlotWord seen = word(s);
@@ -173,6 +188,7 @@ class SlotPool {
       SlotWord quarantined = SlotWord::make(seen.generation(), kNoOwner, SlotPhase::Corrupted, 0);
       if (region_->slot(s).word.compare_exchange_weak(seen.bits, quarantined.bits,
                                                       std::memory_order_acq_rel)) {
+        base::fence_seq_cst();
         space_.wake_one_if_anyone();  // a waiter may reuse it
         return;
       }
