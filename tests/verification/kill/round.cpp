@@ -105,9 +105,11 @@ void Round::choose_point(Life& life) {
   const auto shape = static_cast<std::uint32_t>(plan_.shape);
   const auto role = static_cast<std::uint32_t>(life.role);
   const auto& hits = tally_.hits[shape][role];
-  // Of a few labels that such a process comes to, the one that has had the fewest deaths.
-  for (int i = 0; i < 6; ++i) {
-    const std::uint32_t point = random_.below(point_count());
+  // Of a few labels that such a process comes to, or now and then of all, the one that has had the fewest deaths.
+  const bool any = random_.one_in(4);
+  const std::uint32_t first = random_.below(point_count());
+  for (std::uint32_t i = 0; i < (any ? point_count() : 6); ++i) {
+    const std::uint32_t point = any ? (first + i) % point_count() : random_.below(point_count());
     if (hits[point] == 0) continue;
     if (life.wanted_point < 0 || tally_.killed_at[point] < tally_.killed_at[life.wanted_point]) {
       life.wanted_point = static_cast<std::int32_t>(point);

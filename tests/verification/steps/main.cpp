@@ -93,13 +93,16 @@ void kill_really(Row& row, std::uint64_t step) {
   if (!wrong.empty()) complain(row, step, "SIGKILL", wrong);
 }
 
-bool write_json(const std::string& path, const std::vector<Row>& rows, double seconds) {
+bool write_json(const std::string& path, const std::vector<Row>& rows, const Row& sum, double seconds) {
   FILE* file = std::fopen(path.c_str(), "we");
   if (file == nullptr) {
     std::perror(path.c_str());
     return false;
   }
-  std::fprintf(file, "{\n  \"seconds\": %.1f,\n  \"cases\": [", seconds);
+  std::fprintf(file,
+               "{\n  \"seconds\": %.1f,\n  \"cases\": %zu,\n  \"instructions\": %" PRIu64 ",\n  \"states\": %" PRIu64
+               ",\n  \"kills\": %" PRIu64 ",\n  \"violations\": %" PRIu64 ",\n  \"by_case\": [",
+               seconds, rows.size(), sum.steps, sum.states, sum.kills, sum.violations);
   for (std::size_t i = 0; i < rows.size(); ++i) {
     const Row& r = rows[i];
     std::fprintf(file,
@@ -177,7 +180,7 @@ int run(const Options& options) {
               " SIGKILLs, %" PRIu64 " violations, %.1f s (seed %" PRIu64 ")\n",
               rows.size(), sum.steps, sum.states, sum.kills, sum.violations, seconds, options.seed);
   bool good = sum.violations == 0 && sum.states > rows.size() && !rows.empty();
-  if (!options.json.empty() && !write_json(options.json, rows, seconds)) good = false;
+  if (!options.json.empty() && !write_json(options.json, rows, sum, seconds)) good = false;
   std::printf("%s\n", good ? "ok" : "FAILED");
   return good ? 0 : 1;
 }
