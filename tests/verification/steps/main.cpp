@@ -76,7 +76,7 @@ void walk_through(Row& row) {
     std::string_view bytes(reinterpret_cast<const char*>(snapshot.bytes.data()), snapshot.bytes.size());
     if (!known.insert(bytes).second) continue;
     ++row.states;
-    std::string wrong = judge_copy(snapshot.bytes, items, scene.bystander(), scene.shuts_down());
+    std::string wrong = judge_copy(snapshot.bytes, items, scene);
     if (!wrong.empty()) complain(row, snapshot.step, "a death", wrong);
   }
   std::string wrong = judge_end(items);
@@ -89,7 +89,7 @@ void kill_really(Row& row, std::uint64_t step) {
   scene.kill_mover();
   ++row.kills;
   std::vector<Item> items = scene.items();
-  std::string wrong = judge(scene.descriptor(), items, [&scene] { scene.kill_bystander(); }, scene.shuts_down());
+  std::string wrong = judge(scene.descriptor(), items, [&scene] { scene.kill_bystander(); }, scene);
   if (!wrong.empty()) complain(row, step, "SIGKILL", wrong);
 }
 
@@ -151,7 +151,7 @@ int run(const Options& options) {
   const std::int64_t begin = base::monotonic_ns();
   std::vector<Row> rows;
   Row sum{};
-  std::printf("%-12s %-15s %12s %8s %8s %10s\n", "act", "start", "instructions", "states", "SIGKILLs", "violations");
+  std::printf("%-17s %-15s %12s %8s %8s %10s\n", "act", "start", "instructions", "states", "SIGKILLs", "violations");
   for (std::uint32_t a = 0; a < kActs; ++a) {
     for (std::uint32_t s = 0; s < kStarts; ++s) {
       Row row{static_cast<Act>(a), static_cast<Start>(s)};
@@ -165,7 +165,7 @@ int run(const Options& options) {
       } catch (const std::exception& error) {
         complain(row, 0, "the scene failed", error.what());
       }
-      std::printf("%-12s %-15s %12" PRIu64 " %8" PRIu64 " %8" PRIu64 " %10" PRIu64 "\n", act_name(row.act),
+      std::printf("%-17s %-15s %12" PRIu64 " %8" PRIu64 " %8" PRIu64 " %10" PRIu64 "\n", act_name(row.act),
                   start_name(row.start), row.steps, row.states, row.kills, row.violations);
       std::fflush(stdout);
       rows.push_back(row);
