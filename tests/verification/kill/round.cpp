@@ -353,6 +353,28 @@ void Round::finish() {
   }
 }
 
+/// Whoever joins now finds the whole history, whatever the groups before it have had.
+void Round::judge_late_joiner(Channel& channel, const memory::Region& region) {
+  const std::uint32_t kept = kept_messages(region);
+  SubscribeOptions options;
+  options.group = "late";
+  options.start = Start::Oldest;
+  auto late = channel.subscribe(options);
+  std::uint32_t got = 0;
+  Received message;
+  while (late->try_recv(message) == Outcome::Ok) {
+    Stamp stamp{};
+    if (!read_payload(message.payload, message.payload_bytes, stamp)) complain(Fault::Torn, "torn in the history");
+    late->release(message.slot, message.process, message.group);
+    ++got;
+  }
+  late->close();
+  if (got != kept) {
+    complain(Fault::Lost, "a late joiner got " + std::to_string(got) + " of the " + std::to_string(kept) +
+                              " messages of the history: " + dump_region(region));
+  }
+}
+
 void Round::final_look() {
   std::shared_ptr<Channel> channel = open_channel(site_, OpenMode::OpenOrCreate);
   site_.keeper.reset();
@@ -381,6 +403,7 @@ void Round::final_look() {
   // A sender that dies before it cuts the history leaves that to the next one.
   const std::uint32_t history = region->rules().history;
   judge_region(*region, 1, plan_.durable, history == 0 ? 0 : history + plan_.wanted[0], complain_here);
+  if (history != 0) judge_late_joiner(*channel, *region);
   // Every slot can be taken again.
   std::vector<Loan> loans(channel->capacity());
   for (Loan& loan : loans) {

@@ -155,7 +155,7 @@ int run(const Options& options) {
   for (std::uint32_t a = 0; a < kActs; ++a) {
     for (std::uint32_t s = 0; s < kStarts; ++s) {
       Row row{static_cast<Act>(a), static_cast<Start>(s)};
-      if (!fits(row.act, row.start)) continue;
+      if (!fits(row.act, row.start) || (!options.is_long && is_extra(row.act, row.start))) continue;
       if (!options.act.empty() && options.act != act_name(row.act)) continue;
       if (!options.start.empty() && options.start != start_name(row.start)) continue;
       try {

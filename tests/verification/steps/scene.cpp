@@ -154,6 +154,16 @@ std::uint64_t id_of(const Received& message) {
 
 }  // namespace
 
+bool is_extra(Act act, Start start) noexcept {
+  const bool plain = start == Start::Queued || start == Start::GivenBack || start == Start::Pinned ||
+                     start == Start::Waited || start == Start::Full;
+  if (act == Act::Join) return plain;
+  if (act == Act::Subscribe || act == Act::SubscribeOldest) {
+    return (plain && start != Start::Queued) || start == Start::DeadWriting || start == Start::DeadHolding;
+  }
+  return act == Act::Wait && start == Start::DeadEntered;
+}
+
 void send(Channel& channel, std::uint64_t id, Backpressure policy) {
   std::uint64_t payload[kPayloadWords];
   for (std::uint64_t i = 0; i < kPayloadWords; ++i) payload[i] = id * (i + 1);

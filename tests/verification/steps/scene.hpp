@@ -66,6 +66,8 @@ const char* act_name(Act act) noexcept;
 
 /// False where the two make no sense together.
 bool fits(Act act, Start start) noexcept;
+/// True for those that are long and show little that others do not: only for the long run.
+bool is_extra(Act act, Start start) noexcept;
 
 inline constexpr int kAbsent = -1;
 inline constexpr int kLetter = 100;
