@@ -378,7 +378,8 @@ void Scene::be_mover() {
       channel->close();
       break;
     case Act::Wait:
-      channel->recv(held, base::monotonic_ns() + 80'000'000);
+      // A busy machine may take long over the spin; where a message comes, the wait ends with it.
+      channel->recv(held, base::monotonic_ns() + (has_dead_message() ? 5'000'000'000 : 80'000'000));
       break;
     case Act::DropOldest:
       send(*channel, id, Backpressure::DropOldest);

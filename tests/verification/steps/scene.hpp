@@ -103,6 +103,9 @@ class Scene {
   void kill_mover();
   std::vector<Item> items() const { return items_; }
   bool has_group() const noexcept { return start_ == Start::Grouped || start_ == Start::GroupedFull; }
+  bool has_dead_message() const noexcept {
+    return start_ == Start::DeadHolding || start_ == Start::DeadCommitted || start_ == Start::DeadEntered;
+  }
   bool has_history() const noexcept { return start_ == Start::Historic; }
 
  private:
