@@ -166,6 +166,7 @@ void recover(memory::Region& region, std::uint32_t d) noexcept {
     const bool retention = region.keeps_history() && g == region.retention_group();
     if ((active >> g & 1) != 0 && !retention) Group(region, g).raise();
   }
+  pool.restore_hints();
   pool.space().wake_one_if_anyone();
   if ((active & memory::kShutDown) != 0) {  // its slot may have been the last
     for (std::uint32_t g = 0; g < groups; ++g) Group(region, g).messages().wake_all();

@@ -122,7 +122,17 @@ class SlotPool {
     if (bits != 0) region_->free_map(i).fetch_or(bits, std::memory_order_seq_cst);
   }
 
-  /// The same for one slot that the caller would like best.
+  /// Puts back the hints that went with a dead process. One that a living handle keeps for itself is shown twice then,
+  /// which costs a failed look.
+  void restore_hints() noexcept {
+    for (std::uint32_t s = 0; s < slots_; ++s) {
+      if (!word(s).is_free()) continue;
+      if ((region_->free_map(s / 64).load(std::memory_order_relaxed) & map_bit(s)) != 0) continue;
+      region_->free_map(s / 64).fetch_or(map_bit(s), std::memory_order_seq_cst);
+    }
+  }
+
+  /// As try_alloc(), for one slot that the caller would like best.
   bool try_alloc_at(std::uint32_t s, std::uint32_t me) noexcept {
     if (!try_take(s, me)) return false;
     region_->free_map(s / 64).fetch_and(~map_bit(s), std::memory_order_seq_cst);

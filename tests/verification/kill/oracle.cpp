@@ -310,19 +310,27 @@ void judge_messages(const Plan& plan, const Log& log, const Counts& counts, Tall
   Judge(plan, log, counts, tally, complain).run();
 }
 
+std::uint32_t kept_messages(const memory::Region& region) {
+  if (!region.keeps_history()) return 0;
+  std::uint32_t kept = 0;
+  for (std::uint32_t s = 0; s < region.geometry().slots; ++s) {
+    const SlotWord word{region.slot(s).word.load()};
+    kept += word.is(slots::SlotPhase::Committed) && word.pending() == 1u << region.retention_group();
+  }
+  return kept;
+}
+
 void judge_region(const memory::Region& region, std::uint32_t handles, std::uint32_t durable, std::uint32_t history,
                   const Complain& complain) {
   const memory::Geometry& g = region.geometry();
   const std::uint32_t retained = region.keeps_history() ? 1u << region.retention_group() : 0;
   bool clean = true;
-  std::uint32_t kept = 0;
   for (std::uint32_t s = 0; s < g.slots; ++s) {
     const SlotWord word{region.slot(s).word.load()};
     const bool is_history = word.is(slots::SlotPhase::Committed) && word.pending() == retained && retained != 0;
-    kept += is_history;
     clean = clean && (word.is_free() || is_history);
   }
-  if (!clean || kept > history) complain(Fault::Leaked, "slots are not free: " + dump_region(region));
+  if (!clean || kept_messages(region) > history) complain(Fault::Leaked, "slots are not free: " + dump_region(region));
   std::uint32_t used = 0;
   for (std::uint32_t i = 0; i < g.participants; ++i) used += (region.participant(i).word.load() & 0xFF) != 0;
   if (used != handles) {

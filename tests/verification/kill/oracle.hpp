@@ -30,6 +30,9 @@ void judge_messages(const Plan& plan, const Log& log, const Counts& counts, Tall
 void judge_region(const memory::Region& region, std::uint32_t handles, std::uint32_t durable, std::uint32_t history,
                   const Complain& complain);
 
+/// Messages that only the history keeps.
+std::uint32_t kept_messages(const memory::Region& region);
+
 /// The state of a region, for people.
 std::string dump_region(const memory::Region& region);
 

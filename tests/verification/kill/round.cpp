@@ -105,9 +105,11 @@ void Round::choose_point(Life& life) {
   const auto shape = static_cast<std::uint32_t>(plan_.shape);
   const auto role = static_cast<std::uint32_t>(life.role);
   const auto& hits = tally_.hits[shape][role];
-  // Of a few labels that such a process comes to, the one that has had the fewest deaths.
-  for (int i = 0; i < 6; ++i) {
-    const std::uint32_t point = random_.below(point_count());
+  // Of a few labels that such a process comes to, or now and then of all, the one that has had the fewest deaths.
+  const bool any = random_.one_in(4);
+  const std::uint32_t first = random_.below(point_count());
+  for (std::uint32_t i = 0; i < (any ? point_count() : 6); ++i) {
+    const std::uint32_t point = any ? (first + i) % point_count() : random_.below(point_count());
     if (hits[point] == 0) continue;
     if (life.wanted_point < 0 || tally_.killed_at[point] < tally_.killed_at[life.wanted_point]) {
       life.wanted_point = static_cast<std::int32_t>(point);
@@ -351,6 +353,28 @@ void Round::finish() {
   }
 }
 
+/// Whoever joins now finds the whole history, whatever the groups before it have had.
+void Round::judge_late_joiner(Channel& channel, const memory::Region& region) {
+  const std::uint32_t kept = kept_messages(region);
+  SubscribeOptions options;
+  options.group = "late";
+  options.start = Start::Oldest;
+  auto late = channel.subscribe(options);
+  std::uint32_t got = 0;
+  Received message;
+  while (late->try_recv(message) == Outcome::Ok) {
+    Stamp stamp{};
+    if (!read_payload(message.payload, message.payload_bytes, stamp)) complain(Fault::Torn, "torn in the history");
+    late->release(message.slot, message.process, message.group);
+    ++got;
+  }
+  late->close();
+  if (got != kept) {
+    complain(Fault::Lost, "a late joiner got " + std::to_string(got) + " of the " + std::to_string(kept) +
+                              " messages of the history: " + dump_region(region));
+  }
+}
+
 void Round::final_look() {
   std::shared_ptr<Channel> channel = open_channel(site_, OpenMode::OpenOrCreate);
   site_.keeper.reset();
@@ -379,6 +403,7 @@ void Round::final_look() {
   // A sender that dies before it cuts the history leaves that to the next one.
   const std::uint32_t history = region->rules().history;
   judge_region(*region, 1, plan_.durable, history == 0 ? 0 : history + plan_.wanted[0], complain_here);
+  if (history != 0) judge_late_joiner(*channel, *region);
   // Every slot can be taken again.
   std::vector<Loan> loans(channel->capacity());
   for (Loan& loan : loans) {

@@ -44,6 +44,7 @@ class Round {
   void supervise();
   void finish();
   void final_look();
+  void judge_late_joiner(Channel& channel, const memory::Region& region);
   void kill_now(const Child& child);
   void complain(Fault fault, const std::string& text);
   bool is_over() const;

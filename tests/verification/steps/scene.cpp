@@ -22,9 +22,12 @@ constexpr std::uint32_t kCapacity = 3;
 constexpr std::uint64_t kPayloadWords = 3;
 constexpr const char* kStartNames[kStarts] = {"empty",     "queued", "full",         "wrapped",      "pinned",
                                               "given back", "waited", "dead holding", "dead writing", "dead committed",
-                                              "dead entered", "dead waiting"};
-constexpr const char* kActNames[kActs] = {"send", "abort", "receive", "release",     "give back",
-                                          "join", "leave", "wait",    "drop oldest", "shut down"};
+                                              "dead entered", "dead waiting", "dead viewer", "dead leaving",
+                                              "dead joining", "grouped", "grouped full", "historic", "lettered"};
+constexpr const char* kActNames[kActs] = {
+    "send",        "abort",     "receive",   "release",          "give back", "join",      "leave",        "wait",
+    "check",       "drop oldest", "shut down", "subscribe",      "subscribe oldest", "enter", "end group",
+    "remove group", "bury",     "take letter", "release letter", "return letter", "revive", "look"};
 
 ChannelOptions options_for(Start start) {
   ChannelOptions options;
@@ -33,12 +36,18 @@ ChannelOptions options_for(Start start) {
   options.max_handles = 6;
   options.checksum = 2;
   options.max_deliveries = 15;
+  if (start == Start::Historic) {
+    options.capacity = 4;
+    options.history = 2;
+  }
+  if (start == Start::Lettered) options.max_deliveries = 2;
+  options.max_groups = 3;
   if (start == Start::Wrapped) options.first_position = (std::uint64_t{1} << 44) - 9;
   return options;
 }
 
 bool is_dead(Start start) {
-  return start >= Start::DeadHolding;
+  return start >= Start::DeadHolding && start <= Start::DeadJoining;
 }
 
 /// Forks; the child stops itself when it is ready and runs `work`. It dies with this process.
@@ -83,25 +92,76 @@ const char* start_name(Start start) noexcept { return kStartNames[static_cast<st
 const char* act_name(Act act) noexcept { return kActNames[static_cast<std::uint32_t>(act)]; }
 
 bool fits(Act act, Start start) noexcept {
+  const bool viewer = start == Start::DeadViewer || start == Start::DeadLeaving || start == Start::DeadJoining;
+  if (start == Start::Lettered) {
+    return act == Act::Send || act == Act::Join || act == Act::Leave || act == Act::SubscribeOldest ||
+           (act >= Act::Bury && act <= Act::Revive);
+  }
   switch (act) {
     case Act::Send:
     case Act::Abort:
-      return start != Start::Full;
+      return start != Start::Full && start != Start::GroupedFull;
     case Act::Receive:
+      if (start == Start::Historic) return false;
+      if (viewer || start == Start::Grouped || start == Start::GroupedFull) return true;
       return start != Start::Empty && start != Start::Waited && (!is_dead(start) || start == Start::DeadEntered);
     case Act::Release:
     case Act::GiveBack:
+      if (viewer || start == Start::Historic || start == Start::GroupedFull) return false;
       return start != Start::Empty && start != Start::Waited && start != Start::DeadWaiting;
     case Act::Wait:
+      return is_dead(start) && !viewer;
+    case Act::Check:
       return is_dead(start);
     case Act::DropOldest:
+      if (start == Start::GroupedFull) return true;
       return start == Start::Full || start == Start::Wrapped || start == Start::Pinned || start == Start::GivenBack;
     case Act::Join:
     case Act::Leave:
     case Act::ShutDown:
       return true;
+    case Act::Subscribe:
+    case Act::SubscribeOldest:
+      return start != Start::Wrapped && start != Start::DeadEntered && start != Start::DeadWaiting;
+    case Act::Enter:
+    case Act::RemoveGroup:
+      return start == Start::Grouped || start == Start::GroupedFull;
+    case Act::EndGroup:
+      return start == Start::Empty || start == Start::Grouped || start == Start::Historic || viewer;
+    case Act::Look:
+      return start == Start::Historic;
+    case Act::Bury:
+    case Act::TakeLetter:
+    case Act::ReleaseLetter:
+    case Act::ReturnLetter:
+    case Act::Revive:
+      return false;
   }
   return false;
+}
+
+namespace {
+
+std::uint64_t id_of(const Received& message) {
+  std::uint64_t payload[kPayloadWords];
+  if (message.payload_bytes != sizeof payload) throw std::runtime_error("torn: its length is another");
+  std::memcpy(payload, message.payload, sizeof payload);
+  for (std::uint64_t i = 0; i < kPayloadWords; ++i) {
+    if (payload[i] != payload[0] * (i + 1)) throw std::runtime_error("torn: its words do not belong together");
+  }
+  return payload[0];
+}
+
+}  // namespace
+
+bool is_extra(Act act, Start start) noexcept {
+  const bool plain = start == Start::Queued || start == Start::GivenBack || start == Start::Pinned ||
+                     start == Start::Waited || start == Start::Full;
+  if (act == Act::Join) return plain;
+  if (act == Act::Subscribe || act == Act::SubscribeOldest) {
+    return (plain && start != Start::Queued) || start == Start::DeadWriting || start == Start::DeadHolding;
+  }
+  return act == Act::Wait && start == Start::DeadEntered;
 }
 
 void send(Channel& channel, std::uint64_t id, Backpressure policy) {
@@ -115,14 +175,26 @@ std::uint64_t take(Channel& channel, Received& message) {
   const Outcome outcome = channel.try_recv(message);
   if (outcome == Outcome::Empty || outcome == Outcome::Closed) return 0;
   if (outcome != Outcome::Ok) throw std::runtime_error(std::string("corrupted: ") + message.fault);
-  std::uint64_t payload[kPayloadWords];
-  if (message.payload_bytes != sizeof payload) throw std::runtime_error("torn: its length is another");
-  std::memcpy(payload, message.payload, sizeof payload);
-  for (std::uint64_t i = 0; i < kPayloadWords; ++i) {
-    if (payload[i] != payload[0] * (i + 1)) throw std::runtime_error("torn: its words do not belong together");
-  }
-  return payload[0];
+  return id_of(message);
 }
+
+std::uint64_t take_letter(Channel& channel, Received& message, std::string& group) {
+  DeadLetter why;
+  const Outcome outcome = channel.try_take_dead_letter(message, why);
+  if (outcome == Outcome::Empty || outcome == Outcome::Closed) return 0;
+  if (outcome != Outcome::Ok) throw std::runtime_error(std::string("corrupted: ") + message.fault);
+  group = why.group;
+  return id_of(message);
+}
+
+std::shared_ptr<Channel> subscribe(Channel& channel, const std::string& group, bool durable, dsline::Start start) {
+  SubscribeOptions options;
+  options.group = group;
+  options.durable = durable;
+  options.start = start;
+  return channel.subscribe(options);
+}
+
 
 Scene::Scene(Act act, Start start) : act_(act), start_(start) {
   std::shared_ptr<Channel> channel = Channel::create_anonymous(options_for(start));
@@ -150,18 +222,36 @@ void Scene::kill_bystander() { end_child(bystander_); }
 
 void Scene::put(Channel& channel, std::vector<int> path) {
   items_.push_back({next_id_, std::move(path)});
+  if (has_group()) items_.push_back({next_id_, {0}, kDurable});
   send(channel, next_id_++, Backpressure::Raise);
+}
+
+void Scene::put_and_consume(Channel& channel) {
+  Received message;
+  send(channel, next_id_++, Backpressure::Raise);
+  take(channel, message);
+  channel.release(message.slot, message.process, message.group);
 }
 
 /// Everybody comes to his place; the one to be stepped through is stopped in front of his act.
 void Scene::set_stage(Channel& channel) {
   if (start_ == Start::Wrapped) {
-    for (std::uint32_t i = 0; i < 10; ++i) {
-      send(channel, next_id_++, Backpressure::Raise);
-      Received message;
+    for (std::uint32_t i = 0; i < 20; ++i) put_and_consume(channel);
+  }
+  if (has_group()) subscribe(channel, kDurable, true)->close();
+  if (start_ == Start::Historic) {
+    for (std::uint32_t i = 0; i < 3; ++i) put_and_consume(channel);
+    items_.push_back({next_id_ - 2, {0}, kOld});
+    items_.push_back({next_id_ - 1, {0}, kOld});
+  }
+  if (start_ == Start::Lettered) {
+    put(channel, {kLetter});
+    Received message;
+    for (int i = 0; i < 2; ++i) {
       take(channel, message);
-      channel.release(message.slot, message.process, message.group);
+      channel.give_back(message);
     }
+    take(channel, message);  // buries it
   }
   const bool mover_holds = act_ == Act::Release || act_ == Act::GiveBack;
   if (mover_holds) put(channel, {1});
@@ -181,6 +271,23 @@ void Scene::set_stage(Channel& channel) {
   }
   std::uint32_t more = 0;
   if (start_ == Start::Queued || start_ == Start::Wrapped || start_ == Start::DeadHolding) more = 1;
+  if (start_ == Start::DeadJoining || start_ == Start::Grouped) more = 1;
+  if (start_ == Start::GroupedFull) {
+    for (std::uint32_t i = 0; i < kCapacity; ++i) put(channel);
+    Received message;
+    take(channel, message);
+    channel.release(message.slot, message.process, message.group);
+    items_.erase(items_.begin());
+    return;
+  }
+  if (act_ == Act::Bury) {
+    put(channel, {kLetter});
+    Received message;
+    for (int i = 0; i < 2; ++i) {
+      take(channel, message);
+      channel.give_back(message);
+    }
+  }
   if (start_ == Start::Full || act_ == Act::DropOldest) more = kCapacity - static_cast<std::uint32_t>(items_.size());
   if (act_ == Act::Receive && start_ == Start::Pinned) more = 1;
   for (std::uint32_t i = 0; i < more; ++i) put(channel);
@@ -224,8 +331,23 @@ void Scene::place_mover() {
 
 void Scene::be_mover() {
   std::shared_ptr<Channel> channel;
+  std::shared_ptr<Channel> member;
   Received held;
+  std::string group;
   if (act_ != Act::Join) channel = Channel::adopt_anonymous(dup(fd_));
+  if (act_ == Act::EndGroup) {
+    member = subscribe(*channel, "mover", false);
+    for (std::uint64_t i = 0; i < 2; ++i) send(*channel, 900 + i, Backpressure::Raise);
+    Received message;
+    for (std::uint64_t i = 0; i < 2; ++i) {
+      take(*channel, message);
+      channel->release(message.slot, message.process, message.group);
+    }
+    take(*member, held);
+  }
+  if (act_ == Act::ReleaseLetter || act_ == Act::ReturnLetter || act_ == Act::Revive) {
+    take_letter(*channel, held, group);
+  }
   if (act_ == Act::Release || act_ == Act::GiveBack) take(*channel, held);
   const std::uint64_t id = 1000;
   raise(SIGSTOP);
@@ -256,13 +378,50 @@ void Scene::be_mover() {
       channel->close();
       break;
     case Act::Wait:
-      channel->recv(held, base::monotonic_ns() + 80'000'000);
+      // A busy machine may take long over the spin; where a message comes, the wait ends with it.
+      channel->recv(held, base::monotonic_ns() + (has_dead_message() ? 5'000'000'000 : 80'000'000));
       break;
     case Act::DropOldest:
       send(*channel, id, Backpressure::DropOldest);
       break;
     case Act::ShutDown:
       channel->shutdown(false);
+      break;
+    case Act::Check:
+      channel->check_peers();
+      break;
+    case Act::Subscribe:
+      member = subscribe(*channel, "mover", false);
+      break;
+    case Act::SubscribeOldest:
+      member = subscribe(*channel, "mover", false, dsline::Start::Oldest);
+      break;
+    case Act::Enter:
+      member = subscribe(*channel, kDurable, true);
+      break;
+    case Act::EndGroup:
+      member->close();
+      break;
+    case Act::RemoveGroup:
+      channel->remove_group(kDurable);
+      break;
+    case Act::Bury:
+      take(*channel, held);
+      break;
+    case Act::TakeLetter:
+      take_letter(*channel, held, group);
+      break;
+    case Act::ReleaseLetter:
+      channel->release(held.slot, held.process, held.group);
+      break;
+    case Act::ReturnLetter:
+      channel->give_back(held);
+      break;
+    case Act::Revive:
+      channel->revive(held);
+      break;
+    case Act::Look:
+      channel->try_read_latest(true, 0, held);
       break;
   }
   for (;;) raise(SIGSTOP);
@@ -275,7 +434,8 @@ void Scene::place_dead() {
     for (Item& queued : items_) {
       if (queued.path == std::vector<int>{0}) queued.path = {1};
     }
-  } else if (start_ == Start::DeadCommitted || start_ == Start::DeadEntered) {
+  } else if (start_ == Start::DeadCommitted || start_ == Start::DeadEntered || start_ == Start::DeadViewer ||
+             start_ == Start::DeadLeaving) {
     items_.push_back(item);
   }
   pid_t pid = start_child(false, [this] { be_dead(); });
@@ -301,6 +461,25 @@ void Scene::be_dead() {
       die_at("wait.registered");
       channel->recv(message, base::monotonic_ns() + 1'000'000'000);
       break;
+    case Start::DeadViewer: {
+      auto member = subscribe(*channel, "dead", false);
+      send(*channel, next_id_ - 1, Backpressure::Raise);
+      if (take(*member, message) == 0) throw std::runtime_error("nothing to hold");
+      kill(getpid(), SIGKILL);
+      break;
+    }
+    case Start::DeadLeaving: {
+      auto member = subscribe(*channel, "dead", false);
+      send(*channel, next_id_ - 1, Backpressure::Raise);
+      die_at("leave.inactive");
+      member->close();
+      break;
+    }
+    case Start::DeadJoining: {
+      die_at("join.before_active");
+      auto member = subscribe(*channel, "dead", false, dsline::Start::Oldest);
+      break;
+    }
     case Start::DeadEntered:
       die_at("publish.entered");
       send(*channel, next_id_ - 1, Backpressure::Raise);
@@ -318,6 +497,39 @@ void Scene::plan_act() {
   switch (act_) {
     case Act::Send:
       items_.push_back({1000, {kAbsent, 0}});
+      if (has_group()) items_.push_back({1000, {kAbsent, 0}, kDurable});
+      if (has_history()) {
+        items_.front().path = {0, kAbsent};
+        items_.push_back({1000, {kAbsent, 0}, kOld});
+      }
+      break;
+    case Act::RemoveGroup:
+      for (Item& item : items_) {
+        if (item.group == kDurable) item.path = {0, kAbsent};
+      }
+      break;
+    case Act::EndGroup:
+      if (has_group()) {
+        for (std::uint64_t i = 0; i < 2; ++i) {
+          items_.push_back({900 + i, {0}, kDurable});
+          items_.back().in_turn = false;  // sent first
+        }
+      }
+      if (has_history()) {
+        // The mover's messages are the history now.
+        items_[0] = {900, {0}, kOld};
+        items_[1] = {901, {0}, kOld};
+      }
+      break;
+    case Act::Bury:
+      // Whoever buries the other one, this one has to go; but not when the mover dies between the two.
+      items_.front().path = {kAbsent, kLetter, kAbsent};
+      break;
+    case Act::ReleaseLetter:
+      items_.front().path = {kLetter, kAbsent};
+      break;
+    case Act::Revive:
+      items_.front().path = {kLetter, 1};
       break;
     case Act::DropOldest:
       for (Item& item : items_) {
@@ -327,6 +539,7 @@ void Scene::plan_act() {
         item.path = {before, before + 1, kAbsent};
       }
       items_.push_back({1000, {kAbsent, 0}});
+      if (has_group()) items_.push_back({1000, {kAbsent, 0}, kDurable});
       break;
     case Act::Release:
       items_.front().path = {1, kAbsent};
@@ -334,7 +547,7 @@ void Scene::plan_act() {
     case Act::Receive: {
       Item* next = nullptr;
       for (Item& item : items_) {
-        if (item.with_bystander) continue;
+        if (item.with_bystander || !item.group.empty()) continue;
         if (next == nullptr || item.path[0] > next->path[0]) next = &item;
       }
       next->path = {next->path[0], next->path[0] + 1};

@@ -26,24 +26,60 @@ enum class Start : std::uint32_t {
   DeadCommitted,  ///< committed, but not in the order
   DeadEntered,    ///< in the order, but its slot does not say so
   DeadWaiting,    ///< registered as a waiter
+  DeadViewer,     ///< the only member of a group that goes with it, holding a message
+  DeadLeaving,    ///< had ended its group, and not yet released what waits for it
+  DeadJoining,    ///< had offered old messages to its new group
+  Grouped,        ///< a durable group beside the default one
+  GroupedFull,    ///< the same, full, and the group is behind the default one
+  Historic,       ///< two old messages are kept
+  Lettered,       ///< there is a dead letter
 };
-inline constexpr std::uint32_t kStarts = 12;
+inline constexpr std::uint32_t kStarts = 19;
 const char* start_name(Start start) noexcept;
 
-enum class Act : std::uint32_t { Send, Abort, Receive, Release, GiveBack, Join, Leave, Wait, DropOldest, ShutDown };
-inline constexpr std::uint32_t kActs = 10;
+enum class Act : std::uint32_t {
+  Send,
+  Abort,
+  Receive,
+  Release,
+  GiveBack,
+  Join,
+  Leave,
+  Wait,
+  Check,
+  DropOldest,
+  ShutDown,
+  Subscribe,        ///< as the first member of a new group
+  SubscribeOldest,  ///< the same, with the messages that are still there
+  Enter,            ///< as another member of the durable group
+  EndGroup,         ///< as the last member of a group that goes with it
+  RemoveGroup,
+  Bury,
+  TakeLetter,
+  ReleaseLetter,
+  ReturnLetter,
+  Revive,
+  Look,
+};
+inline constexpr std::uint32_t kActs = 22;
 const char* act_name(Act act) noexcept;
 
 /// False where the two make no sense together.
 bool fits(Act act, Start start) noexcept;
+/// True for those that are long and show little that others do not: only for the long run.
+bool is_extra(Act act, Start start) noexcept;
 
 inline constexpr int kAbsent = -1;
+inline constexpr int kLetter = 100;
+inline constexpr const char* kDurable = "durable";
+inline constexpr const char* kOld = "old";  // what a late joiner finds when everybody else has had everything
 
-/// One message: the number of deliveries before the one that a survivor gets, kAbsent when nobody gets it; as the
+/// One message, as one group has it: the number of deliveries before the one that a survivor gets, kAbsent when nobody gets it; as the
 /// process goes on, forward through `path` and never back.
 struct Item {
   std::uint64_t id;
   std::vector<int> path;
+  std::string group{};
   bool with_bystander = false;  ///< comes to light when the bystander is dead as well
   bool in_turn = true;          ///< delivered in the order of ids
   bool may_go = false;          ///< one of these is dropped by the end
@@ -66,10 +102,15 @@ class Scene {
   void kill_bystander();
   void kill_mover();
   std::vector<Item> items() const { return items_; }
-  bool shuts_down() const noexcept { return act_ == Act::ShutDown; }
+  bool has_group() const noexcept { return start_ == Start::Grouped || start_ == Start::GroupedFull; }
+  bool has_dead_message() const noexcept {
+    return start_ == Start::DeadHolding || start_ == Start::DeadCommitted || start_ == Start::DeadEntered;
+  }
+  bool has_history() const noexcept { return start_ == Start::Historic; }
 
  private:
   void put(Channel& channel, std::vector<int> path = {0});
+  void put_and_consume(Channel& channel);
   void set_stage(Channel& channel);
   void place_bystander(bool waits);
   void place_mover();
@@ -93,7 +134,10 @@ class Scene {
 };
 
 void send(Channel& channel, std::uint64_t id, Backpressure policy);
-/// Takes the next message; its id, 0 when there is none.
+/// Takes the next message, or dead letter; its id, 0 when there is none.
 std::uint64_t take(Channel& channel, Received& message);
+std::uint64_t take_letter(Channel& channel, Received& message, std::string& group);
+std::shared_ptr<Channel> subscribe(Channel& channel, const std::string& group, bool durable,
+                                   dsline::Start start = dsline::Start::Next);
 
 }  // namespace dsline::steps
