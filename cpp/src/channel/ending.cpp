@@ -156,6 +156,7 @@ void Channel::Impl::leave_if_idle() noexcept {
   if (is_inherited()) return;
   std::lock_guard lock(local->closing);
   if (left || busy.load(std::memory_order_seq_cst) != 0 || holds_anything()) return;
+  leave_group();  // after refuse_calls() nobody has
   leave();
 }
 

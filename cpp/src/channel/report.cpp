@@ -229,7 +229,9 @@ std::vector<Death> Channel::Impl::deaths_since(std::uint64_t first) const {
     death.writing = record.writing.load(std::memory_order_relaxed);
     death.held = record.held.load(std::memory_order_relaxed);
     const std::uint32_t group = record.group.load(std::memory_order_relaxed);
-    if (group >= 2 && group <= region->geometry().groups) {
+    if (group >= 2 && group <= region->geometry().groups &&
+        region->group(group - 1).joined.load(std::memory_order_relaxed) ==
+            record.group_joined.load(std::memory_order_relaxed)) {
       death.group = liveness::Membership(*region, const_cast<slots::SlotPool&>(pool)).name(group - 1);
     }
     base::fence_acquire();

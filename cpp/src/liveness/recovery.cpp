@@ -141,7 +141,11 @@ void record_death(memory::Region& region, std::uint32_t d) noexcept {
   record.joined_ns.store(dead.joined_ns.load(std::memory_order_relaxed), std::memory_order_relaxed);
   record.pid.store(dead.pid.load(std::memory_order_relaxed), std::memory_order_relaxed);
   record.participant.store(d, std::memory_order_relaxed);
-  record.group.store(dead.group.load(std::memory_order_relaxed), std::memory_order_relaxed);
+  const std::uint32_t group = dead.group.load(std::memory_order_relaxed);
+  record.group.store(group, std::memory_order_relaxed);
+  const bool is_member = group >= 1 && group <= region.geometry().groups;
+  record.group_joined.store(is_member ? region.group(group - 1).joined.load(std::memory_order_relaxed) : 0,
+                            std::memory_order_relaxed);
   record.writing.store(dead.left_writing.load(std::memory_order_relaxed), std::memory_order_relaxed);
   record.held.store(dead.left_held.load(std::memory_order_relaxed), std::memory_order_relaxed);
   // SYNC death: pairs with the acquire load of whoever reads the record.

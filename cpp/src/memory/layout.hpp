@@ -91,6 +91,7 @@ struct alignas(64) DeathState {
   base::Atomic<std::uint32_t> group;    // number of its group + 1; 0: none
   base::Atomic<std::uint32_t> writing;  // slots that it had not published
   base::Atomic<std::uint32_t> held;     // messages that it had not released
+  base::Atomic<std::uint32_t> group_joined;  // GroupState::joined of its group: the number may be another one's by now
 };
 static_assert(sizeof(DeathState) == 64 && std::is_standard_layout_v<DeathState>);
 inline constexpr std::uint32_t kDeathsKept = 32;

@@ -15,53 +15,20 @@
 
 #include "support/channels.hpp"
 #include "support/crash_points.hpp"
+#include "support/processes.hpp"
 
 namespace dsline {
 namespace {
 
 using support::adopt;
 using support::code_of;
+using support::die_holding;
+using support::in_child;
 using support::next;
 using support::patience;
 using support::send;
 using support::small;
 using support::text_of;
-
-/// Exit status of `work` in a forked child; 0 when it returned true.
-int in_child(const std::function<bool()>& work) {
-  pid_t child = fork();
-  if (child == 0) {
-    int status = 1;
-    try {
-      status = work() ? 0 : 1;
-    } catch (...) {
-      status = 2;
-    }
-    _exit(status);
-  }
-  int status = -1;
-  waitpid(child, &status, 0);
-  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-}
-
-/// Lets a child take what it wants, and kills it while it holds it.
-void die_holding(const std::function<void()>& take) {
-  int ready[2];
-  ASSERT_EQ(pipe(ready), 0);
-  pid_t child = fork();
-  if (child == 0) {
-    take();
-    char byte = 1;
-    if (write(ready[1], &byte, 1) != 1) _exit(1);
-    for (;;) pause();
-  }
-  close(ready[1]);
-  char byte = 0;
-  EXPECT_EQ(read(ready[0], &byte, 1), 1);
-  close(ready[0]);
-  kill(child, SIGKILL);
-  waitpid(child, nullptr, 0);
-}
 
 struct Kind {
   const char* name;

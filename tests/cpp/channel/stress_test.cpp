@@ -13,6 +13,7 @@
 #include <new>
 #include <random>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "base/atomic.hpp"
@@ -285,6 +286,212 @@ TEST(StressDropOldest, EveryMessageArrivesOrIsCountedAsDropped) {
     EXPECT_EQ(stats.free_slots, capacity);
   }
 }
+
+// Threads as peers over one mapping, so that ThreadSanitizer sees all of it: senders, a group of two members, a group
+// that gives messages back, a history, and visitors that come late, read a little, and leave in various ways.
+class GroupStress : public testing::TestWithParam<std::tuple<Backpressure, std::uint32_t>> {
+ protected:
+  static constexpr std::uint32_t kSenders = 2;
+  static constexpr std::uint32_t kGroups = 2;
+
+  Backpressure policy() const { return std::get<0>(GetParam()); }
+  std::uint32_t capacity() const { return std::get<1>(GetParam()); }
+
+  void SetUp() override {
+    count = (policy() == Backpressure::Block ? 12000 : 60000) / kSlowDown;
+    ChannelOptions options = shape(capacity());
+    options.default_group = 0;
+    options.history = 2;
+    options.max_groups = 5;
+    options.max_deliveries = 15;
+    channel = Channel::create_heap(options);
+    seen = std::vector<base::Atomic<std::uint32_t>>(std::size_t{kGroups} * kSenders * count);
+  }
+
+  static SubscribeOptions to(const char* group, Start start = Start::Next) {
+    SubscribeOptions options;
+    options.group = group;
+    options.start = start;
+    return options;
+  }
+
+  /// False, and counted, when the payload is not what its sender wrote.
+  bool read(const Received& message, Payload& payload) {
+    const bool whole = message.payload_bytes == sizeof payload;
+    if (whole) std::memcpy(&payload, message.payload, sizeof payload);
+    if (whole && payload.crc == base::crc32c(&payload, offsetof(Payload, crc)) && payload.producer < kSenders &&
+        payload.sequence < count)
+      return true;
+    ++torn;
+    return false;
+  }
+
+  void send_all(std::uint32_t sender) {
+    auto mine = channel->again();
+    for (std::uint32_t i = 0; i < count; ++i) {
+      Payload payload = Payload::make(sender, i);
+      const Outcome outcome = mine->send(&payload, sizeof payload, policy(), patience());
+      entered += outcome == Outcome::Ok;
+      refused += outcome == Outcome::Dropped;
+      if (outcome != Outcome::Ok && outcome != Outcome::Dropped) {
+        ++stuck;
+        return;
+      }
+    }
+  }
+
+  /// A member of a group that is there from the first message to the last.
+  void receive_all(Channel& mine, std::uint32_t group, bool gives_back) {
+    Received message;
+    std::uint64_t last = 0;
+    for (std::uint32_t n = 0;; ++n) {
+      const Outcome outcome = mine.recv(message, patience());
+      if (outcome == Outcome::Closed) return;
+      if (outcome != Outcome::Ok) {
+        ++stuck;
+        return;
+      }
+      if (message.attempts == 0) {
+        disorder += message.sequence <= last;
+        last = message.sequence;
+      }
+      Payload payload;
+      if (!read(message, payload)) {
+        mine.release(message);
+      } else if (gives_back && message.attempts == 0 && n % 7 == 0) {
+        given_back += 1;
+        mine.give_back(message);
+      } else {
+        seen[(std::size_t{group} * kSenders + payload.producer) * count + payload.sequence].fetch_add(1);
+        mine.release(message);
+      }
+    }
+  }
+
+  void visit(std::uint32_t seed) {
+    std::mt19937 random(seed);
+    static constexpr Start kStarts[] = {Start::Oldest, Start::Latest, Start::Next};
+    Received message;
+    while (!ended.load()) {
+      auto mine = channel->subscribe(to(seed == 1 ? "first visitor" : "second visitor", kStarts[random() % 3]));
+      std::uint64_t expected = 0;
+      std::uint32_t gaps = 0;
+      Outcome outcome = Outcome::Ok;
+      for (std::uint32_t n = random() % 40; n > 0 && (outcome = mine->recv(message, patience())) == Outcome::Ok; --n) {
+        Payload payload;
+        read(message, payload);
+        if (expected != 0) {
+          disorder += message.sequence < expected;
+          gaps += message.sequence != expected;
+        }
+        expected = slots::next_position(message.sequence);
+        visited += 1;
+        mine->release(message);
+      }
+      // Each sender may have looked at the groups just before this one joined, and entered its message later.
+      unexplained += policy() == Backpressure::Block && gaps > kSenders;
+      const std::uint32_t how = random() % 4;
+      const bool holds = how != 0 && outcome == Outcome::Ok && mine->try_recv(message) == Outcome::Ok;
+      if (how == 1) mine->close();
+      if (holds && how < 3) mine->release(message);
+      if (holds && how == 3) mine->give_back(message);
+      visits += 1;
+      if (outcome == Outcome::Closed) return;
+    }
+  }
+
+  void run() {
+    auto a1 = channel->subscribe(to("a")), a2 = channel->subscribe(to("a")), b = channel->subscribe(to("b"));
+    std::vector<std::thread> readers, visitors, senders;
+    readers.emplace_back([&] { receive_all(*a1, 0, false); });
+    readers.emplace_back([&] { receive_all(*a2, 0, false); });
+    readers.emplace_back([&] { receive_all(*b, 1, true); });
+    for (std::uint32_t v = 1; v <= 2; ++v) visitors.emplace_back([this, v] { visit(v); });
+#if !defined(__SANITIZE_THREAD__)  // it reads what may be written meanwhile, and asks afterwards
+    visitors.emplace_back([this] { look_at_latest(); });
+#endif
+    for (std::uint32_t s = 0; s < kSenders; ++s) senders.emplace_back([this, s] { send_all(s); });
+    for (std::thread& each : senders) each.join();
+    ended = true;
+    channel->shutdown(false);
+    for (std::thread& each : visitors) each.join();
+    for (std::thread& each : readers) each.join();
+    lost[0] = a1->stats().dropped_oldest;
+    lost[1] = b->stats().dropped_oldest;
+    b_redelivered = b->stats().redelivered;
+  }
+
+  void look_at_latest() {
+    Received message;
+    std::uint64_t newest = 0;
+    for (Outcome outcome; (outcome = channel->try_read_latest(newest == 0, newest, message)) != Outcome::Closed;) {
+      if (outcome == Outcome::Ok) {
+        Payload copy;
+        std::memcpy(&copy, message.payload, sizeof copy);
+        if (!channel->is_unchanged(message)) continue;
+        disorder += message.sequence <= newest;
+        newest = message.sequence;
+        torn += message.payload_bytes != sizeof copy || copy.crc != base::crc32c(&copy, offsetof(Payload, crc));
+        looks += 1;
+      } else if (outcome != Outcome::Empty) {
+        ++torn;
+        return;
+      }
+      channel->wait_for_newer(newest == 0, newest, patience(), true);
+    }
+  }
+
+  std::uint32_t count = 0;
+  std::shared_ptr<Channel> channel;
+  std::vector<base::Atomic<std::uint32_t>> seen;
+  base::Atomic<std::uint64_t> entered{0}, refused{0}, visited{0}, visits{0}, given_back{0}, looks{0};
+  base::Atomic<std::uint32_t> torn{0}, stuck{0}, disorder{0}, unexplained{0};
+  base::Atomic<bool> ended{false};
+  std::uint64_t lost[kGroups] = {};
+  std::uint64_t b_redelivered = 0;
+};
+
+TEST_P(GroupStress, EveryGroupGetsEveryMessageOnceOrCountsItAsLost) {
+  run();
+  EXPECT_EQ(torn.load(), 0u);
+  EXPECT_EQ(stuck.load(), 0u);
+  EXPECT_EQ(disorder.load(), 0u);
+  EXPECT_EQ(unexplained.load(), 0u);
+  EXPECT_EQ(entered + refused, std::uint64_t{kSenders} * count);
+  for (std::uint32_t g = 0; g < kGroups; ++g) {
+    std::uint64_t arrived = 0, twice = 0;
+    for (std::uint32_t i = 0; i < kSenders * count; ++i) {
+      const std::uint32_t n = seen[std::size_t{g} * kSenders * count + i].load();
+      arrived += n;
+      twice += n > 1;
+    }
+    EXPECT_EQ(twice, 0u) << g;
+    EXPECT_EQ(arrived + lost[g], entered.load()) << g;
+  }
+  const ChannelStats stats = channel->stats();
+  EXPECT_EQ(stats.unheard, 0u);
+  EXPECT_EQ(stats.corrupted, 0u);
+  EXPECT_EQ(stats.buried, 0u);
+  EXPECT_EQ(stats.dropped_newest, refused.load());
+  if (policy() == Backpressure::Block) {
+    EXPECT_EQ(lost[0] + lost[1] + refused.load(), 0u);
+    EXPECT_EQ(b_redelivered, given_back.load());
+  }
+  EXPECT_GT(visits.load(), 2u);
+  EXPECT_GT(visited.load(), 0u);
+  EXPECT_GT(given_back.load(), 0u);
+  // What is left is the history.
+  const Report report = channel->report();
+  ASSERT_EQ(report.groups.size(), 1u);
+  EXPECT_TRUE(report.groups[0].retention);
+  EXPECT_EQ(stats.free_slots + report.groups[0].lag, capacity());
+  EXPECT_LE(report.groups[0].lag, 2u);
+  EXPECT_EQ(stats.participants, 1u);
+}
+
+INSTANTIATE_TEST_SUITE_P(Policies, GroupStress,
+                         testing::Combine(testing::Values(Backpressure::Block, Backpressure::DropOldest),
+                                          testing::Values(3u, 8u, 64u)));
 
 // Members die at random instants; each is replaced until enough have died.
 class StressKill : public testing::TestWithParam<std::uint32_t> {};

@@ -2,9 +2,13 @@
 
 #include <gtest/gtest.h>
 
+#include <unistd.h>
+
 #include <map>
 #include <vector>
 
+#include "delivery/publication.hpp"
+#include "liveness/membership.hpp"
 #include "liveness/participants.hpp"
 #include "order/group.hpp"
 #include "support/crash_points.hpp"
@@ -384,6 +388,252 @@ TEST_P(RecoveryTest, SeveralDeadAreRecoveredInOneCall) {
   EXPECT_EQ(free_slots(*region), 3u);
 }
 
+// --- groups ----------------------------------------------------------------------------------------------------------
+
+TEST_P(RecoveryTest, AGroupThatDropsReleasesWhatItsDeadMemberHeld) {
+  make(3, 2);
+  region->group(1).state.store(memory::kGroupNamed | memory::kGroupDurable | memory::kGroupDrops);
+  const std::uint32_t s = send(*region, me, 0b11);
+  Held held{}, mine{};
+  ASSERT_TRUE(Group(*dying, 0).try_take(dead, held));
+  ASSERT_TRUE(Group(*dying, 1).try_take(dead, held));
+  die();
+  recover();
+  EXPECT_EQ(word(*region, s).pending(), 0b01u);
+  EXPECT_FALSE(take(mine, 1)) << "at most once";
+  ASSERT_TRUE(take(mine, 0)) << "the other group's rule is another";
+  EXPECT_EQ(mine.attempts, 1u);
+  release(mine);
+  expect_whole();
+}
+
+TEST_P(RecoveryTest, WhatADeadMemberHeldForAGroupThatIsGoneIsReleased) {
+  make(3, 2);
+  const std::uint32_t s = send(*region, me, 0b10);
+  Held held{};
+  ASSERT_TRUE(Group(*dying, 1).try_take(dead, held));
+  region->header().active.store(0b01);
+  die();
+  recover();
+  EXPECT_TRUE(word(*region, s).is_free());
+  EXPECT_EQ(region->free_map(0).load() >> s & 1, 1u);
+  expect_whole();
+}
+
+TEST_P(RecoveryTest, WhatTheDeadHadTakenToDiscardIsReleasedAndCounted) {
+  make(3, 2);
+  const std::uint32_t s = send(*region, me, 0b11);
+  ASSERT_TRUE(Group(*dying, 0).try_discard_at(s, GetParam(), dead));
+  die();
+  recover();
+  EXPECT_EQ(word(*region, s).pending(), 0b10u);
+  EXPECT_EQ(region->group(0).dropped_oldest.load(), 1u);
+  EXPECT_EQ(region->group(1).dropped_oldest.load(), 0u);
+  Held held{};
+  EXPECT_FALSE(take(held, 0)) << "it is not delivered";
+  ASSERT_TRUE(take(held, 1));
+  EXPECT_EQ(held.attempts, 0u);
+  release(held, 1);
+  recover_again();
+  EXPECT_EQ(region->group(0).dropped_oldest.load(), 1u);
+  expect_whole();
+}
+
+TEST_P(RecoveryTest, WhatTheDeadHadTakenToSweepAGroupThatIsGoneIsNotCounted) {
+  make(3, 2);
+  const std::uint32_t s = send(*region, me, 0b10);
+  ASSERT_TRUE(Group(*dying, 1).try_discard_at(s, GetParam(), dead));
+  region->header().active.store(0b01);
+  die();
+  recover();
+  EXPECT_TRUE(word(*region, s).is_free());
+  EXPECT_EQ(region->group(1).dropped_oldest.load(), 0u);
+}
+
+TEST_P(RecoveryTest, WhatOthersAreDiscardingStaysTheirs) {
+  make(3);
+  const std::uint32_t s = send(*region, me);
+  ASSERT_TRUE(Group(*region, 0).try_discard_at(s, GetParam(), me));
+  die();
+  recover();
+  EXPECT_EQ(claim(*region, s).who(), Claim::discarder(me));
+  EXPECT_EQ(word(*region, s).pending(), 1u);
+}
+
+TEST_P(RecoveryTest, TheHistoryThatTheDeadWasTrimmingIsTrimmed) {
+  region = make_region({.slots = 4, .groups = 2, .first_position = GetParam(), .rules = {1, 2, 3, 16, 1, 0}});
+  me = Participants(*region).try_join();
+  dying = open_again(*region);
+  dead = Participants(*dying).try_join();
+  const std::uint32_t s = send(*region, me, 0b11);
+  EXPECT_EQ(drain().size(), 1u);
+  ASSERT_TRUE(Group(*dying, 1).try_discard_at(s, GetParam(), dead));
+  die();
+  recover();
+  EXPECT_TRUE(word(*region, s).is_free());
+}
+
+TEST_P(RecoveryTest, TheGroupOfTheLastMemberGoesWithItAndADurableOneStays) {
+  for (std::uint32_t rules : {0u, memory::kGroupDurable}) {
+    region = make_region({.slots = 3, .groups = 2, .first_position = GetParam(), .active = 1});
+    me = Participants(*region).try_join();
+    dying = open_again(*region);
+    dead = Participants(*dying).try_join();
+    SlotPool pool(*region);
+    Membership groups(*region, pool);
+    ASSERT_EQ(groups.make("viewers", rules, JoinAt::Next, dead), 1u);
+    send(*region, me, 0b11);
+    send(*region, me, 0b11);
+    Held held{};
+    ASSERT_TRUE(Group(*dying, 1).try_take(dead, held));
+    die();
+    recover();
+    const bool stays = rules != 0;
+    EXPECT_EQ(region->header().active.load(), stays ? 0b11u : 0b01u);
+    EXPECT_EQ(groups.find("viewers"), stays ? 1u : Membership::kNoGroup);
+    EXPECT_EQ(drain().size(), 2u);
+    EXPECT_EQ(free_slots(*region), stays ? 1u : 3u);
+    EXPECT_EQ(Group(*region, 1).depth(), stays ? 2u : 0u);
+  }
+}
+
+TEST_P(RecoveryTest, AGroupWithAnotherMemberGoesOn) {
+  region = make_region({.slots = 3, .groups = 2, .first_position = GetParam(), .active = 1});
+  me = Participants(*region).try_join();
+  dying = open_again(*region);
+  dead = Participants(*dying).try_join();
+  SlotPool pool(*region);
+  Membership groups(*region, pool);
+  ASSERT_EQ(groups.make("viewers", 0, JoinAt::Next, dead), 1u);
+  groups.enter(1, me);
+  send(*region, me, 0b10);
+  Held held{};
+  ASSERT_TRUE(Group(*dying, 1).try_take(dead, held));
+  die();
+  recover();
+  ASSERT_TRUE(take(held, 1));
+  EXPECT_EQ(held.attempts, 1u);
+}
+
+TEST_P(RecoveryTest, WhileAnotherHasTheControlLockAMemberIsLeftForTheNextTimeAndItsMessagesAreNot) {
+  region = make_region({.slots = 3, .groups = 2, .first_position = GetParam(), .active = 1});
+  me = Participants(*region).try_join();
+  dying = open_again(*region);
+  dead = Participants(*dying).try_join();
+  auto third = open_again(*region);
+  SlotPool pool(*region);
+  Membership groups(*region, pool);
+  ASSERT_EQ(groups.make("viewers", 0, JoinAt::Next, dead), 1u);
+  groups.enter(1, me);
+  send(*region, me, 0b11);
+  Held held{};
+  ASSERT_TRUE(Group(*dying, 1).try_take(dead, held));
+  ASSERT_EQ(SlotPool(*dying).try_alloc(dead), 1u);
+  die();
+  ASSERT_TRUE(third->storage().try_lock(memory::kControlLock));
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(recover_the_dead(*region, me, false), 0u);
+  EXPECT_EQ(Participants(*region).entry(dead).state(), EntryState::Used);
+  EXPECT_EQ(region->header().deaths.load(), 0u);
+  EXPECT_EQ(free_slots(*region), 2u);
+  ASSERT_TRUE(take(held, 1)) << "it waits for nobody";
+  EXPECT_EQ(held.attempts, 1u);
+  third->storage().unlock(memory::kControlLock);
+  EXPECT_EQ(recover_the_dead(*region, me, false), 1u);
+  EXPECT_EQ(Participants(*region).entry(dead).state(), EntryState::Free);
+  EXPECT_EQ(region->header().deaths.load(), 1u);
+  EXPECT_EQ(region->header().death[0].held.load(), 1u) << "what was given back at the first try counts";
+  EXPECT_EQ(region->header().death[0].writing.load(), 1u);
+  EXPECT_FALSE(third->storage().is_locked(memory::kControlLock));
+}
+
+TEST_P(RecoveryTest, OneWithoutANamedGroupNeedsNoControlLock) {
+  make(2);
+  auto third = open_again(*region);
+  ASSERT_TRUE(third->storage().try_lock(memory::kControlLock));
+  die();
+  EXPECT_EQ(recover_the_dead(*region, me, false), 1u);
+}
+
+TEST_P(RecoveryTest, ADeathIsOnRecord) {
+  make(4);
+  region->participant(dead).group.store(1);
+  memory::ParticipantState& entry = region->participant(dead);
+  const std::uint64_t joined = entry.joined_ns.load(), started = entry.start_time.load();
+  send(*region, me);
+  send(*region, me);
+  Held held{};
+  ASSERT_TRUE(Group(*dying, 0).try_take(dead, held));
+  ASSERT_TRUE(Group(*dying, 0).try_take(dead, held));
+  SlotPool pool(*dying);
+  ASSERT_NE(pool.try_alloc(dead), slots::kNoSlot);
+  die();
+  recover();
+  EXPECT_EQ(region->header().deaths.load(), 1u);
+  const memory::DeathState& record = region->header().death[0];
+  EXPECT_EQ(record.sequence.load(), 1u);
+  EXPECT_EQ(record.pid.load(), static_cast<std::uint32_t>(getpid()));
+  EXPECT_EQ(record.participant.load(), dead);
+  EXPECT_EQ(record.joined_ns.load(), joined);
+  EXPECT_EQ(record.start_time.load(), started);
+  EXPECT_EQ(record.group.load(), 1u);
+  EXPECT_EQ(record.held.load(), 2u);
+  EXPECT_EQ(record.writing.load(), 1u);
+  EXPECT_GE(record.noticed_ns.load(), joined);
+}
+
+TEST_P(RecoveryTest, WhatOneDeadMemberHeldIsNotCountedForTheNextWithItsNumber) {
+  make(4);
+  send(*region, me);
+  Held held{};
+  ASSERT_TRUE(Group(*dying, 0).try_take(dead, held));
+  die();
+  recover();
+  support::Peer next(*region);
+  ASSERT_EQ(next.number, dead);
+  next.die();
+  recover();
+  EXPECT_EQ(region->header().death[1].held.load(), 0u);
+}
+
+TEST_P(RecoveryTest, ManyDeathsKeepTheLastOnRecord) {
+  make(2);
+  die();
+  recover();
+  for (std::uint64_t i = 1; i < memory::kDeathsKept + 3; ++i) {
+    support::Peer next(*region);
+    next.die();
+    ASSERT_EQ(recover_the_dead(*region, me, true), 1u);
+  }
+  EXPECT_EQ(region->header().deaths.load(), memory::kDeathsKept + 3);
+  EXPECT_EQ(region->header().death[0].sequence.load(), memory::kDeathsKept + 1);
+  EXPECT_EQ(region->header().death[2].sequence.load(), memory::kDeathsKept + 3);
+  EXPECT_EQ(region->header().death[3].sequence.load(), 4u);
+}
+
+TEST_P(RecoveryTest, WhoDiedWithAMessageIsNotedForTheGroup) {
+  make(3, 2);
+  const std::uint32_t s = send(*region, me, 0b11);
+  Held held{};
+  ASSERT_TRUE(Group(*dying, 1).try_take(dead, held));
+  die();
+  recover();
+  EXPECT_EQ(region->notes(s, 1).last_holder.load(),
+            std::uint64_t{static_cast<std::uint32_t>(getpid())} << 32 | memory::kHolderDied);
+  EXPECT_EQ(region->notes(s, 0).last_holder.load(), 0u);
+}
+
+TEST_P(RecoveryTest, WhatCarriesANumberThatNobodyHadIsFreedForItsNewOwner) {
+  make(4);
+  const std::uint32_t s = send(*region, me);
+  region->claim(s, 0).store(Claim::make(GetParam(), 0, Claim::holder(3)).bits);
+  ASSERT_NE(SlotPool(*region).try_alloc(3), slots::kNoSlot);
+  recover_leftovers(*region, 3);
+  EXPECT_EQ(free_slots(*region), 3u);
+  Held held{};
+  ASSERT_TRUE(take(held));
+  EXPECT_EQ(held.attempts, 1u);
+}
+
 // --- rebuild ---------------------------------------------------------------------------------------------------------
 
 struct Delivery {
@@ -536,6 +786,71 @@ TEST_P(RebuildTest, RebuildingTwiceIsRebuildingOnce) {
   rebuild(*region);
   EXPECT_EQ(deliveries(), (std::vector<Delivery>{{a, at(0), 1}, {b, at(1), 0}}));
   expect_usable();
+}
+
+TEST_P(RebuildTest, KeepsTheDefaultGroupAndDurableOnesAndEndsTheOthers) {
+  region = make_region({.slots = 4, .groups = 3, .first_position = GetParam(), .active = 1});
+  me = Participants(*region).try_join();
+  SlotPool pool(*region);
+  Membership groups(*region, pool);
+  ASSERT_EQ(groups.make("durable", memory::kGroupDurable, JoinAt::Next, me), 1u);
+  ASSERT_EQ(groups.make("viewers", 0, JoinAt::Next, me), 2u);
+  const std::uint32_t both = send(*region, me, 0b011);
+  const std::uint32_t gone = send(*region, me, 0b100);
+  rebuild(*region);
+  EXPECT_EQ(region->header().active.load(), 0b011u);
+  EXPECT_EQ(groups.find("durable"), 1u);
+  EXPECT_EQ(groups.find("viewers"), Membership::kNoGroup);
+  EXPECT_TRUE(word(*region, gone).is_free());
+  EXPECT_EQ(word(*region, both).pending(), 0b011u);
+  EXPECT_EQ(drain(), (std::vector<std::uint32_t>{both}));
+  Held held{};
+  ASSERT_TRUE(take(held, 1));
+  EXPECT_EQ(held.slot, both);
+  EXPECT_EQ(held.attempts, 0u);
+  EXPECT_FALSE(take(held, 1));
+}
+
+TEST_P(RebuildTest, KeepsDeadLettersWhatTheyWere) {
+  make(4);
+  send(*region, me);
+  const std::uint32_t b = send(*region, me);
+  Held held{};
+  ASSERT_TRUE(take(held));
+  region->claim(held.slot, 0).store(claim(*region, held.slot).with(3, Claim::kDead).bits);
+  rebuild(*region);
+  EXPECT_EQ(claim(*region, held.slot), Claim::make(GetParam(), 3, Claim::kDead));
+  EXPECT_EQ(deliveries(), (std::vector<Delivery>{{b, at(1), 0}})) << "nobody is to receive it";
+}
+
+TEST_P(RebuildTest, WhatWasBeingDiscardedIsGone) {
+  make(4);
+  const std::uint32_t a = send(*region, me);
+  const std::uint32_t b = send(*region, me);
+  ASSERT_TRUE(Group(*region, 0).try_discard_at(a, GetParam(), me));
+  rebuild(*region);
+  EXPECT_TRUE(word(*region, a).is_free());
+  EXPECT_EQ(deliveries(), (std::vector<Delivery>{{b, at(1), 0}}));
+}
+
+TEST_P(RebuildTest, KeepsTheHistory) {
+  region = make_region({.slots = 5, .groups = 2, .first_position = GetParam(), .rules = {1, 3, 3, 16, 1, 0}});
+  me = Participants(*region).try_join();
+  for (int i = 0; i < 3; ++i) send(*region, me, 0b11);
+  EXPECT_EQ(deliveries().size(), 3u);
+  rebuild(*region);
+  EXPECT_EQ(Group(*region, 1).depth(), 3u);
+  SlotPool pool(*region);
+  delivery::Publication publication(*region, pool);
+  for (int i = 0; i < 3; ++i) EXPECT_TRUE(publication.drop_history(me)) << i;
+  EXPECT_EQ(free_slots(*region), 5u);
+}
+
+TEST_P(RebuildTest, AShutDownChannelStaysOne) {
+  make(2);
+  region->header().active.fetch_or(memory::kShutDown);
+  rebuild(*region);
+  EXPECT_EQ(region->header().active.load(), memory::kShutDown | 1);
 }
 
 #if defined(DSLINE_CRASH_POINTS)

@@ -6,12 +6,15 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "dsline/error.hpp"
+#include "memory/layout.hpp"
 
 namespace dsline::memory {
 namespace {
@@ -161,6 +164,69 @@ TEST_P(StorageConformance, AForkedChildDoesNotKeepTheParentsLock) {
   waitpid(child, nullptr, 0);
 }
 
+TEST_P(StorageConformance, AnotherObjectShowsTheSameBytesAndOutlivesTheFirst) {
+  std::byte* mine = storage->map(0, kBytes, Access::ReadWrite);
+  std::unique_ptr<Storage> other = storage->again();
+  EXPECT_EQ(other->kind(), storage->kind());
+  EXPECT_EQ(other->size(), kBytes);
+  std::byte* theirs = other->map(0, kBytes, Access::ReadWrite);
+  mine[777] = std::byte{1};
+  EXPECT_EQ(theirs[777], std::byte{1});
+  theirs[778] = std::byte{2};
+  EXPECT_EQ(mine[778], std::byte{2});
+  storage->unmap(mine, kBytes);
+  storage.reset();
+  EXPECT_EQ(theirs[777], std::byte{1});
+  std::unique_ptr<Storage> third = other->again();
+  std::byte* last = third->map(0, kBytes, Access::ReadOnly);
+  EXPECT_EQ(last[778], std::byte{2});
+  third->unmap(last, kBytes);
+  other->unmap(theirs, kBytes);
+}
+
+TEST_P(StorageConformance, LocksOfTwoObjectsExcludeEachOther) {
+  std::unique_ptr<Storage> other = storage->again();
+  ASSERT_TRUE(storage->try_lock(3));
+  EXPECT_TRUE(storage->try_lock(3)) << "it is this object's";
+  EXPECT_TRUE(other->is_locked(3));
+  EXPECT_FALSE(storage->is_locked(3)) << "an own lock is not somebody else's";
+  EXPECT_FALSE(other->try_lock(3));
+  other->unlock(3);  // not its to give up
+  EXPECT_TRUE(other->is_locked(3));
+  EXPECT_TRUE(other->try_lock(4));
+  EXPECT_TRUE(storage->is_locked(4));
+  storage->unlock(3);
+  EXPECT_FALSE(other->is_locked(3));
+  EXPECT_TRUE(other->try_lock(3));
+  other->drop_locks();
+  EXPECT_FALSE(storage->is_locked(3));
+  EXPECT_FALSE(storage->is_locked(4));
+  if (GetParam().crosses_processes) other->renew_locks();
+  ASSERT_TRUE(other->try_lock(kControlLock));
+  other.reset();
+  EXPECT_TRUE(storage->try_lock(kControlLock)) << "locks go with their object";
+}
+
+TEST_P(StorageConformance, TheFirstBytesAreReadWithoutAMapping) {
+  std::byte* at = storage->map(0, kBytes, Access::ReadWrite);
+  for (std::uint64_t i = 0; i < 5000; ++i) at[i] = static_cast<std::byte>(i * 7);
+  std::vector<std::byte> copy(5001, std::byte{0xEE});
+  ASSERT_EQ(storage->read_start(copy.data(), 5000), 5000u);
+  EXPECT_EQ(std::memcmp(copy.data(), at, 5000), 0);
+  EXPECT_EQ(copy[5000], std::byte{0xEE});
+  storage->unmap(at, kBytes);
+  std::vector<std::byte> all(2 * kBytes);
+  EXPECT_EQ(storage->read_start(all.data(), all.size()), kBytes) << "no more than there is";
+}
+
+TEST_P(StorageConformance, SyncingKeepsTheContent) {
+  std::byte* at = storage->map(0, kBytes, Access::ReadWrite);
+  std::memset(at, 9, kBytes);
+  EXPECT_TRUE(storage->sync());
+  EXPECT_EQ(at[kBytes - 1], std::byte{9});
+  storage->unmap(at, kBytes);
+}
+
 INSTANTIATE_TEST_SUITE_P(
     Every, StorageConformance,
     testing::Values(Backend{"heap", [] { return make_heap_storage(); }, false},
@@ -169,6 +235,26 @@ INSTANTIATE_TEST_SUITE_P(
                             true},
                     Backend{"file", [] { return make_unlinked_file("/tmp", StorageKind::File); }, true}),
     [](const testing::TestParamInfo<Backend>& info) { return std::string(info.param.name); });
+
+TEST(FileStorage, AFileThatCannotBeWrittenToTheDiskSaysSo) {
+  // A pipe has no disk behind it: fdatasync refuses it.
+  int ends[2];
+  ASSERT_EQ(pipe(ends), 0);
+  std::unique_ptr<Storage> storage = make_unlinked_file("/tmp", StorageKind::File);
+  ASSERT_EQ(dup2(ends[0], storage->descriptor()), storage->descriptor());
+  EXPECT_FALSE(storage->sync());
+  EXPECT_EQ(errno, EINVAL);
+  close(ends[0]);
+  close(ends[1]);
+}
+
+TEST(FileStorage, AShortFileGivesWhatItHas) {
+  std::unique_ptr<Storage> storage = make_unlinked_file("/tmp", StorageKind::File);
+  std::byte bytes[16];
+  EXPECT_EQ(storage->read_start(bytes, sizeof bytes), 0u);
+  storage->resize(5);
+  EXPECT_EQ(storage->read_start(bytes, sizeof bytes), 5u);
+}
 
 TEST(MemfdStorage, ItsSizeIsSealed) {
   std::unique_ptr<Storage> storage = make_memfd_storage();
