@@ -5,7 +5,7 @@ namespace dsline::model {
 namespace {
 
 Role producer(int messages) { return {.kind = Kind::Producer, .messages = messages}; }
-Role consumer(int group = 0, int nacks = 0) { return {.kind = Kind::Consumer, .group = group, .nacks = nacks}; }
+Role consumer(char group = 0, int nacks = 0) { return {.kind = Kind::Consumer, .group = group, .nacks = nacks}; }
 Role recoverer() { return {.kind = Kind::Recoverer}; }
 
 Role sleeping(Role role) {
@@ -41,7 +41,6 @@ const std::vector<Setup>& setups() {
       {.name = "wrap-64",
        .what = "1 producer x 4 from before the end of 64 bits, 1 consumer",
        .slots = 1,
-       .cells = 2,
        .first_position = slots::kNoPosition - 1,
        .roles = {producer(4), consumer()}},
       {.name = "sleep-nack",
@@ -78,7 +77,6 @@ const std::vector<Setup>& setups() {
       {.name = "wrap",
        .what = "1 producer x 4 from before the end of positions, 1 consumer, recoverer, 1 kill",
        .slots = 1,
-       .cells = 2,
        .first_position = slots::kNoPositionLow - 1,
        .kills = 1,
        .roles = {producer(4), consumer(), recoverer()}},
@@ -89,7 +87,6 @@ const std::vector<Setup>& setups() {
       {.name = "sleep-space",
        .what = "2 producers that sleep, 1 consumer, one slot",
        .slots = 1,
-       .cells = 2,
        .roles = {sleeping(producer(2)), sleeping(producer(1)), sleeping(consumer())}},
       {.name = "sleep-give-up",
        .what = "1 producer x 2, 2 consumers that sleep, one may give up",
@@ -101,12 +98,10 @@ const std::vector<Setup>& setups() {
       {.name = "two-groups",
        .what = "2 producers, two groups of 1 consumer, recoverer, one slot, 1 kill",
        .slots = 1,
-       .cells = 2,
        .groups = 2,
-       .active = 3,
        .kills = 1,
        .is_long = true,
-       .roles = {producer(1), producer(1), consumer(0), consumer(1), recoverer()}},
+       .roles = {producer(1), producer(1), consumer(0), consumer('a'), recoverer()}},
   };
   return list;
 }
