@@ -200,6 +200,12 @@ std::uint64_t fingerprint() noexcept {
   return h;
 }
 
+std::uint64_t fingerprint_of_the_dead() noexcept {
+  std::uint8_t numbers[kMaxProcesses];
+  for (int p = 0; p < kMaxProcesses; ++p) numbers[p] = world.process[p].number;
+  return hash_bytes(&world.ledger, sizeof world.ledger, hash_bytes(numbers, sizeof numbers, aside.memory));
+}
+
 constexpr int kKill = 255;
 constexpr int kPick = 254;   // a wake that has to choose goes to this sleeper
 constexpr int kSlice = 253;  // a sleeper's slice runs out
@@ -359,6 +365,7 @@ class Search {
   Result once(double start, std::uint64_t patience) {
     Result result;
     visited_.clear();
+    left_behind_.clear();
     frames_.clear();
     snapshots_.clear();
     restore(initial_.data());
@@ -393,6 +400,7 @@ class Search {
       is_current = !checks(result);
     }
     result.states = visited_.count();
+    result.ends = left_behind_.count();
     if (broken != nullptr) result.violation = broken;
     return result;
   }
@@ -431,7 +439,8 @@ class Search {
       begin();
       subject->check_blocked();
     }
-    if (bounds.kill_everybody && broken == nullptr) {
+    // What the dead leave is the shared memory: it is enough to look at each once.
+    if (bounds.kill_everybody && broken == nullptr && left_behind_.insert(fingerprint_of_the_dead())) {
       begin();
       subject->check_after_all_died();
     }
@@ -467,6 +476,7 @@ class Search {
   std::vector<Frame> frames_;
   std::vector<std::byte> snapshots_;
   Visited visited_;
+  Visited left_behind_;
 };
 
 }  // namespace

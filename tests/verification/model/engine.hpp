@@ -51,6 +51,7 @@ struct Result {
   std::uint64_t steps = 0;
   std::uint64_t kills = 0;
   std::uint64_t checks_at_rest = 0;
+  std::uint64_t ends = 0;  ///< different shared memories in which everybody has died
   std::uint64_t depth = 0;
   std::uint64_t shared_words = 0;
   double seconds = 0;
