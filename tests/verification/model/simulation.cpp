@@ -507,9 +507,9 @@ void Simulation::join(int p) {
         group = membership.make(name, role.rules, role.start, number);
       }
       if (group == Membership::kNoGroup) {
-        participants.leave(number);
+        participants.leave(number);  // as the error that says so
         me.number = 0;
-        me.phase = kOutside;
+        me.phase = kGone;
       } else {
         me.member = static_cast<std::uint8_t>(group + 1);
         me.joined = static_cast<std::uint8_t>(region_->group(group).joined.load());
