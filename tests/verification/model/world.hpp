@@ -73,6 +73,8 @@ struct World {
 /// Saved with a state, but no part of its identity.
 struct Aside {
   std::uint64_t memory;  ///< fingerprint of the shared memory, kept up with every write
+  std::uint64_t inside[kMaxProcesses];  ///< of each process and its stack
+  std::uint64_t rest;                   ///< of the rest of the world
   void* sp[kAllProcesses];
   std::uint8_t wrote[kAllProcesses];  ///< its last step changed something, so that a death now is a new one
 };
