@@ -127,25 +127,27 @@ std::uint32_t Membership::make(std::string_view wanted, std::uint32_t rules, Joi
   return kNoGroup;
 }
 
-// Old enough to be in the order, young enough that its cell outlives the wait for the new group (layout.hpp,
-// kCellsPerSlot), and needed by somebody who has not given up on it.
-bool Membership::is_offered(std::uint32_t s, SlotWord word, std::uint32_t group,
-                            std::uint64_t tail) const noexcept {
+// The position of a message that a late joiner may have, kNoPosition for others: old enough to be in the order, young
+// enough that its cell outlives the wait for the new group (layout.hpp, kCellsPerSlot), and needed by somebody who has
+// not given up on it. Loaded once: the slot may be taken for writing at any time.
+std::uint64_t Membership::offered_position(std::uint32_t s, SlotWord word, std::uint32_t group,
+                                           std::uint64_t tail) const noexcept {
   const std::uint32_t pending = word.pending() & region_->group_bits();
   if (!word.is(SlotPhase::Committed) || (word.pending() & slots::kEnqueueing) != 0 || pending == 0 ||
       (pending >> group & 1) != 0)
-    return false;
+    return slots::kNoPosition;
   bool wanted = false;
   for (std::uint32_t left = pending; left != 0; left &= left - 1) {
     const std::uint32_t g = static_cast<std::uint32_t>(std::countr_zero(left));
     wanted = wanted || Claim{region_->claim(s, g).load(std::memory_order_acquire)}.who() != Claim::kDead;
   }
   const std::uint64_t position = region_->slot(s).position.load(std::memory_order_acquire);
-  if (!wanted || position == slots::kNoPosition) return false;
+  if (!wanted || position == slots::kNoPosition) return slots::kNoPosition;
   const Cell cell{region_->cell(position).load(std::memory_order_acquire)};
-  return cell.ahead_of(position) == 0 && cell.slot() == s &&
-         slots::distance(position & slots::kPositionMask, tail) >=
-             -static_cast<std::int64_t>(region_->geometry().slots);
+  const bool is_there = cell.ahead_of(position) == 0 && cell.slot() == s &&
+                        slots::distance(position & slots::kPositionMask, tail) >=
+                            -static_cast<std::int64_t>(region_->geometry().slots);
+  return is_there ? position : slots::kNoPosition;
 }
 
 std::uint64_t Membership::first_position(JoinAt start, std::uint32_t group,
@@ -153,8 +155,8 @@ std::uint64_t Membership::first_position(JoinAt start, std::uint32_t group,
   std::uint64_t first = tail;
   bool found = false;
   for (std::uint32_t s = 0; s < region_->geometry().slots; ++s) {
-    if (!is_offered(s, pool_->word(s), group, tail)) continue;
-    const std::uint64_t position = region_->slot(s).position.load(std::memory_order_acquire);
+    const std::uint64_t position = offered_position(s, pool_->word(s), group, tail);
+    if (position == slots::kNoPosition) continue;
     const std::int64_t ahead = slots::distance(position & slots::kPositionMask, first);
     if (!found || (start == JoinAt::Oldest ? ahead < 0 : ahead > 0)) first = position;
     found = true;
@@ -180,15 +182,15 @@ void Membership::offer_old(std::uint32_t group, std::uint64_t from) noexcept {
     base::Atomic<std::uint64_t>& claim = region_->claim(s, group);
     Claim before{claim.load(std::memory_order_acquire)};
     SlotWord word = pool_->word(s);
-    if (!is_offered(s, word, group, tail)) continue;
-    const std::uint64_t position = region_->slot(s).position.load(std::memory_order_acquire);
+    const std::uint64_t position = offered_position(s, word, group, tail);
+    if (position == slots::kNoPosition) continue;
     if (slots::distance(position & slots::kPositionMask, from) < 0) continue;
     const Claim open = Claim::make(position, 0, Claim::kNobody);
     // The group has had it: a sender with DROP_OLDEST took it since the group became active.
     if (before.position_low() == open.position_low() && before != open) continue;
     if (!claim.compare_exchange_strong(before.bits, open.bits, std::memory_order_acq_rel)) continue;
     DSLINE_POINT("join.offered");
-    while (is_offered(s, word, group, tail)) {
+    while (offered_position(s, word, group, tail) == position) {
       SlotWord with_group =
           SlotWord::make(word.generation(), word.owner(), word.phase(), word.pending() | 1u << group);
       const std::uint32_t generation = word.generation();

@@ -61,7 +61,8 @@ class Membership {
   bool is_in_use(std::uint32_t group) const noexcept;
   void forget_claims(std::uint32_t group) noexcept;
   void offer_old(std::uint32_t group, std::uint64_t from) noexcept;
-  bool is_offered(std::uint32_t s, slots::SlotWord word, std::uint32_t group, std::uint64_t tail) const noexcept;
+  std::uint64_t offered_position(std::uint32_t s, slots::SlotWord word, std::uint32_t group,
+                                 std::uint64_t tail) const noexcept;
   std::uint64_t first_position(JoinAt start, std::uint32_t group, std::uint64_t tail) const noexcept;
   void wait_for_senders(std::uint32_t group) const noexcept;
 

@@ -258,6 +258,9 @@ class Group {
 
   bool claim_at(std::uint32_t s, std::uint64_t position, std::uint32_t who) noexcept {
     if (!is_pending(s)) return false;
+    // After the word: a late joiner may have left the claim of an earlier message of this slot behind (offer_old()), and
+    // until its sender has entered it the message that is there now carries that claim.
+    if (region_->slot(s).position.load(std::memory_order_acquire) != position) return false;
     slots::Claim unclaimed = slots::Claim::make(position, 0, slots::Claim::kNobody);
     DSLINE_POINT("take.before_claim");
     // SYNC claim: pairs with enter() (position and frame) and with recovery's hand-over.

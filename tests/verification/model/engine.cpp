@@ -1,9 +1,10 @@
 #include "engine.hpp"
 
 #include <setjmp.h>
+#include <sys/mman.h>
+#include <time.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -55,6 +56,7 @@ std::uint64_t most_accesses = kEndless;
 sigjmp_buf endless;
 const char* broken = nullptr;
 bool tracing = false;
+bool others_changed = false;  // a step woke somebody
 std::vector<std::string> trace;
 
 std::byte* top_of(int p) noexcept { return stacks[p] + kStackBytes; }
@@ -116,24 +118,36 @@ void count_access() noexcept {
 // The set of visited states: fingerprints of 64 bits in one open-addressed table.
 class Visited {
  public:
-  Visited() : table_(1 << 16) {}
+  Visited() : table_(allocate(size_)) {}
+  ~Visited() { munmap(table_, size_ * 8); }
+  Visited(const Visited&) = delete;
+  Visited& operator=(const Visited&) = delete;
+
   bool insert(std::uint64_t fingerprint) {
     if (fingerprint == 0) fingerprint = 1;
-    if (count_ * 10 >= table_.size() * 7) grow();
-    if (!put(table_, fingerprint)) return false;
+    if (count_ * 10 >= size_ * 7) grow();
+    if (!put(table_, size_, fingerprint)) return false;
     ++count_;
     return true;
   }
   std::uint64_t count() const noexcept { return count_; }
   void clear() {
-    std::fill(table_.begin(), table_.end(), 0);
+    std::memset(table_, 0, size_ * 8);
     count_ = 0;
   }
 
  private:
-  static bool put(std::vector<std::uint64_t>& table, std::uint64_t fingerprint) noexcept {
-    const std::size_t mask = table.size() - 1;
-    for (std::size_t i = fingerprint & mask;; i = (i + 1) & mask) {
+  static std::uint64_t* allocate(std::size_t size) {
+    void* at = mmap(nullptr, size * 8, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (at == MAP_FAILED) {
+      std::fprintf(stderr, "no memory for %zu states; bound them with --max-states\n", size);
+      std::exit(3);
+    }
+    madvise(at, size * 8, MADV_HUGEPAGE);  // every look is at another place
+    return static_cast<std::uint64_t*>(at);
+  }
+  static bool put(std::uint64_t* table, std::size_t size, std::uint64_t fingerprint) noexcept {
+    for (std::size_t i = fingerprint & (size - 1);; i = (i + 1) & (size - 1)) {
       if (table[i] == fingerprint) return false;
       if (table[i] == 0) {
         table[i] = fingerprint;
@@ -142,13 +156,17 @@ class Visited {
     }
   }
   void grow() {
-    std::vector<std::uint64_t> larger(table_.size() * 2);
-    for (std::uint64_t fingerprint : table_) {
-      if (fingerprint != 0) put(larger, fingerprint);
+    std::uint64_t* larger = allocate(size_ * 2);
+    for (std::size_t i = 0; i < size_; ++i) {
+      if (table_[i] != 0) put(larger, size_ * 2, table_[i]);
     }
-    table_.swap(larger);
+    munmap(table_, size_ * 8);
+    table_ = larger;
+    size_ *= 2;
   }
-  std::vector<std::uint64_t> table_;
+
+  std::size_t size_ = 1 << 16;
+  std::uint64_t* table_;
   std::uint64_t count_ = 0;
 };
 
@@ -187,17 +205,28 @@ void restore(const std::byte* from) noexcept {
   }
 }
 
-std::uint64_t fingerprint() noexcept {
-  const std::size_t count = static_cast<std::size_t>(subject->processes());
-  std::uint64_t h = hash_bytes(world.process, count * sizeof(Process), aside.memory);
-  h = hash_bytes(&world.ledger, sizeof world - offsetof(World, ledger), h);
-  if (bounds.compare_stacks) {
-    for (int p = 0; p < kMaxProcesses; ++p) {
-      const std::size_t used = world.process[p].stack_used;
-      if (used != 0) h = hash_bytes(top_of(p) - used, used, h);
-    }
+// Brings the parts up to date that the last step may have changed: those of process `p`, or of all (-1).
+void update_parts(int p) noexcept {
+  for (int i = 0; i < subject->processes(); ++i) {
+    if (p >= 0 && i != p && world.process[i].alive != 0) continue;  // the dead change when they are buried
+    const std::size_t used = bounds.compare_stacks ? world.process[i].stack_used : 0;
+    aside.inside[i] = hash_bytes(&world.process[i], sizeof(Process), static_cast<std::uint64_t>(i) + 1);
+    if (used != 0) aside.inside[i] = hash_bytes(top_of(i) - used, used, aside.inside[i]);
   }
+  if (p < 0 || aside.wrote[p] != 0 || bounds.preemptions >= 0)
+    aside.rest = hash_bytes(&world.ledger, sizeof world - offsetof(World, ledger), 99);
+}
+
+std::uint64_t fingerprint() noexcept {
+  std::uint64_t h = mix(aside.memory, aside.rest);
+  for (int i = 0; i < subject->processes(); ++i) h = mix(h, aside.inside[i]);
   return h;
+}
+
+std::uint64_t fingerprint_of_the_dead() noexcept {
+  std::uint8_t numbers[kMaxProcesses];
+  for (int p = 0; p < kMaxProcesses; ++p) numbers[p] = world.process[p].number;
+  return hash_bytes(&world.ledger, sizeof world.ledger, hash_bytes(numbers, sizeof numbers, aside.memory));
 }
 
 constexpr int kKill = 255;
@@ -263,6 +292,7 @@ void fiber_main() {
   Process& process = world.process[current];
   process.stack_used = 0;
   process.history = 0;
+  process.ticks = 0;
   for (;;) switch_to_scheduler();
 }
 
@@ -323,8 +353,11 @@ void step(int p, int what) {
   if (bounds.preemptions >= 0 && !is_inside(p)) world.last_run = 0;
 }
 
+// Of this process, so that the bounds do not depend on what else the machine does.
 double now_seconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  timespec now{};
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) * 1e-9;
 }
 
 struct Frame {
@@ -358,9 +391,11 @@ class Search {
   Result once(double start, std::uint64_t patience) {
     Result result;
     visited_.clear();
+    left_behind_.clear();
     frames_.clear();
     snapshots_.clear();
     restore(initial_.data());
+    update_parts(-1);
     visited_.insert(fingerprint());
     push(result);
     bool is_current = !checks(result);
@@ -374,7 +409,9 @@ class Search {
       }
       if (!is_current) restore(snapshots_.data() + frame.snapshot);
       const Choice choice = frame.choices[frame.next++];
+      others_changed = false;
       step(choice.process, choice.what);
+      update_parts(others_changed || choice.what >= kSlice ? -1 : choice.process);
       ++result.steps;
       if (choice.what == kKill) ++result.kills;
       if (broken != nullptr) break;
@@ -392,6 +429,7 @@ class Search {
       is_current = !checks(result);
     }
     result.states = visited_.count();
+    result.ends = left_behind_.count();
     if (broken != nullptr) result.violation = broken;
     return result;
   }
@@ -430,7 +468,8 @@ class Search {
       begin();
       subject->check_blocked();
     }
-    if (bounds.kill_everybody && broken == nullptr) {
+    // What the dead leave is the shared memory: it is enough to look at each once.
+    if (bounds.kill_everybody && broken == nullptr && left_behind_.insert(fingerprint_of_the_dead())) {
       begin();
       subject->check_after_all_died();
     }
@@ -466,6 +505,7 @@ class Search {
   std::vector<Frame> frames_;
   std::vector<std::byte> snapshots_;
   Visited visited_;
+  Visited left_behind_;
 };
 
 }  // namespace
@@ -560,6 +600,7 @@ void wake_sleepers(const void* at, int count) noexcept {
   for (const Process& p : world.process) sleepers += is_sleeper(p);
   if (sleepers == 0) return;
   aside.wrote[current] = 1;
+  others_changed = true;
   if (sleepers <= count) {
     for (Process& p : world.process) {
       if (is_sleeper(p)) p.woken = 1;
@@ -600,6 +641,13 @@ Result explore(Subject& what, const Bounds& limits) {
   for (int p = 0; p < what.processes(); ++p) aside.wrote[p] = 1;
   auto search = std::make_unique<Search>();
   return search->run();
+}
+
+std::int64_t look_at_clock() noexcept {
+  if (mode == Mode::Fibers && subject->is_patient(current)) return 0;
+  std::uint8_t& ticks = world.process[current].ticks;
+  if (ticks < 3) ++ticks;
+  return ticks * std::int64_t{1'000'000'000};
 }
 
 void trace_line(const std::string& text) { trace.push_back(text); }

@@ -40,6 +40,8 @@ class Subject {
   virtual void check_blocked() = 0;
   /// A sleeper's time slice may run out (only where nobody else can go on).
   virtual bool slices_end() const = 0;
+  /// Process `p` never sees a deadline pass.
+  virtual bool is_patient(int p) const = 0;
   virtual std::string describe(const void* at) const = 0;
   virtual std::string name_of(int p) const = 0;
 };
@@ -49,6 +51,7 @@ struct Result {
   std::uint64_t steps = 0;
   std::uint64_t kills = 0;
   std::uint64_t checks_at_rest = 0;
+  std::uint64_t ends = 0;  ///< different shared memories in which everybody has died
   std::uint64_t depth = 0;
   std::uint64_t shared_words = 0;
   double seconds = 0;
@@ -79,6 +82,9 @@ void wake_sleepers(const void* at, int count) noexcept;
 
 /// Runs `work(context)` as process `p` without others in between; false when it took more than `most` accesses.
 bool run_alone(int p, void (*work)(void*), void* context, std::uint64_t most);
+
+/// Nanoseconds on a clock that stands still for the patient, and jumps by seconds at every look of the others.
+std::int64_t look_at_clock() noexcept;
 
 void trace_line(const std::string& text);
 bool is_tracing() noexcept;

@@ -63,10 +63,11 @@ int main(int argc, char** argv) {
     Simulation simulation(setup);
     const Result result = explore(simulation, bounds);
     std::printf(
-        "{\"setup\": \"%s\", \"states\": %llu, \"steps\": %llu, \"kills\": %llu, \"rests\": %llu, \"depth\": %llu, "
+        "{\"setup\": \"%s\", \"states\": %llu, \"steps\": %llu, \"kills\": %llu, \"rests\": %llu, \"ends\": %llu, \"depth\": %llu, "
         "\"shared_words\": %llu, \"seconds\": %.2f, \"complete\": %s, \"violation\": \"%s\"}\n",
         name.c_str(), static_cast<unsigned long long>(result.states), static_cast<unsigned long long>(result.steps),
         static_cast<unsigned long long>(result.kills), static_cast<unsigned long long>(result.checks_at_rest),
+        static_cast<unsigned long long>(result.ends),
         static_cast<unsigned long long>(result.depth), static_cast<unsigned long long>(result.shared_words),
         result.seconds, result.cut ? "false" : "true", result.violation.c_str());
     if (show_trace) {

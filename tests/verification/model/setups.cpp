@@ -5,9 +5,34 @@ namespace dsline::model {
 namespace {
 
 Role producer(int messages) { return {.kind = Kind::Producer, .messages = messages}; }
-Role consumer(int group = 0, int nacks = 0) { return {.kind = Kind::Consumer, .group = group, .nacks = nacks}; }
+Role consumer(char group = 0, int nacks = 0) { return {.kind = Kind::Consumer, .group = group, .nacks = nacks}; }
 Role recoverer() { return {.kind = Kind::Recoverer}; }
 
+Role joining(Role role, liveness::JoinAt start = liveness::JoinAt::Next) {
+  role.joins = true;
+  role.start = start;
+  return role;
+}
+Role leaving(Role role, int after, int returns = 0) {
+  role.leaves_after = after;
+  role.returns = returns;
+  return role;
+}
+Role leaving_with_it(Role role, int after) {
+  role.leaves_after = after;
+  role.leaves_holding = true;
+  return role;
+}
+Role with_rules(Role role, std::uint32_t rules) {
+  role.rules = rules;
+  return role;
+}
+Role patient(Role role) {
+  role.patient = true;
+  return role;
+}
+Role dropper(int messages) { return {.kind = Kind::Producer, .messages = messages, .drops_oldest = true}; }
+Role reader(bool revives = false) { return {.kind = Kind::Reader, .revives = revives}; }
 Role sleeping(Role role) {
   role.sleeps = true;
   return role;
@@ -31,17 +56,18 @@ const std::vector<Setup>& setups() {
       {.name = "two-consumers", .what = "1 producer x 2, 2 consumers", .roles = {producer(2), consumer(), consumer()}},
       {.name = "lap",
        .what = "2 producers, one of them laps the order, 1 consumer",
+       .cells = 4,
        .is_long = true,
        .roles = {producer(1), producer(5), consumer()}},
       {.name = "lap-held",
        .what = "2 producers, one of them laps the order, 1 consumer, one that keeps a message",
+       .cells = 4,
        .is_long = true,
        .roles = {producer(1), producer(5), consumer(), keeper()}},
       {.name = "sleep-one", .what = "1 producer x 2, 1 consumer that sleeps", .roles = {producer(2), sleeping(consumer())}},
       {.name = "wrap-64",
        .what = "1 producer x 4 from before the end of 64 bits, 1 consumer",
        .slots = 1,
-       .cells = 2,
        .first_position = slots::kNoPosition - 1,
        .roles = {producer(4), consumer()}},
       {.name = "sleep-nack",
@@ -78,7 +104,6 @@ const std::vector<Setup>& setups() {
       {.name = "wrap",
        .what = "1 producer x 4 from before the end of positions, 1 consumer, recoverer, 1 kill",
        .slots = 1,
-       .cells = 2,
        .first_position = slots::kNoPositionLow - 1,
        .kills = 1,
        .roles = {producer(4), consumer(), recoverer()}},
@@ -89,7 +114,6 @@ const std::vector<Setup>& setups() {
       {.name = "sleep-space",
        .what = "2 producers that sleep, 1 consumer, one slot",
        .slots = 1,
-       .cells = 2,
        .roles = {sleeping(producer(2)), sleeping(producer(1)), sleeping(consumer())}},
       {.name = "sleep-give-up",
        .what = "1 producer x 2, 2 consumers that sleep, one may give up",
@@ -101,12 +125,155 @@ const std::vector<Setup>& setups() {
       {.name = "two-groups",
        .what = "2 producers, two groups of 1 consumer, recoverer, one slot, 1 kill",
        .slots = 1,
-       .cells = 2,
        .groups = 2,
-       .active = 3,
        .kills = 1,
        .is_long = true,
-       .roles = {producer(1), producer(1), consumer(0), consumer(1), recoverer()}},
+       .roles = {producer(1), producer(1), consumer(0), consumer('a'), recoverer()}},
+      // --- groups that come and go
+      {.name = "late-group",
+       .what = "1 producer x 2, 1 consumer, a group that joins",
+       .groups = 2,
+       .roles = {producer(2), consumer(), joining(consumer('a'))}},
+      {.name = "late-group-kill",
+       .what = "1 producer x 2, 1 consumer, a group that joins, 1 kill",
+       .groups = 2,
+       .kills = 1,
+       .is_long = true,
+       .roles = {producer(2), consumer(), joining(consumer('a')), recoverer()}},
+      {.name = "group-leaves",
+       .what = "1 producer x 3, 1 consumer, a group that leaves and comes back under the same number",
+       .groups = 2,
+       .roles = {producer(3), consumer(), leaving(consumer('a'), 1, 1)}},
+      {.name = "group-leaves-holding",
+       .what = "2 producers, 1 consumer, a group whose member leaves with a message, one slot",
+       .slots = 1,
+       .groups = 2,
+       .roles = {producer(1), producer(1), consumer(), leaving_with_it(consumer('a'), 1)}},
+      {.name = "group-dies",
+       .what = "1 producer x 2, 1 consumer, a group whose member dies, recoverer, 1 kill",
+       .groups = 2,
+       .kills = 1,
+       .roles = {producer(2), consumer(), consumer('a'), recoverer()}},
+      {.name = "only-group-leaves",
+       .what = "broadcast: 2 producers, the only group leaves and comes back, one slot",
+       .slots = 1,
+       .groups = 2,
+       .default_group = false,
+       .roles = {producer(1), producer(1), leaving(consumer('a'), 0, 1)}},
+      {.name = "only-group-leaves-kill",
+       .what = "broadcast: 2 producers, the only group leaves and comes back, recoverer, one slot, 1 kill",
+       .slots = 1,
+       .groups = 2,
+       .default_group = false,
+       .kills = 1,
+       .is_long = true,
+       .roles = {producer(1), producer(1), leaving(consumer('a'), 0, 1), recoverer()}},
+      {.name = "two-join",
+       .what = "1 producer, two groups join at once, each leaves",
+       .slots = 1,
+       .groups = 3,
+       .default_group = false,
+       .roles = {producer(1), joining(leaving(consumer('a'), 0)), joining(leaving(consumer('b'), 0))}},
+      {.name = "group-member-joins",
+       .what = "1 producer x 2, a group with a member that leaves and one that joins",
+       .slots = 1,
+       .groups = 2,
+       .default_group = false,
+       .roles = {producer(2), leaving(consumer('a'), 0), joining(consumer('a'))}},
+      {.name = "drop-policy",
+       .what = "1 producer x 2, a durable group with the drop policy, 2 members, recoverer, 1 kill",
+       .slots = 1,
+       .groups = 2,
+       .default_group = false,
+       .kills = 1,
+       .roles = {producer(2), with_rules(consumer('a'), memory::kGroupDrops | memory::kGroupDurable),
+                 with_rules(consumer('a'), memory::kGroupDrops | memory::kGroupDurable), recoverer()}},
+      {.name = "drop-policy-two-recoverers",
+       .what = "the same with 2 recoverers, 2 kills",
+       .slots = 1,
+       .groups = 2,
+       .default_group = false,
+       .kills = 2,
+       .is_long = true,
+       .roles = {producer(1), with_rules(consumer('a'), memory::kGroupDrops | memory::kGroupDurable),
+                 recoverer(), recoverer()}},
+      // --- late joiners that want what is there
+      {.name = "join-oldest",
+       .what = "1 producer x 2, 1 consumer, a group that joins at the oldest message",
+       .groups = 2,
+       .roles = {producer(2), consumer(), joining(consumer('a'), liveness::JoinAt::Oldest)}},
+      {.name = "join-oldest-patient",
+       .what = "the same, waiting for senders",
+       .groups = 2,
+       .roles = {producer(2), consumer(), patient(joining(consumer('a'), liveness::JoinAt::Oldest))}},
+      {.name = "join-latest-history",
+       .what = "history of 1: 1 producer x 3, a group that joins at the latest message",
+       .groups = 3,
+       .default_group = false,
+       .history = 1,
+       .roles = {producer(3), joining(consumer('a'), liveness::JoinAt::Latest)}},
+      {.name = "join-oldest-drop",
+       .what = "1 producer x 3 that drops the oldest, 1 consumer, a group that joins at the oldest message",
+       .groups = 2,
+       .roles = {dropper(3), consumer(), joining(consumer('a'), liveness::JoinAt::Oldest)}},
+      // --- history
+      {.name = "history",
+       .what = "history of 1: 2 producers, 1 consumer",
+       .groups = 2,
+       .history = 1,
+       .roles = {producer(2), producer(1), consumer()}},
+      {.name = "history-kill",
+       .what = "history of 1: 1 producer x 3, 1 consumer, recoverer, 1 kill",
+       .groups = 2,
+       .history = 1,
+       .kills = 1,
+       .roles = {producer(3), consumer(), recoverer()}},
+      // --- drop oldest
+      {.name = "drop-oldest",
+       .what = "1 producer x 3 that drops the oldest, 1 consumer, one slot",
+       .slots = 1,
+       .roles = {dropper(3), consumer()}},
+      {.name = "drop-oldest-two",
+       .what = "2 producers that drop the oldest, 1 consumer, one slot",
+       .slots = 1,
+       .roles = {dropper(2), dropper(1), consumer()}},
+      {.name = "drop-oldest-kill",
+       .what = "1 producer x 3 that drops the oldest, 1 consumer, recoverer, one slot, 1 kill",
+       .slots = 1,
+       .kills = 1,
+       .roles = {dropper(3), consumer(), recoverer()}},
+      {.name = "drop-oldest-groups",
+       .what = "1 producer x 2 that drops the oldest, two groups, one gives back, one slot",
+       .slots = 1,
+       .groups = 2,
+       .roles = {dropper(2), consumer(), consumer('a', 1)}},
+      {.name = "drop-oldest-leave",
+       .what = "1 producer x 2 that drops the oldest, two groups, one of which leaves, one slot",
+       .slots = 1,
+       .groups = 2,
+       .roles = {dropper(2), consumer(), leaving(consumer('a'), 0)}},
+      // --- dead letters
+      {.name = "dead-letters",
+       .what = "1 producer x 2, 2 consumers that give back, one delivery, a reader that revives",
+       .max_deliveries = 1,
+       .roles = {producer(2), consumer(0, 1), reader(true)}},
+      {.name = "dead-letters-kill",
+       .what = "1 producer, 1 consumer that gives back, one delivery, a reader, recoverer, 1 kill",
+       .max_deliveries = 1,
+       .kills = 1,
+       .roles = {producer(1), consumer(0, 1), reader(), recoverer()}},
+      {.name = "dead-letters-full",
+       .what = "1 producer x 2, 2 consumers that give back, no dead letter is kept",
+       .max_deliveries = 1,
+       .dead_letters = 0,
+       .roles = {producer(2), consumer(0, 1), consumer(0, 1)}},
+      // --- the tail's hint after many deaths
+      {.name = "deaths-in-a-row",
+       .what = "6 producers, each dies before the next comes, 1 consumer, one slot, 5 kills",
+       .slots = 1,
+       .kills = 5,
+       .roles = {producer(1), successor(producer(1)), successor(producer(1)), successor(producer(1)),
+                 successor(producer(1)), successor(producer(1)), consumer()}},
   };
   return list;
 }

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "delivery/publication.hpp"
 #include "liveness/participants.hpp"
 #include "liveness/recovery.hpp"
 #include "memory/storage.hpp"
@@ -16,6 +17,9 @@
 namespace dsline::model {
 namespace {
 
+using delivery::Publication;
+using liveness::Membership;
+using liveness::Participants;
 using order::Cell;
 using order::Group;
 using order::Held;
@@ -29,6 +33,8 @@ using slots::SlotWord;
 // Phases of a role.
 constexpr std::uint8_t kIdle = 0;
 constexpr std::uint8_t kHolding = 1;  // a loan, or a message
+constexpr std::uint8_t kHoldingOn = 2;  // has left its group, and holds a message of it
+constexpr std::uint8_t kLeaving = 3;    // has left its group
 constexpr std::uint8_t kOutside = 8;  // not attached yet
 constexpr std::uint8_t kGone = 9;
 
@@ -82,6 +88,9 @@ class SimulatedStorage final : public memory::Storage {
   void renew_locks() override {}
   void drop_locks() noexcept override {}
   int descriptor() const noexcept override { return -1; }
+  std::uint64_t read_start(void*, std::uint64_t) const noexcept override { return 0; }
+  bool sync() noexcept override { return true; }
+  std::unique_ptr<memory::Storage> again() const override { return nullptr; }
 
  private:
   static const void* word(std::uint32_t byte) noexcept { return shared + kLockWords + byte * 8; }
@@ -97,39 +106,41 @@ void ignore(const T& word) {
 // --- the channel ---------------------------------------------------------------------------------------------------
 
 Simulation::Simulation(const Setup& setup) : setup_(setup) {
-  const std::uint32_t attached = static_cast<std::uint32_t>(setup.roles.size());
-  memory::Geometry g =
-      memory::plan_geometry(setup.slots, 8, 8, attached + 1 + setup.spare_numbers, setup.groups);
-  g.order_cells = setup.cells;
-  if (attached > kMaxProcesses || setup.slots > kMaxSlots || setup.groups > kMaxGroups) std::abort();
+  const std::uint32_t count = static_cast<std::uint32_t>(setup.roles.size());
+  memory::Geometry g = memory::plan_geometry(setup.slots, 8, 8, count + 1 + setup.spare_numbers, setup.groups);
+  if (setup.cells != 0) g.order_cells = setup.cells;
+  if (count > kMaxProcesses || setup.slots > kMaxSlots || setup.groups > kMaxGroups) std::abort();
   const std::uint64_t first = setup.first_position;
+  memory::Rules rules{};
+  rules.history = setup.history;
+  rules.max_deliveries = setup.max_deliveries;
+  rules.dead_letters = setup.dead_letters;
+  rules.default_group = setup.default_group ? 1 : 0;
 
   shared_begin = reinterpret_cast<std::uintptr_t>(shared);
   shared_bytes = sizeof shared;
-  region_ = memory::Region::create(std::make_unique<SimulatedStorage>(), g, base::Checksum::None, first);
+  region_ = memory::Region::create(std::make_unique<SimulatedStorage>(), g, rules, first);
+  pool_ = std::make_unique<SlotPool>(*region_);
+  letters_ = std::make_unique<delivery::DeadLetters>(*region_, *pool_);
   SlotPool::initialise(*region_);
   OrderRing::initialise(*region_, first);
-  for (std::uint32_t n = 0; n < setup.groups; ++n) {
-    region_->group(n).cursor.store(first);
-    region_->group(n).state.store(setup.active >> n & 1);
-  }
-  region_->header().active.store(setup.active);
+  for (std::uint32_t n = 0; n < setup.groups; ++n) region_->group(n).cursor.store(first);
+  std::uint64_t active = rules.default_group;
+  if (region_->keeps_history()) active |= std::uint64_t{1} << region_->retention_group();
+  region_->header().active.store(active);
 
   std::memset(static_cast<void*>(&world), 0, sizeof world);
   int message = 1;
-  for (std::uint32_t p = 0; p < attached; ++p) {
+  for (std::uint32_t p = 0; p < count; ++p) {
     const Role& role = setup.roles[p];
     Process& process = world.process[p];
     process.alive = 1;
     process.left = static_cast<std::uint8_t>(role.nacks);
     first_message_[p] = message;
     if (role.kind == Kind::Producer) message += role.messages;
-    if (role.succeeds) {
-      process.phase = kOutside;
-      continue;
-    }
+    process.phase = kOutside;
     current = static_cast<int>(p);
-    process.number = static_cast<std::uint8_t>(liveness::Participants(*region_).try_join() + 1);
+    if (!role.succeeds && !role.joins) join(current);
   }
   messages_ = message - 1;
   if (messages_ >= kMaxMessages) std::abort();  // the surgeon sends one more
@@ -139,16 +150,24 @@ Simulation::Simulation(const Setup& setup) : setup_(setup) {
   std::byte* control = reinterpret_cast<std::byte*>(&header);
   add_range(&header.active, sizeof(std::uint64_t));
   add_range(&header.space, sizeof header.space);
-  add_range(control + g.participants_offset, g.arena_offset - g.participants_offset);
+  add_range(control + g.participants_offset, g.notes_offset - g.participants_offset);
   ignore(header.dropped_newest);
-  ignore(header.recovered);
+  ignore(header.unheard);
   ignore(header.corrupted);
+  ignore(header.deaths);
+  ignore(header.buried);
+  ignore(header.letters_dropped);
+  ignore(header.death);
+  ignore_word(control + g.notes_offset, g.arena_offset - g.notes_offset);
+  for (std::uint32_t s = 0; s < g.slots; ++s) ignore(region_->slot(s).notes);
   for (std::uint32_t i = 0; i < g.participants; ++i) {
     memory::ParticipantState& entry = region_->participant(i);
     ignore(entry.pid);
     ignore(entry.start_time);
     ignore(entry.joined_ns);
     ignore(entry.waiting_on);
+    ignore(entry.left_writing);
+    ignore(entry.left_held);
   }
   for (std::uint32_t n = 0; n < g.groups; ++n) {
     ignore(region_->group(n).redelivered);
@@ -167,6 +186,7 @@ Simulation::Simulation(const Setup& setup) : setup_(setup) {
   for (std::uint32_t k = 0; k < g.order_cells; ++k) place(&region_->cell(k), Word::Cell, k, 0);
   for (std::uint32_t i = 0; i < g.participants; ++i) place(&region_->participant(i).word, Word::Entry, i, 0);
   place(&region_->order().tail, Word::Tail, 0, 0);
+  for (std::uint32_t n = 0; n < g.groups; ++n) place(&region_->group(n).state, Word::Joined, 0, n);
 }
 
 std::string Simulation::describe(const void* at) const {
@@ -186,6 +206,7 @@ std::string Simulation::describe(const void* at) const {
     if (at == &group.cursor) return "cursor" + suffix;
     if (at == &group.redeliver) return "redeliver" + suffix;
     if (at == &group.state) return "group state" + suffix;
+    if (at == &group.joined) return "joined" + suffix;
     if (at == &group.messages.sequence) return "message sequence" + suffix;
     if (at >= &group.messages && at < &group.messages + 1) return "message waiters" + suffix;
   }
@@ -205,7 +226,7 @@ std::string Simulation::describe(const void* at) const {
 
 std::string Simulation::name_of(int p) const {
   if (p == kSurgeon) return "surgeon";
-  static const char* const kNames[] = {"producer", "consumer", "recoverer"};
+  static const char* const kNames[] = {"producer", "consumer", "recoverer", "reader"};
   return std::string(kNames[static_cast<int>(setup_.roles[static_cast<std::size_t>(p)].kind)]) +
          std::to_string(p);
 }
@@ -241,6 +262,9 @@ void Simulation::on_write(const void* at, std::uint64_t before, std::uint64_t af
       return;
     case Word::Tail:
       return on_tail(after);
+    case Word::Joined:
+      if (at == &region_->group(place.group).joined) on_joined(place.group);
+      return;
     case Word::Other:
       return;
   }
@@ -252,16 +276,38 @@ void Simulation::on_tail(std::uint64_t tail) {
   if (Cell{region_->cell(last).load()}.ahead_of(last) < 0) violate("N1: the hint of the tail is beyond it");
 }
 
+// A number is given to a new group: what an old one had is history, unless a word still has its bit.
+void Simulation::on_joined(std::uint32_t g) {
+  Ledger& ledger = world.ledger;
+  for (int m = 1; m <= messages_; ++m) {
+    bool pending = false;
+    for (std::uint32_t s = 0; s < setup_.slots; ++s) {
+      const SlotWord word{region_->slot(s).word.load()};
+      pending = pending || (ledger.content[s] == m && word.is(SlotPhase::Committed) && (word.pending() >> g & 1) != 0);
+    }
+    if (pending) continue;
+    ledger.status[m][g] = Status::NotEntitled;
+    ledger.holder[m][g] = ledger.attempts[m][g] = 0;
+  }
+}
+
 void Simulation::on_bit_cleared(std::uint32_t s, std::uint32_t g, int message) {
+  static_cast<void>(s);
   Ledger& ledger = world.ledger;
   Status& status = ledger.status[message][g];
-  const Claim claim{region_->claim(s, g).load()};
-  static_cast<void>(claim);
-  const bool mine = ledger.holder[message][g] == current + 1;
-  if (!mine || (status != Status::Held && status != Status::Discarding)) {
+  const int holder = ledger.holder[message][g] - 1;
+  const bool drops = (region_->group(g).state.load() & memory::kGroupDrops) != 0;
+  const bool active = (region_->header().active.load() >> g & 1) != 0;
+  if (status == Status::Held && holder == current) {
+    status = Status::Done;
+  } else if (status == Status::Discarding && (holder == current || !is_alive(holder))) {
+    status = Status::Dropped;
+    if (active && ledger.dropped[g] < 255) ++ledger.dropped[g];
+  } else if (status == Status::Held && !is_alive(holder) && (drops || !active)) {
+    status = Status::Dropped;
+  } else {
     return violate("N2: a pending bit is cleared by one who does not hold the message");
   }
-  status = status == Status::Held ? Status::Done : Status::Dropped;
   ledger.holder[message][g] = 0;
 }
 
@@ -323,7 +369,6 @@ void Simulation::on_claim(std::uint32_t s, std::uint32_t g, std::uint64_t before
 
   if (after.who() == Claim::kNobody) {
     if (pending && status != Status::Waiting) return violate("N2: the claim of a delivered message is overwritten");
-    if (word.is_free()) violate("N3: the claim of a free slot is written");
     return;
   }
   if (!pending) {
@@ -331,27 +376,42 @@ void Simulation::on_claim(std::uint32_t s, std::uint32_t g, std::uint64_t before
     return violate("N3: a message is claimed that is not there for the group");
   }
   if (message == 0) return violate("N3: a half written message is claimed");
-  if (after.who() == Claim::kRedeliver) {
-    const int holder = ledger.holder[message][g] - 1;
+  std::uint8_t& attempts = ledger.attempts[message][g];
+  std::uint8_t& holder = ledger.holder[message][g];
+  if (after.position_low() != before.position_low()) return violate("N2: a claim changes its position");
+  if (after.who() == Claim::kRedeliver || after.who() == Claim::kDead) {
     if (status != Status::Held) return violate("N2: a message that nobody holds is given back");
-    if (holder != current && is_alive(holder)) return violate("N2: a message is taken away from its living holder");
-    if (after.attempts() != before.attempts() + 1) return violate("N2: a delivery is not counted");
-    status = Status::Back;
-    ledger.holder[message][g] = 0;
-    ++ledger.backs[message][g];
+    if (holder - 1 != current && is_alive(holder - 1))
+      return violate("N2: a message is taken away from its living holder");
+    const bool letter = before.attempts() >= setup_.max_deliveries;
+    if (after.who() == Claim::kDead) {
+      if (!letter) return violate("N2: a message that may still be delivered becomes a dead letter");
+      status = Status::DeadLetter;
+    } else {
+      const bool counted = after.attempts() == before.attempts() + 1u || after.attempts() == Claim::kMaxAttempts;
+      const bool unseen = holder - 1 == current && after.attempts() == before.attempts();
+      const bool revived = holder - 1 == current && letter;
+      if (!counted && !unseen && !revived) return violate("N2: a delivery is not counted");
+      status = Status::Back;
+    }
+    holder = 0;
+    attempts = static_cast<std::uint8_t>(after.attempts());
     return;
   }
-  if (after.who() != Claim::holder(number(current))) return violate("N2: a message is claimed for somebody else");
+  const std::uint8_t me = world.process[current].number;
+  const bool discards = after.who() >= Claim::kDiscard;
+  if ((after.who() & ~Claim::kDiscard) != me) return violate("N2: a message is claimed for somebody else");
   if (status == Status::Held) {
-    return violate(is_alive(ledger.holder[message][g] - 1) ? "N2: two living holders"
-                                                            : "N2: taken again without a flag");
+    return violate(is_alive(holder - 1) ? "N2: two living holders" : "N2: taken again without a flag");
   }
-  if (status == Status::Waiting && after.attempts() != 0) return violate("N2: a first delivery is flagged");
-  if (status == Status::Back && after.attempts() != ledger.backs[message][g])
-    return violate("N2: a wrong number of attempts");
-  if (status != Status::Waiting && status != Status::Back) return violate("N2: delivered again after its release");
-  status = Status::Held;
-  ledger.holder[message][g] = static_cast<std::uint8_t>(current + 1);
+  if (after.attempts() != attempts) {
+    return violate(status == Status::Waiting ? "N2: a first delivery is flagged" : "N2: a wrong number of attempts");
+  }
+  const bool swept_again = status == Status::Discarding && !is_alive(holder - 1) && before.who() == Claim::kDiscard;
+  if (status != Status::Waiting && status != Status::Back && status != Status::DeadLetter && !swept_again)
+    return violate("N2: delivered again after its release");
+  status = discards ? Status::Discarding : Status::Held;
+  holder = static_cast<std::uint8_t>(current + 1);
 }
 
 void Simulation::on_cell(std::uint64_t before_bits, std::uint64_t after_bits) {
@@ -390,43 +450,114 @@ void Simulation::on_death(int) {}
 
 int Simulation::choices(int p) const {
   const Process& process = world.process[p];
-  const Role& role = setup_.roles[static_cast<std::size_t>(p)];
+  const Role& role = this->role(p);
   if (process.phase == kGone) return 0;
-  if (process.phase == kOutside) return anybody_to_bury() ? 1 : 0;
+  if (process.phase == kOutside) return !role.succeeds || anybody_to_bury() ? 1 : 0;
   switch (role.kind) {
     case Kind::Producer:
-      return process.done < role.messages ? 1 : 0;
+      return process.phase == kHolding || process.done < role.messages ? 1 : 0;
     case Kind::Consumer:
       if (process.phase == kHolding) return role.keeps ? 0 : process.left != 0 ? 2 : 1;
-      return role.gives_up ? 2 : 1;
+      return role.gives_up && process.phase == kIdle ? 2 : 1;
     case Kind::Recoverer:
       return anybody_to_bury() ? 1 : 0;
+    case Kind::Reader:
+      return 1;
   }
   return 0;
 }
 
 void Simulation::run(int p, int choice) {
   if (world.process[p].phase == kOutside) return join(p);
-  switch (setup_.roles[static_cast<std::size_t>(p)].kind) {
+  switch (role(p).kind) {
     case Kind::Producer:
       return produce(p);
     case Kind::Consumer:
       return consume(p, choice);
     case Kind::Recoverer:
-      return recover(p);
+      liveness::recover_the_dead(*region_, number(p), false);
+      return;
+    case Kind::Reader:
+      return read_letters(p);
   }
 }
 
-// As attaching does.
+// As attaching and subscribing do.
 void Simulation::join(int p) {
+  const Role& role = this->role(p);
+  Process& me = world.process[p];
   if (!region_->storage().try_lock(memory::kControlLock)) return;
-  liveness::recover_the_dead(*region_, liveness::Participants::kNobody);
-  const std::uint32_t me = liveness::Participants(*region_).try_join();
-  if (me != liveness::Participants::kNobody) {
-    world.process[p].number = static_cast<std::uint8_t>(me + 1);
-    world.process[p].phase = kIdle;
-    liveness::recover_leftovers(*region_, me);
+  liveness::recover_the_dead(*region_, Participants::kNobody, true);
+  Participants participants(*region_);
+  const std::uint32_t number = participants.try_join();
+  if (number != Participants::kNobody) {
+    me.number = static_cast<std::uint8_t>(number + 1);
+    liveness::recover_leftovers(*region_, number);
+    me.phase = kIdle;
+    if (role.group == 0) {
+      region_->participant(number).group.store(setup_.default_group ? 1 : 0);
+      me.member = setup_.default_group ? 1 : 0;
+    } else {
+      Membership membership(*region_, *pool_);
+      const std::string_view name(&role.group, 1);
+      std::uint32_t group = membership.find(name);
+      if (group != Membership::kNoGroup) {
+        membership.enter(group, number);
+      } else {
+        group = membership.make(name, role.rules, role.start, number);
+      }
+      if (group == Membership::kNoGroup) {
+        participants.leave(number);  // as the error that says so
+        me.number = 0;
+        me.phase = kGone;
+      } else {
+        me.member = static_cast<std::uint8_t>(group + 1);
+        me.joined = static_cast<std::uint8_t>(region_->group(group).joined.load());
+      }
+    }
   }
+  region_->storage().unlock(memory::kControlLock);
+}
+
+// As closing does: the membership ends at once, the participant when it holds nothing any more.
+void Simulation::leave_group(int p) {
+  if (!region_->storage().try_lock(memory::kControlLock)) return;
+  Membership(*region_, *pool_).leave(number(p));
+  region_->storage().unlock(memory::kControlLock);
+  Process& me = world.process[p];
+  me.member = me.joined = 0;
+  me.phase = me.slot != 0 ? kHoldingOn : kLeaving;
+}
+
+void Simulation::leave(int p) {
+  Process& me = world.process[p];
+  if (!region_->storage().try_lock(memory::kControlLock)) return;
+  pool_->space().remove(number(p));
+  for (std::uint32_t g = 0; g < setup_.groups; ++g) Group(*region_, g).messages().remove(number(p));
+  Participants(*region_).leave(number(p));
+  region_->storage().unlock(memory::kControlLock);
+  me.number = 0;
+  const int rounds = me.left >> 4;
+  me.phase = rounds < role(p).returns ? kOutside : kGone;
+  me.left = static_cast<std::uint8_t>((me.left & 0xF) | (rounds + 1) << 4);
+  me.done = 0;
+}
+
+// As Channel::Impl::may_receive().
+bool Simulation::may_receive(int p) const {
+  const Process& me = world.process[p];
+  if (me.member == 1) return true;
+  return me.member != 0 && region_->group(me.member - 1u).joined.load() == me.joined &&
+         (region_->header().active.load() >> (me.member - 1) & 1) != 0;
+}
+
+// As Channel::Impl::tidy().
+void Simulation::tidy(int p) {
+  Membership membership(*region_, *pool_);
+  if (!membership.anything_stale()) return;
+  if (!region_->storage().try_lock(memory::kControlLock)) return;
+  membership.remove_abandoned(Membership::kNoGroup, number(p));
+  membership.sweep(number(p));
   region_->storage().unlock(memory::kControlLock);
 }
 
@@ -453,16 +584,29 @@ void Simulation::sleep_for_space(int p) {
   if (wake == waiting::Wake::TimedOut) end_slice(p);
 }
 
-void Simulation::end_slice(int p) { liveness::recover_the_dead(*region_, number(p)); }
+void Simulation::end_slice(int p) { liveness::recover_the_dead(*region_, number(p), false); }
+
+// As Channel::Impl::try_alloc() and take_slot_when_full() do.
+std::uint32_t Simulation::alloc(int p) {
+  std::uint32_t s = pool_->try_alloc(number(p));
+  if (s != kNoSlot) return s;
+  tidy(p);
+  s = pool_->try_alloc_by_scan(number(p));
+  Publication publication(*region_, *pool_);
+  const std::uint32_t tries = 2 * setup_.slots;
+  for (std::uint32_t i = 0; s == kNoSlot && i < tries && publication.drop_history(number(p)); ++i)
+    s = pool_->try_alloc(number(p));
+  if (!role(p).drops_oldest) return s;
+  for (std::uint32_t i = 0; s == kNoSlot && i < tries && publication.drop_oldest(number(p)); ++i)
+    s = pool_->try_alloc(number(p));
+  return s;
+}
 
 void Simulation::produce(int p) {
   Process& me = world.process[p];
-  const Role& role = setup_.roles[static_cast<std::size_t>(p)];
-  SlotPool pool(*region_);
   if (me.phase == kIdle) {
-    std::uint32_t s = pool.try_alloc(number(p));
-    if (s == kNoSlot) s = pool.try_alloc_by_scan(number(p));
-    if (s == kNoSlot && role.sleeps) sleep_for_space(p);
+    const std::uint32_t s = alloc(p);
+    if (s == kNoSlot && role(p).sleeps) sleep_for_space(p);
     if (s == kNoSlot) return;
     me.word = region_->slot(s).word.load();
     me.slot = static_cast<std::uint8_t>(s + 1);
@@ -478,38 +622,36 @@ void Simulation::produce(int p) {
 
 // As Channel::Impl::publish() does, behind the frame. The groups that it was for.
 std::uint32_t Simulation::publish(int p, std::uint32_t s, std::uint64_t word, int message) {
-  static_cast<void>(p);
-  SlotPool pool(*region_);
   world.ledger.content[s] = static_cast<std::uint8_t>(message);
   const std::uint32_t groups =
-      static_cast<std::uint32_t>(region_->header().active.load() & memory::kActiveGroupsMask);
-  if (!pool.commit(s, SlotWord{word}, groups)) {
+      static_cast<std::uint32_t>(region_->header().active.load()) & region_->group_bits();
+  if (!Publication(*region_, *pool_).publish(s, SlotWord{word}, groups, number(p))) {
     violate("N3: a living writer has lost its slot");
     return 0;
   }
-  if (groups != 0) {
-    OrderRing ring(*region_);
-    OrderRing::Entered entered = ring.enter(s, groups);
-    pool.clear_pending(s, slots::kEnqueueing);
-    ring.advance_tail(entered);
-    for (std::uint32_t g = 0; g < setup_.groups; ++g) {
-      if ((groups >> g & 1) != 0) Group(*region_, g).messages().wake_one_if_anyone();
-    }
-  }
+  if ((groups & ~static_cast<std::uint32_t>(region_->header().active.load())) != 0) tidy(p);
   return groups;
 }
 
-bool Simulation::take(int p, std::uint32_t group) {
+bool Simulation::take(int p, std::uint32_t number_of_group, Letters letters) {
   Process& me = world.process[p];
   Held held{};
-  if (!Group(*region_, group).try_take(number(p), held)) return false;
+  std::uint32_t group = number_of_group;
+  if (letters == Letters::Yes) {
+    if (!letters_->try_take_letter(number(p), held, group)) return false;
+  } else {
+    Group from(*region_, group);
+    if (!letters_->try_take(from, number(p), held)) return false;
+  }
   const int message = world.ledger.content[held.slot];
   if (message == 0 || world.ledger.status[message][group] != Status::Held ||
       world.ledger.holder[message][group] != p + 1) {
     violate("N2: a message is handed out that was not claimed");
     return false;
   }
-  if (held.attempts != world.ledger.backs[message][group]) violate("N2: the flag of a delivery is wrong");
+  if (held.attempts != world.ledger.attempts[message][group]) violate("N2: the flag of a delivery is wrong");
+  const bool is_letter = held.attempts >= setup_.max_deliveries;
+  if (is_letter != (letters == Letters::Yes)) violate("N2: a message is delivered more often than it may");
   me.slot = static_cast<std::uint8_t>(held.slot + 1);
   me.position = held.position;
   me.attempts = static_cast<std::uint8_t>(held.attempts);
@@ -518,52 +660,101 @@ bool Simulation::take(int p, std::uint32_t group) {
   return true;
 }
 
-void Simulation::release(int p) {
+void Simulation::let_go(int p) {
   Process& me = world.process[p];
-  if (world.ledger.content[me.slot - 1] != me.word) violate("N3: the payload changed under its holder");
-  SlotPool(*region_).clear_pending(me.slot - 1u, 1u << (me.group - 1));
   me.slot = me.attempts = me.group = 0;
   me.position = me.word = 0;
 }
 
+void Simulation::release(int p) {
+  Process& me = world.process[p];
+  if (world.ledger.content[me.slot - 1] != me.word) violate("N3: the payload changed under its holder");
+  pool_->clear_pending(me.slot - 1u, 1u << (me.group - 1));
+  let_go(p);
+}
+
+// As Channel::Impl::give_back().
+void Simulation::give_back(int p, bool undelivered) {
+  Process& me = world.process[p];
+  const std::uint32_t group = me.group - 1u;
+  if ((region_->header().active.load() >> group & 1) == 0) return release(p);
+  Group from(*region_, group);
+  const Held held{me.slot - 1u, me.position, me.attempts};
+  if (me.attempts >= setup_.max_deliveries) {
+    letters_->put_back(from, held, number(p));
+  } else if (undelivered) {
+    from.put_back(held, number(p));
+  } else {
+    from.give_back(held, number(p), 1);
+  }
+  let_go(p);
+  if ((region_->header().active.load() >> group & 1) == 0) tidy(p);
+}
+
 void Simulation::consume(int p, int choice) {
   Process& me = world.process[p];
-  const Role& role = setup_.roles[static_cast<std::size_t>(p)];
-  const std::uint32_t group = static_cast<std::uint32_t>(role.group);
-  if (me.phase == kIdle && choice == 1) {
-    // Gives up: a wake-up that it may have got goes on to another.
-    if (Group(*region_, group).anything_waiting()) Group(*region_, group).messages().wake_one_if_anyone();
-    me.phase = kGone;
+  const Role& role = this->role(p);
+  const bool leaves = role.leaves_after >= 0 && me.done >= role.leaves_after;
+  if (me.phase == kLeaving) return leave(p);
+  if (me.phase == kHoldingOn) {
+    release(p);
+    me.phase = kLeaving;
     return;
   }
   if (me.phase == kIdle) {
-    if (take(p, group)) {
+    const std::uint32_t group = me.member - 1u;
+    if (leaves) return leave_group(p);
+    if (choice == 1) {
+      // Gives up: a wake-up that it may have got goes on to another.
+      if (Group(*region_, group).anything_waiting()) Group(*region_, group).messages().wake_one_if_anyone();
+      me.phase = kGone;
+      return;
+    }
+    if (!may_receive(p)) return violate("N1: a group ends under its living member");
+    if (take(p, group, Letters::No)) {
+      if (group != 0 && !may_receive(p)) return give_back(p, true);
       me.phase = kHolding;
     } else if (role.sleeps) {
       sleep_for_message(p, group);
     }
     return;
   }
+  if (role.leaves_holding && me.done + 1 >= role.leaves_after) return leave_group(p);
   if (choice == 0) {
     release(p);
   } else {
     --me.left;
-    Group(*region_, group).give_back(Held{me.slot - 1u, me.position, me.attempts}, number(p));
-    me.slot = me.attempts = me.group = 0;
-    me.position = me.word = 0;
+    give_back(p, false);
   }
-  me.phase = role.goes && choice == 1 && me.left == 0 ? kGone : kIdle;
+  if (role.leaves_after >= 0) ++me.done;
+  me.phase = role.goes && choice == 1 && (me.left & 0xF) == 0 ? kGone : kIdle;
 }
 
-void Simulation::recover(int p) { liveness::recover_the_dead(*region_, number(p)); }
+void Simulation::read_letters(int p) {
+  Process& me = world.process[p];
+  if (me.phase == kIdle) {
+    if (take(p, 0, Letters::Yes)) me.phase = kHolding;
+    return;
+  }
+  me.phase = kIdle;
+  if (!role(p).revives || me.done != 0) return release(p);
+  me.done = 1;
+  Group to(*region_, me.group - 1u);
+  letters_->revive(to, Held{me.slot - 1u, me.position, me.attempts}, number(p));
+  let_go(p);
+}
 
 // --- the ends ------------------------------------------------------------------------------------------------------
 
 void Simulation::drain(int p) {
   const std::uint64_t active = region_->header().active.load();
   for (std::uint32_t g = 0; g < setup_.groups; ++g) {
-    if ((active >> g & 1) == 0) continue;
-    while (!is_violated() && take(p, g)) release(p);
+    if ((active >> g & 1) == 0 || (region_->keeps_history() && g == region_->retention_group())) continue;
+    while (!is_violated() && take(p, g, Letters::No)) release(p);
+  }
+  while (!is_violated() && take(p, 0, Letters::Yes)) release(p);
+  Publication publication(*region_, *pool_);
+  while (!is_violated() && publication.drop_history(number(p))) {
   }
 }
 
@@ -573,14 +764,15 @@ void Simulation::check_everything_delivered(std::uint32_t groups) {
     for (std::uint32_t g = 0; g < setup_.groups; ++g) {
       if ((groups >> g & 1) == 0) continue;
       const Status status = world.ledger.status[m][g];
-      if (status != Status::NotEntitled && status != Status::Done && status != Status::Dropped)
+      if (status != Status::NotEntitled && status != Status::Done && status != Status::Dropped &&
+          status != Status::DeadLetter)
         violate("N1: a committed message is lost or stuck");
     }
   }
 }
 
 void Simulation::check_everything_free(int p) {
-  SlotPool pool(*region_);
+  SlotPool& pool = *pool_;
   for (std::uint32_t s = 0; s < setup_.slots; ++s) {
     if (!pool.word(s).is_free()) return violate("N4: a slot has leaked");
   }
@@ -603,7 +795,8 @@ void Simulation::check_sending(int p) {
   if (region_->order().tail.load() != slots::next_position(position)) violate("N1: the hint of the tail has frozen");
   drain(p);
   for (std::uint32_t g = 0; g < setup_.groups; ++g) {
-    if ((groups >> g & 1) != 0 && world.ledger.status[messages_ + 1][g] != Status::Done)
+    const Status status = world.ledger.status[messages_ + 1][g];
+    if ((groups >> g & 1) != 0 && status != Status::Done && status != Status::Dropped)
       violate("N1: a message sent after the recovery does not arrive");
   }
 }
@@ -619,11 +812,17 @@ void Simulation::check_after_all_died() {
   auto work = [](void* self) {
     Simulation& sim = *static_cast<Simulation*>(self);
     memory::Region& region = *sim.region_;
-    liveness::recover_the_dead(region, liveness::Participants::kNobody);
-    const std::uint32_t me = liveness::Participants(region).try_join();
-    if (me == liveness::Participants::kNobody) return violate("N4: no participant number is free");
+    region.storage().try_lock(memory::kControlLock);
+    liveness::recover_the_dead(region, Participants::kNobody, true);
+    const std::uint32_t me = Participants(region).try_join();
+    if (me == Participants::kNobody) return violate("N4: no participant number is free");
     world.process[kSurgeon].number = static_cast<std::uint8_t>(me + 1);
     liveness::recover_leftovers(region, me);
+    Membership membership(region, *sim.pool_);
+    membership.remove_abandoned(Membership::kNoGroup, me);
+    membership.sweep(me);
+    region.storage().unlock(memory::kControlLock);
+    if (membership.anything_stale()) return violate("N4: a group that is gone is not swept");
     sim.drain(kSurgeon);
     sim.check_everything_delivered(~0u);
     sim.check_everything_free(kSurgeon);
@@ -642,30 +841,48 @@ void Simulation::go_on_to_the_end() {
     Turn& turn = *static_cast<Turn*>(context);
     turn.self->run(turn.p, 0);
   };
-  std::uint32_t served = 0;
+  std::uint32_t served = 0, listening = 0;
   bool can_bury = false;
+  int sweeper = -1;
   for (int round = 0; round < 6 * (messages_ + 1); ++round) {
+    served = 0;
     for (int p = 0; p < processes() && !is_violated(); ++p) {
-      const Role& role = setup_.roles[static_cast<std::size_t>(p)];
+      const Role& role = this->role(p);
       const bool lets_go = role.keeps && world.process[p].phase == kHolding;
-      if (!is_alive(p) || (choices(p) == 0 && !lets_go)) continue;
-      if (role.kind == Kind::Consumer && world.process[p].phase != kOutside) served |= 1u << role.group;
+      if (!is_alive(p)) continue;
+      if (world.process[p].number != 0) sweeper = p;
+      if (choices(p) == 0 && !lets_go) continue;
       can_bury |= role.kind == Kind::Recoverer || role.sleeps;
       Turn turn{this, p};
       if (!run_alone(p, work, &turn, kMostAlone)) violate("an operation goes on for ever");
+      world.process[p].ticks = 0;
+      if (role.kind == Kind::Consumer && world.process[p].member != 0 && choices(p) > 0)
+        served |= 1u << (world.process[p].member - 1);
     }
   }
-  if (is_violated() || (anybody_to_bury() && !can_bury)) return;
+  if (is_violated() || sweeper < 0 || (anybody_to_bury() && !can_bury)) return;
   check_everything_delivered(served);
-  const std::uint32_t active = static_cast<std::uint32_t>(region_->header().active.load());
-  if ((active & ~served & memory::kActiveGroupsMask) != 0) return;
+  if (is_violated()) return;
+  listening = static_cast<std::uint32_t>(region_->header().active.load()) & region_->group_bits();
+  if (region_->keeps_history()) listening &= ~(1u << region_->retention_group());
+  if ((listening & ~served) != 0 || anybody_to_bury()) return;
   for (int p = 0; p < processes(); ++p) {
-    const Role& role = setup_.roles[static_cast<std::size_t>(p)];
-    if (role.kind == Kind::Producer && is_alive(p) && world.process[p].done < role.messages)
-      violate("N4: a producer stands still though everything was taken");
+    if (role(p).kind == Kind::Producer && is_alive(p) && choices(p) > 0)
+      return violate("N4: a producer stands still though everything was taken");
   }
-  for (std::uint32_t s = 0; s < setup_.slots; ++s) {
-    if (!SlotPool(*region_).word(s).is_free()) violate("N4: a slot has leaked");
+  Turn last{this, sweeper};
+  run_alone(
+      sweeper,
+      [](void* context) {
+        Turn& turn = *static_cast<Turn*>(context);
+        turn.self->tidy(turn.p);
+        while (!is_violated() && turn.self->take(turn.p, 0, Letters::Yes)) turn.self->release(turn.p);
+        while (Publication(*turn.self->region_, *turn.self->pool_).drop_history(turn.self->number(turn.p))) {
+        }
+      },
+      &last, kMostAlone);
+  for (std::uint32_t s = 0; s < setup_.slots && !is_violated(); ++s) {
+    if (!pool_->word(s).is_free()) violate("N4: a slot has leaked");
   }
 }
 
@@ -675,11 +892,11 @@ void Simulation::check_blocked() {
   if (!slices_end()) {
     // Nobody has died, so no wake-up may depend on the end of a slice.
     for (int p = 0; p < processes(); ++p) {
-      const Role& role = setup_.roles[static_cast<std::size_t>(p)];
+      const Role& role = this->role(p);
       if (world.process[p].asleep == 0) continue;
-      if (role.kind == Kind::Producer && SlotPool(*region_).anything_free_by_scan())
+      if (role.kind == Kind::Producer && pool_->anything_free_by_scan())
         violate("a producer sleeps though a slot is free");
-      if (role.kind == Kind::Consumer && Group(*region_, static_cast<std::uint32_t>(role.group)).anything_waiting())
+      if (role.kind == Kind::Consumer && Group(*region_, world.process[p].member - 1u).anything_waiting())
         violate("a consumer sleeps though a message waits");
     }
   }

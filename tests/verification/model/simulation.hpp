@@ -6,7 +6,10 @@
 #include <vector>
 
 #include "engine.hpp"
+#include "delivery/dead_letters.hpp"
+#include "liveness/membership.hpp"
 #include "memory/region.hpp"
+#include "slots/slot_pool.hpp"
 
 /// A channel in simulated shared memory, the processes that use it, and the promises they are held to.
 namespace dsline::model {
@@ -15,28 +18,40 @@ enum class Kind : std::uint8_t {
   Producer,   ///< sends `messages`, then is done
   Consumer,   ///< takes and releases for `group`, for ever
   Recoverer,  ///< looks after the dead whenever there are any
+  Reader,     ///< takes dead letters and releases them
 };
 
 struct Role {
   Kind kind = Kind::Producer;
   int messages = 0;
   bool drops_oldest = false;
-  int group = 0;
-  int nacks = 0;           ///< it may give back so many messages
-  bool sleeps = false;     ///< waits in a futex instead of asking again
-  bool gives_up = false;   ///< may stop waiting at any time, woken or not
-  bool keeps = false;      ///< the one message that it takes
-  bool goes = false;       ///< its last give-back is the last that it does
-  bool succeeds = false;   ///< joins when somebody has died, under whatever number is free
+  char group = 0;                  ///< 0: the default group; otherwise the name of one
+  std::uint32_t rules = 0;         ///< kGroupDurable, kGroupDrops
+  liveness::JoinAt start = liveness::JoinAt::Next;
+  bool joins = false;              ///< comes later, at any time
+  int leaves_after = -1;           ///< so many messages
+  bool leaves_holding = false;     ///< the last of them, which it releases afterwards
+  int returns = 0;                 ///< joins again so many times
+  bool patient = false;            ///< waits for senders as long as it takes
+  int nacks = 0;                   ///< it may give back so many messages
+  bool sleeps = false;             ///< waits in a futex instead of asking again
+  bool gives_up = false;           ///< may stop waiting at any time, woken or not
+  bool keeps = false;              ///< the one message that it takes
+  bool goes = false;               ///< its last give-back is the last that it does
+  bool succeeds = false;           ///< joins when somebody has died, under whatever number is free
+  bool revives = false;            ///< a Reader that sends the letter to its group again, once
 };
 
 struct Setup {
   std::string name;
   std::string what;  ///< for people
   std::uint32_t slots = 2;
-  std::uint32_t cells = 4;
+  std::uint32_t cells = 0;  ///< 0: as the layout plans it
   std::uint32_t groups = 1;  ///< in the layout
-  std::uint32_t active = 1;  ///< bits, at the start
+  bool default_group = true;
+  std::uint32_t history = 0;
+  std::uint32_t max_deliveries = 15;
+  std::uint32_t dead_letters = 16;
   std::uint32_t spare_numbers = 0;  ///< participants beyond the processes that begin attached
   std::uint64_t first_position = 0;
   int kills = 0;
@@ -57,11 +72,12 @@ class Simulation final : public Subject {
   void check_at_rest() override;
   void check_blocked() override;
   bool slices_end() const override;
+  bool is_patient(int p) const override { return role(p).patient; }
   std::string describe(const void* at) const override;
   std::string name_of(int p) const override;
 
  private:
-  enum class Word : std::uint8_t { Other, Slot, Claim, Cell, Entry, Tail };
+  enum class Word : std::uint8_t { Other, Slot, Claim, Cell, Entry, Tail, Joined };
   struct Place {
     Word kind = Word::Other;
     std::uint8_t slot = 0;  // or cell
@@ -74,22 +90,32 @@ class Simulation final : public Subject {
   void on_tail(std::uint64_t tail);
   void on_cell(std::uint64_t before, std::uint64_t after);
   void on_bit_cleared(std::uint32_t s, std::uint32_t g, int message);
+  void on_joined(std::uint32_t g);
   bool is_alive(int p) const { return world.process[p].alive != 0; }
   /// Process that has or had a participant number last.
   int process_of(std::uint32_t participant) const;
 
   // Roles.
+  const Role& role(int p) const { return setup_.roles[static_cast<std::size_t>(p < processes() ? p : 0)]; }
   void produce(int p);
+  std::uint32_t alloc(int p);
   std::uint32_t publish(int p, std::uint32_t s, std::uint64_t word, int message);
   void consume(int p, int choice);
-  void recover(int p);
+  void read_letters(int p);
   void join(int p);
+  void leave(int p);
+  void leave_group(int p);
+  bool may_receive(int p) const;
+  void tidy(int p);
   void sleep_for_message(int p, std::uint32_t group);
   void sleep_for_space(int p);
   void end_slice(int p);
   bool anybody_to_bury() const;
-  bool take(int p, std::uint32_t group);
+  enum class Letters { No, Yes };
+  bool take(int p, std::uint32_t group, Letters letters);
   void release(int p);
+  void give_back(int p, bool undelivered);
+  void let_go(int p);
   std::uint32_t number(int p) const { return world.process[p].number - 1u; }
 
   // Ends.
@@ -103,6 +129,8 @@ class Simulation final : public Subject {
 
   Setup setup_;
   std::unique_ptr<memory::Region> region_;
+  std::unique_ptr<slots::SlotPool> pool_;  // without a state of its own, like the others
+  std::unique_ptr<delivery::DeadLetters> letters_;
   std::vector<Place> places_;
   int first_message_[kMaxProcesses] = {};
   int messages_ = 0;

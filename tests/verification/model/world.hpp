@@ -30,7 +30,10 @@ struct Process {
   std::uint8_t left;        ///< a count of its role: give-backs, rounds
   std::uint8_t asleep;      ///< in a futex
   std::uint8_t woken;
-  std::uint8_t spare[2];
+  std::uint8_t member;      ///< of this group + 1
+  std::uint8_t joined;      ///< how often the group's number had been given away then
+  std::uint8_t ticks;       ///< looks at the clock since the operation began
+  std::uint8_t spare[3];
   std::uint32_t sleeps_on;  ///< word of the futex
 };
 
@@ -52,7 +55,7 @@ struct Ledger {
   std::uint8_t entered[kMaxMessages + 1];
   Status status[kMaxMessages + 1][kMaxGroups];
   std::uint8_t holder[kMaxMessages + 1][kMaxGroups];
-  std::uint8_t backs[kMaxMessages + 1][kMaxGroups];
+  std::uint8_t attempts[kMaxMessages + 1][kMaxGroups];
   std::uint8_t dropped[kMaxGroups];  ///< by DROP_OLDEST
 };
 
@@ -70,6 +73,8 @@ struct World {
 /// Saved with a state, but no part of its identity.
 struct Aside {
   std::uint64_t memory;  ///< fingerprint of the shared memory, kept up with every write
+  std::uint64_t inside[kMaxProcesses];  ///< of each process and its stack
+  std::uint64_t rest;                   ///< of the rest of the world
   void* sp[kAllProcesses];
   std::uint8_t wrote[kAllProcesses];  ///< its last step changed something, so that a death now is a new one
 };
