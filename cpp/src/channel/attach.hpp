@@ -9,14 +9,25 @@
 
 namespace dsline::channel {
 
-/// A region that this process takes part in.
+/// A region that this process takes part in. Whoever takes `region` out has to leave it in order; else the attachment
+/// does.
 struct Attachment {
   std::unique_ptr<memory::Region> region;
-  std::uint32_t participant;
+  std::uint32_t participant = kNoParticipant;
   std::string path;   ///< empty without a file
   std::string label;  ///< what people call it
   std::uint32_t group = liveness::Membership::kNoGroup;
+
+  static constexpr std::uint32_t kNoParticipant = ~std::uint32_t{0};
+  Attachment(std::string path, std::string label) : path(std::move(path)), label(std::move(label)) {}
+  Attachment(Attachment&&) = default;
+  Attachment& operator=(Attachment&&) = delete;
+  ~Attachment();
 };
+
+/// Frees the entry of `me` and drops every lock; the last one takes the name along when the channel is shut down or
+/// empty. Requires: nothing in the region carries the number any more.
+void leave(memory::Region& region, std::uint32_t me, const std::string& path, const std::string& label) noexcept;
 
 /// Opens the region at `path`, or creates it, as `mode` and `options` say, and joins it.
 Attachment attach_path(const std::string& path, const std::string& label, memory::StorageKind kind,
@@ -38,7 +49,8 @@ std::uint32_t rejoin(memory::Region& region, const std::string& label, std::uint
 /// The control lock of a region: joining, leaving and removing names. Waits for a limited time.
 class ControlLock {
  public:
-  /// Throws Error(TimedOut) when somebody holds it for longer than `patience_ns`.
+  /// Throws Error(TimedOut) when somebody holds it for longer than `patience_ns`, Error(System) when the kernel
+  /// cannot lock.
   ControlLock(memory::Region& region, const std::string& label, std::int64_t patience_ns = 10'000'000'000);
   ~ControlLock() { region_->storage().unlock(memory::kControlLock); }
   ControlLock(const ControlLock&) = delete;

@@ -114,6 +114,10 @@ int __wrap_fcntl64(int fd, int command, ...) {
   va_end(list);
   // A descriptor is copied, flags are read: the kernel refuses little. A lock needs memory.
   const bool is_lock = command == F_OFD_SETLK || command == F_OFD_SETLKW || command == F_OFD_GETLK;
+  // To drop a lock that has no neighbours takes no memory: it may fail once, not for good.
+  if (is_lock && injector->for_good && static_cast<struct flock*>(argument)->l_type == F_UNLCK) {
+    return __real_fcntl64(fd, command, argument);
+  }
   if (is_lock ? fails("fcntl lock", {ENOLCK, ENOMEM, EIO, EINTR}) : fails("fcntl", {EMFILE, EPERM, EINVAL})) {
     return -1;
   }
@@ -689,6 +693,7 @@ class Loop {
         return trial.wrong().empty() ? 0 : 1;
       });
       const int status = wait_child(child, kLongestTry);
+      in.armed = false;  // it may have died in the attempt
       ++report_["tries"];
       if (in.failed != 0) ++report_[allocations ? "failed allocations" : "failed system calls"];
       if (status != 0) {
