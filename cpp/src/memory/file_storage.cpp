@@ -221,8 +221,11 @@ void FileStorage::unlock(std::uint32_t byte) noexcept {
 }
 
 bool FileStorage::is_locked(std::uint32_t byte) const noexcept {
-  struct flock lock = lock_of(byte, F_WRLCK);
-  return fcntl(lock_fd_, F_OFD_GETLK, &lock) != 0 || lock.l_type != F_UNLCK;
+  for (int attempt = 0; attempt < kLockTries; ++attempt) {
+    struct flock lock = lock_of(byte, F_WRLCK);
+    if (fcntl(lock_fd_, F_OFD_GETLK, &lock) == 0) return lock.l_type != F_UNLCK;
+  }
+  return true;  // not known to be dead
 }
 
 std::unique_ptr<Storage> make_file_storage(base::Descriptor fd, StorageKind kind, std::string path) {
