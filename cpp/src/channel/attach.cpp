@@ -29,8 +29,6 @@ constexpr std::uint32_t kDefaultDeadLetters = 16;
 // A participant that looks after the dead may hold the lock of a free number for a moment.
 constexpr int kJoinAttempts = 200;
 constexpr int kAttempts = 100;
-// For the end of a handle: without the lock its name stays for the next one, which is harmless.
-constexpr std::int64_t kLeavePatienceNs = 500'000'000;
 // A lock that the kernel has no memory for is asked for again, this often.
 constexpr int kLockFailures = 20;
 

@@ -46,6 +46,9 @@ Attachment attach_again(const memory::Region& region, const std::string& path, c
 /// group has ended (its number has been given away since it was `joined`).
 std::uint32_t rejoin(memory::Region& region, const std::string& label, std::uint32_t& group, std::uint32_t joined);
 
+/// Patience at the end of a handle: without the lock its group and its name stay for the next one, which is harmless.
+inline constexpr std::int64_t kLeavePatienceNs = 500'000'000;
+
 /// The control lock of a region: joining, leaving and removing names. Waits for a limited time.
 class ControlLock {
  public:

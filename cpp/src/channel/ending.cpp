@@ -121,9 +121,9 @@ void Channel::Impl::leave_group() noexcept {
   std::lock_guard sweeping(local->recovery);
   if (left || has_left_group.exchange(true, std::memory_order_seq_cst)) return;
   try {
-    channel::ControlLock control(*region, label, kLeavePatienceNs);
+    channel::ControlLock control(*region, label, channel::kLeavePatienceNs);
     liveness::Membership(*region, pool).leave(me);
-  } catch (const Error&) {
+  } catch (const std::exception&) {
     // Whoever joins, recovers or finds the channel full ends the group.
     region->participant(me).group.store(0, std::memory_order_release);
   }

@@ -121,19 +121,19 @@ std::uint64_t FileStorage::size() const {
 
 // The data descriptor may be shared: it carries no lock.
 std::unique_ptr<Storage> FileStorage::again() const {
-  const int fd = fcntl(data_fd_, F_DUPFD_CLOEXEC, 0);
-  if (fd < 0) {
+  base::Descriptor fd = fcntl(data_fd_.get(), F_DUPFD_CLOEXEC, 0);
+  if (!fd) {
     throw Error(ErrorCode::System,
                 path_ + ": no descriptor for another handle (" + strerror(errno) +
                     "); the limit of open files (ulimit -n) is reached",
                 errno);
   }
-  if (kind_ == StorageKind::Memfd) return adopt_memfd_storage(fd);
-  return make_file_storage(fd, kind_, path_);
+  if (kind_ == StorageKind::Memfd) return adopt_memfd_storage(std::move(fd));
+  return make_file_storage(std::move(fd), kind_, path_);
 }
 
 std::uint64_t FileStorage::read_start(void* to, std::uint64_t bytes) const noexcept {
-  const ssize_t got = pread(data_fd_, to, bytes, 0);
+  const ssize_t got = pread(data_fd_.get(), to, bytes, 0);
   return got > 0 ? static_cast<std::uint64_t>(got) : 0;
 }
 
@@ -141,7 +141,7 @@ bool FileStorage::sync() noexcept {
   if (kind_ != StorageKind::File) return true;
   int result = 0;
   do {
-    result = fdatasync(data_fd_);
+    result = fdatasync(data_fd_.get());
   } while (result != 0 && errno == EINTR);
   return result == 0;
 }

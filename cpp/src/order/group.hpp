@@ -94,7 +94,8 @@ class Group {
         slot = s;
         return true;
       }
-      if (look != Look::Again) advance(p);
+      if (look == Look::Message) advance(p);
+      if (look == Look::Nothing) skip(p);
     }
   }
 
@@ -199,7 +200,11 @@ class Group {
       const Look look = look_at(p, s);
       if (look == Look::Empty) return false;
       if (look == Look::Again) continue;
-      const bool won = look == Look::Message && claim_at(s, p, who);
+      if (look == Look::Nothing) {
+        skip(p);
+        continue;
+      }
+      const bool won = claim_at(s, p, who);
       if (won) DSLINE_POINT("take.claimed");
       advance(p);
       if (won) {
@@ -239,6 +244,16 @@ class Group {
 
   void advance(std::uint64_t position) noexcept {
     state().cursor.compare_exchange_strong(position, slots::next_position(position),
+                                           std::memory_order_relaxed);
+  }
+
+  // Past a damaged cell. A cursor that is more than a lap behind is itself damaged (positions may be half their range
+  // apart) and catches up in one step: no group needs a cell that was overwritten.
+  void skip(std::uint64_t position) noexcept {
+    const std::int64_t cells = region_->geometry().order_cells;
+    const std::int64_t behind = slots::distance(order_.tail_guess() & slots::kPositionMask, position);
+    const std::uint64_t laps = behind > cells ? static_cast<std::uint64_t>(behind - cells) : 0;
+    state().cursor.compare_exchange_strong(position, slots::next_position(position + laps),
                                            std::memory_order_relaxed);
   }
 

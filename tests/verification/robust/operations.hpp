@@ -57,6 +57,8 @@ struct Tally {
   std::uint64_t errors = 0;     // typed errors
   std::uint64_t sent = 0;
   std::uint64_t timeouts = 0;
+  std::uint64_t letters = 0;  // dead letters taken
+  std::uint64_t latest = 0;   // messages of the history looked at
 };
 
 /// Every byte of `size` is read: memory that is not there ends the process.
@@ -178,7 +180,88 @@ class Peer {
     });
   }
 
-  /// About ten operations; `wait_ns` is spent at most twice.
+  void look_closely() {
+    guarded("report", 0, [&](std::int64_t) {
+      const dsline::Report report = channel_->report();
+      watch_.expect(report.participants.size() <= channel_->max_handles(), "a report of too many participants");
+      watch_.expect(report.slots.size() <= channel_->capacity(), "a report of too many slots");
+      for (const auto& group : report.groups) {
+        watch_.expect(group.name.size() <= 128, "a report of a group with a long name");
+      }
+      watch_.expect(channel_->deaths_since(0).size() <= memory::kDeathsKept, "too many deaths on record");
+      static_cast<void>(channel_->check_peers());
+      return Outcome::Ok;
+    });
+  }
+
+  void look_at_letters() {
+    auto message = std::make_unique<Received>();
+    DeadLetter why;
+    const Outcome outcome = guarded("dead letters", 0, [&](std::int64_t) {
+      return channel_->try_take_dead_letter(*message, why);
+    });
+    tally_.corrupted += outcome == Outcome::Corrupted;
+    if (outcome != Outcome::Ok) return;
+    ++tally_.letters;
+    check(*message);
+    if (tally_.letters % 2 == 0) {
+      guarded("revive", 0, [&](std::int64_t) {
+        channel_->revive(*message);
+        return Outcome::Ok;
+      });
+    } else {
+      release(*message);
+    }
+  }
+
+  void look_at_history(std::int64_t wait_ns) {
+    if (channel_->history() == 0) return;
+    auto message = std::make_unique<Received>();
+    const Outcome outcome = guarded("latest", 0, [&](std::int64_t) {
+      return channel_->try_read_latest(true, 0, *message);
+    });
+    if (outcome != Outcome::Ok) return;
+    ++tally_.latest;
+    std::vector<std::byte> copy(message->payload_bytes);
+    watch_.expect(message->payload_bytes <= channel_->max_message_size() + kOverhead,
+                  "a payload longer than a slot");
+    if (!watch_.wrong.empty()) return;
+    std::memcpy(copy.data(), message->payload, copy.size());
+    if (channel_->is_unchanged(*message) && checks_payload) {
+      watch_.expect(read_proof(copy.data(), copy.size()).is_good, "a payload that nobody has sent");
+    }
+    guarded("wait for newer", wait_ns, [&](std::int64_t deadline) {
+      return channel_->wait_for_newer(false, message->sequence, deadline, true);
+    });
+  }
+
+  /// A group comes, receives and goes; another one is ended by its name.
+  void visit_group(const std::string& name, Start start, const std::string& ended) {
+    std::shared_ptr<Channel> member;
+    guarded("subscribe", kLeaveNs, [&](std::int64_t) {
+      SubscribeOptions options;
+      options.group = name;
+      options.start = start;
+      member = channel_->subscribe(options);
+      return Outcome::Ok;
+    });
+    if (member != nullptr) {
+      Peer peer(std::move(member), watch_, tally_, writer_ + 100);
+      peer.checks_payload = checks_payload;
+      peer.checks_counter = checks_counter;
+      for (std::uint32_t i = 0; i < 3; ++i) peer.recv(0, i == 1 ? Then::GiveBack : Then::Release);
+      peer.recv(0, Then::Keep);
+      peer.look();
+      peer.finish(false);
+      peer.close();
+    }
+    guarded("remove a group", kLeaveNs, [&](std::int64_t) {
+      channel_->remove_group(ended);
+      return Outcome::Ok;
+    });
+  }
+
+  /// About ten operations; `wait_ns` is spent at most three times.
   void exercise(std::int64_t wait_ns) {
     look();
     send(Backpressure::Raise, 0);
@@ -192,6 +275,8 @@ class Peer {
     borrow(false, false);
     send(Backpressure::Block, wait_ns);
     recv(0, Then::Keep);
+    look_at_letters();
+    look_at_history(wait_ns);
     for (std::uint32_t i = 0; i < channel_->capacity() && recv(0, Then::Release) == Outcome::Ok; ++i) {
     }
     look();
@@ -228,7 +313,8 @@ class Peer {
   std::size_t held() const noexcept { return held_.size(); }
 
  private:
-  static constexpr std::int64_t kLeaveNs = 500'000'000;  // patience with the control lock
+  static constexpr std::int64_t kLeaveNs = 500'000'000;       // patience with the control lock
+  static constexpr std::uint64_t kOverhead = 65536 + 8192;  // of a frame
 
   template <class Call>
   Outcome guarded(const char* name, std::int64_t wait_ns, Call&& call) {
@@ -246,13 +332,13 @@ class Peer {
 
   void release(const Received& message) {
     guarded("release", 0, [&](std::int64_t) {
-      channel_->release(message.slot, message.process);
+      channel_->release(message);
       return Outcome::Ok;
     });
   }
 
   void check(const Received& message) {
-    const std::uint64_t most = channel_->max_message_size() + 65536 + 8192;
+    const std::uint64_t most = channel_->max_message_size() + kOverhead;
     watch_.expect(message.payload_bytes <= most, "a payload longer than a slot");
     watch_.expect(message.slot < channel_->capacity(), "a slot that does not exist");
     watch_.expect(message.meta_bytes <= 65536, "metadata longer than the limit");
@@ -335,6 +421,12 @@ inline std::vector<Field> fields_of(const memory::Geometry& g, std::uint32_t gro
   for (std::uint64_t at = offsetof(memory::RegionHeader, space); at < sizeof(memory::RegionHeader); at += 8) {
     fields.push_back({"space waiters " + std::to_string(at), at, 8, Kind::Plain});
   }
+  for (std::uint32_t i = 0; i < 2; ++i) {
+    const std::uint64_t base = offsetof(memory::RegionHeader, death) + i * sizeof(memory::DeathState);
+    for (std::uint64_t at = 0; at < sizeof(memory::DeathState); at += 8) {
+      fields.push_back({"death " + std::to_string(i) + " word " + std::to_string(at), base + at, 8, Kind::Plain});
+    }
+  }
   for (std::uint32_t i = 0; i < std::min(participants, g.participants); ++i) {
     const std::uint64_t base = g.participants_offset + i * sizeof(memory::ParticipantState);
     for (std::uint64_t at = 0; at < sizeof(memory::ParticipantState); at += 8) {
@@ -369,6 +461,12 @@ inline std::vector<Field> fields_of(const memory::Geometry& g, std::uint32_t gro
     for (std::uint32_t i = 1; i < std::min(groups, g.groups); ++i) {
       fields.push_back({slot + " claim " + std::to_string(i),
                         g.claims_offset + (std::uint64_t{s} * (g.groups - 1) + i - 1) * 8, 8, Kind::Claim});
+      for (std::uint64_t at = 0; at < sizeof(memory::ClaimNotes); at += 8) {
+        fields.push_back({slot + " notes " + std::to_string(i) + " word " + std::to_string(at),
+                          g.notes_offset +
+                              (std::uint64_t{s} * (g.groups - 1) + i - 1) * sizeof(memory::ClaimNotes) + at,
+                          8, Kind::Plain});
+      }
     }
   }
   for (std::uint32_t s = 0; s < g.slots; ++s) {

@@ -42,6 +42,10 @@ ChannelOptions victim_options(Random& random) {
   o.slot_size = 512;
   o.max_message_size = random.below(2) == 0 ? 512 : 65536;
   o.max_handles = 12;
+  o.max_groups = 3;
+  o.history = static_cast<int>(random.below(3)) * 2;
+  o.max_deliveries = 2;
+  o.dead_letters = 2;
   o.checksum = static_cast<int>(random.below(3));
   o.first_position = random.below(2) == 0 ? 0 : (std::uint64_t{1} << 44) - 50;
   return o;
@@ -76,7 +80,7 @@ class Other {
       } else {
         last_[proof.writer] = proof.number;
       }
-      channel_->release(message.slot, message.process);
+      channel_->release(message);
       shared_.other_received[me_].fetch_add(1);
     }
   }
@@ -118,6 +122,11 @@ int run_peer(std::uint32_t me, int victim, Other& other, Shared& shared, std::ui
         peer.payload_bytes = 64 + random.below(448);
         peer.exercise(random.below(4) == 0 ? kWaitNs : 100'000);
         if (random.below(4) == 0) peer.borrow(true, true);
+        if (random.below(4) == 0) peer.look_closely();
+        if (random.below(4) == 0) {
+          const char* const names[] = {"left", "right", "late"};
+          peer.visit_group(names[random.below(3)], static_cast<Start>(random.below(3)), names[random.below(3)]);
+        }
         if (peer.held() > 2) peer.finish(true);
         watch("calls on the other channel", base::monotonic_ns() + kWaitNs, [&] { other.step(); });
       }
@@ -201,7 +210,7 @@ int run(const Options& options) {
       Bytes bytes(victim->descriptor());
       const memory::Geometry g = bytes.geometry();
       Random own(round_seed + 99);
-      scribble(bytes, fields_of(g, 2, g.participants, kFrameBytes), shared, own, round_end);
+      scribble(bytes, fields_of(g, g.groups, g.participants, kFrameBytes), shared, own, round_end);
       return 0;
     });
 
@@ -237,7 +246,7 @@ int run(const Options& options) {
       if (!read_proof(message.payload, message.payload_bytes).is_good) {
         report.fail("a queued message of the other channel is not what was sent");
       }
-      second->release(message.slot, message.process);
+      second->release(message);
     }
     for (std::uint32_t me = 0; me < kPeers; ++me) {
       sent += shared.other_sent[me].exchange(0);

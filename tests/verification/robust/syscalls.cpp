@@ -317,7 +317,7 @@ void receive_one(Channel& channel) {
   if (!read_proof(message.payload, message.payload_bytes).is_good) {
     throw Error(ErrorCode::Internal, "a message is not what was sent");
   }
-  channel.release(message.slot, message.process);
+  channel.release(message);
 }
 
 /// Everything works: all slots can be used, and all numbers of participants.
@@ -327,7 +327,7 @@ void expect_whole(Trial& trial, Channel& channel, const std::function<std::share
     const std::uint32_t there = channel.stats().participants;
     for (std::uint32_t i = there; i < kHandles; ++i) others.push_back(open());
     Received message;
-    while (channel.try_recv(message) == Outcome::Ok) channel.release(message.slot, message.process);
+    while (channel.try_recv(message) == Outcome::Ok) channel.release(message);
     for (int i = 0; i < 4; ++i) send_one(channel);
     for (int i = 0; i < 4; ++i) receive_one(others.empty() ? channel : *others.back());
     if (channel.stats().free_slots != 4) throw Error(ErrorCode::Internal, "a slot is lost");
@@ -538,7 +538,7 @@ void close_one(Trial& t) {
   Received message;
   channel->try_recv(message);
   t.attempt([&] {
-    channel->release(message.slot, message.process);
+    channel->release(message);
     channel->close();
     channel.reset();
   });
