@@ -217,14 +217,19 @@ class Sweep {
         if (setting != Setting::Live && field.kind == Field::Kind::Frame && !options_.is_long) continue;
         for (std::uint32_t b = 0; b < field.bytes; ++b) {
           for (std::uint32_t v = 0; v < values; ++v) {
-            if (!options_.is_long && is_rare(setting, field) && (b + v + f) % 4 != 0) continue;
+            const std::uint32_t each = options_.is_long                 ? 1
+                                       : is_rare(setting, field)      ? 7
+                                       : setting == Setting::Dead ? 3
+                                                                  : 1;
+            if ((b + v + f) % each != 0) continue;
             cases_.push_back({setting, f, static_cast<std::int32_t>(b), v});
           }
         }
         if (field.bytes != 8) continue;
         const bool plain = field.kind == Field::Kind::Plain;
         const std::uint32_t most = plain ? 4 : options_.is_long ? 60 : 20;
-        for (std::uint32_t v = 0; v < most; ++v) cases_.push_back({setting, f, -1, v});
+        const std::uint32_t each = options_.is_long || !is_rare(setting, field) ? 1 : 3;
+        for (std::uint32_t v = f % each; v < most; v += each) cases_.push_back({setting, f, -1, v});
       }
     }
   }
@@ -232,8 +237,8 @@ class Sweep {
   /// Sampled in the short mode: what nobody uses, what is for people, and the setting that differs little.
   static bool is_rare(Setting setting, const Field& field) {
     auto begins = [&](const char* with) { return field.name.rfind(with, 0) == 0; };
-    if (setting == Setting::Reboot || begins("death") || begins("group 2") || begins("participant 4") ||
-        begins("participant 5") || field.name.find(" notes ") != std::string::npos ||
+    if (setting == Setting::Reboot || begins("death") || field.name.find("waiters") != std::string::npos || begins("group 2") || begins("participant 4") ||
+        begins("participant 5") || begins("participant 3") || field.name.find(" notes ") != std::string::npos ||
         field.name.find(" claim 2") != std::string::npos) {
       return true;
     }

@@ -38,7 +38,7 @@ struct Shared {
 
 ChannelOptions victim_options(Random& random) {
   ChannelOptions o;
-  o.capacity = 4 + static_cast<std::uint32_t>(random.below(3)) * 5;
+  o.capacity = 6 + static_cast<std::uint32_t>(random.below(3)) * 5;
   o.slot_size = 512;
   o.max_message_size = random.below(2) == 0 ? 512 : 65536;
   o.max_handles = 12;
