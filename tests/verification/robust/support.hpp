@@ -138,14 +138,10 @@ class Report {
     std::ofstream file(options_.json);
     file << "{\"program\": " << quoted(program_) << ", \"seed\": " << options_.seed
          << ", \"long\": " << (options_.is_long ? "true" : "false") << ", \"seconds\": " << seconds
-         << ", \"failed\": " << failed_ << ", \"counts\": {";
+         << ", \"failures\": " << failed_;
+    for (const auto& [name, value] : counts_) file << ", " << quoted(name) << ": " << value;
+    file << ", \"what_failed\": [";
     const char* comma = "";
-    for (const auto& [name, value] : counts_) {
-      file << comma << quoted(name) << ": " << value;
-      comma = ", ";
-    }
-    file << "}, \"failures\": [";
-    comma = "";
     for (const std::string& text : failures_) {
       file << comma << quoted(text);
       comma = ", ";
