@@ -4,6 +4,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <optional>
 
 #include "base/clock.hpp"
 #include "base/points.hpp"
@@ -30,6 +31,8 @@ constexpr int kJoinAttempts = 200;
 // Whoever recovers a dead participant has its lock, and looks like its living owner for as long.
 constexpr int kFullLooks = 20;
 constexpr int kAttempts = 100;
+// A lock that the kernel has no memory for is asked for again, this often.
+constexpr int kLockFailures = 20;
 
 void sleep_ms(long ms) noexcept {
   timespec pause{0, ms * 1'000'000};
@@ -306,7 +309,13 @@ std::uint32_t enter_group(memory::Region& region, const std::string& label, cons
 ControlLock::ControlLock(memory::Region& region, const std::string& label, std::int64_t patience_ns)
     : region_(&region) {
   const std::int64_t deadline = base::monotonic_ns() + patience_ns;
-  while (!region.storage().try_lock(memory::kControlLock)) {
+  for (int failures = 0; !region.storage().try_lock(memory::kControlLock);) {
+    const int failure = errno;
+    if (failure != EAGAIN && failure != EACCES && ++failures == kLockFailures) {
+      throw Error(ErrorCode::System,
+                  "channel '" + label + "' cannot be locked for joining or leaving: " + strerror(failure),
+                  failure);
+    }
     if (base::monotonic_ns() > deadline) {
       throw Error(ErrorCode::TimedOut,
                   "channel '" + label +
@@ -315,6 +324,32 @@ ControlLock::ControlLock(memory::Region& region, const std::string& label, std::
     }
     sleep_ms(1);
   }
+}
+
+void leave(memory::Region& region, std::uint32_t me, const std::string& path,
+           const std::string& label) noexcept {
+  Participants participants(region);
+  memory::Storage& storage = region.storage();
+  std::optional<ControlLock> control;
+  try {
+    control.emplace(region, label, kLeavePatienceNs);
+  } catch (const std::exception&) {
+  }
+  DSLINE_POINT("close.before_leaving");
+  participants.leave(me);
+  DSLINE_POINT("close.left");
+  if (control && storage.kind() == memory::StorageKind::PosixShm &&
+      !participants.anyone_else_alive(Participants::kNobody) &&
+      (was_shut_down(region) || !holds_messages(region))) {
+    DSLINE_POINT("close.before_name");
+    static_cast<void>(try_remove_name(storage, path));  // else it stays for the next one
+  }
+  control.reset();
+  storage.drop_locks();
+}
+
+Attachment::~Attachment() {
+  if (region != nullptr && participant != kNoParticipant) leave(*region, participant, path, label);
 }
 
 bool holds_messages(memory::Region& region) noexcept {
@@ -329,7 +364,7 @@ bool holds_messages(memory::Region& region) noexcept {
 Attachment attach_path(const std::string& path, const std::string& label, memory::StorageKind kind,
                        const ChannelOptions& options, OpenMode mode) {
   for (int attempt = 0; attempt < kAttempts; ++attempt) {
-    Attachment out{nullptr, 0, path, label};
+    Attachment out(path, label);
     if (auto storage = open_storage(path, kind)) {
       if (replace_unusable(storage, path, options, mode)) continue;
       if (try_attach(std::move(storage), options, mode, out) == Verdict::Joined) return out;
@@ -355,6 +390,7 @@ Attachment attach_path(const std::string& path, const std::string& label, memory
       DSLINE_POINT("create.linked");
       return out;
     }
+    out.participant = Attachment::kNoParticipant;  // the region goes, unseen
   }
   throw Error(ErrorCode::Internal, "channel '" + label + "' was made and removed by others " +
                                        std::to_string(kAttempts) +
@@ -362,7 +398,7 @@ Attachment attach_path(const std::string& path, const std::string& label, memory
 }
 
 Attachment create_unnamed(std::unique_ptr<memory::Storage> storage, const ChannelOptions& options) {
-  Attachment out{nullptr, 0, "", storage->describe()};
+  Attachment out("", storage->describe());
   out.region = make_region(std::move(storage), options);
   out.participant = join(*out.region, out.label);
   out.group = enter_default_group(*out.region, out.participant);
@@ -370,14 +406,15 @@ Attachment create_unnamed(std::unique_ptr<memory::Storage> storage, const Channe
 }
 
 Attachment attach_storage(std::unique_ptr<memory::Storage> storage) {
-  Attachment out{nullptr, 0, "", storage->describe()};
+  Attachment out("", storage->describe());
   try_attach(std::move(storage), ChannelOptions{}, OpenMode::Open, out);
   return out;
 }
 
 Attachment attach_again(const memory::Region& region, const std::string& path, const std::string& label,
                         const SubscribeOptions* options) {
-  Attachment out{memory::Region::attach(region.storage().again()), 0, path, label};
+  Attachment out(path, label);
+  out.region = memory::Region::attach(region.storage().again());
   ControlLock control(*out.region, label);
   liveness::recover_the_dead(*out.region, Participants::kNobody, true);
   out.participant = join(*out.region, label);
@@ -385,13 +422,8 @@ Attachment attach_again(const memory::Region& region, const std::string& path, c
     out.group = enter_default_group(*out.region, out.participant);
     return out;
   }
-  try {
-    out.group = enter_group(*out.region, label, *options, out.participant);
-    out.joined = out.region->group(out.group).joined.load(std::memory_order_relaxed);
-  } catch (const Error&) {
-    Participants(*out.region).leave(out.participant);
-    throw;
-  }
+  out.group = enter_group(*out.region, label, *options, out.participant);
+  out.joined = out.region->group(out.group).joined.load(std::memory_order_relaxed);
   return out;
 }
 

@@ -9,15 +9,26 @@
 
 namespace dsline::channel {
 
-/// A region that this process takes part in.
+/// A region that this process takes part in. Whoever takes `region` out has to leave it in order; else the attachment
+/// does.
 struct Attachment {
   std::unique_ptr<memory::Region> region;
-  std::uint32_t participant;
+  std::uint32_t participant = kNoParticipant;
   std::string path;   ///< empty without a file
   std::string label;  ///< what people call it
   std::uint32_t group = liveness::Membership::kNoGroup;
   std::uint32_t joined = 0;  ///< memory::GroupState::joined at that time
+
+  static constexpr std::uint32_t kNoParticipant = ~std::uint32_t{0};
+  Attachment(std::string path, std::string label) : path(std::move(path)), label(std::move(label)) {}
+  Attachment(Attachment&&) = default;
+  Attachment& operator=(Attachment&&) = delete;
+  ~Attachment();
 };
+
+/// Frees the entry of `me` and drops every lock; the last one takes the name along when the channel is shut down or
+/// empty. Requires: nothing in the region carries the number any more.
+void leave(memory::Region& region, std::uint32_t me, const std::string& path, const std::string& label) noexcept;
 
 /// Opens the region at `path`, or creates it, as `mode` and `options` say, and joins it.
 Attachment attach_path(const std::string& path, const std::string& label, memory::StorageKind kind,
@@ -36,10 +47,14 @@ Attachment attach_again(const memory::Region& region, const std::string& path, c
 /// group has ended (its number has been given away since it was `joined`).
 std::uint32_t rejoin(memory::Region& region, const std::string& label, std::uint32_t& group, std::uint32_t joined);
 
+/// Patience at the end of a handle: without the lock its group and its name stay for the next one, which is harmless.
+inline constexpr std::int64_t kLeavePatienceNs = 500'000'000;
+
 /// The control lock of a region: joining, leaving and removing names. Waits for a limited time.
 class ControlLock {
  public:
-  /// Throws Error(TimedOut) when somebody holds it for longer than `patience_ns`.
+  /// Throws Error(TimedOut) when somebody holds it for longer than `patience_ns`, Error(System) when the kernel
+  /// cannot lock.
   ControlLock(memory::Region& region, const std::string& label, std::int64_t patience_ns = 10'000'000'000);
   ~ControlLock() { region_->storage().unlock(memory::kControlLock); }
   ControlLock(const ControlLock&) = delete;

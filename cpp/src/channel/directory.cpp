@@ -8,8 +8,10 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <memory>
 #include <vector>
 
+#include "base/descriptor.hpp"
 #include "dsline/channel.hpp"
 
 namespace dsline {
@@ -17,13 +19,15 @@ namespace dsline {
 std::string channel_directory() { return "/dev/shm/dsline-" + std::to_string(geteuid()); }
 
 std::vector<std::string> list_channels() {
+  struct Close {
+    void operator()(DIR* directory) const noexcept { closedir(directory); }
+  };
   std::vector<std::string> names;
-  DIR* directory = opendir(channel_directory().c_str());
+  const std::unique_ptr<DIR, Close> directory(opendir(channel_directory().c_str()));
   if (directory == nullptr) return names;
-  while (const dirent* entry = readdir(directory)) {
+  while (const dirent* entry = readdir(directory.get())) {
     if (entry->d_name[0] != '.') names.emplace_back(entry->d_name);
   }
-  closedir(directory);
   std::sort(names.begin(), names.end());
   return names;
 }
@@ -45,6 +49,28 @@ std::string parent_of(const std::string& path) {
 
 std::string descriptor_path(const memory::Storage& storage) {
   return "/proc/self/fd/" + std::to_string(storage.descriptor());
+}
+
+// What the kernel could not do for lack of memory, or since a signal came, it can do at once or soon.
+constexpr int kTries = 3;
+
+// 0 and the answer, or the errno of what failed.
+int compare_with_name(const memory::Storage& storage, const std::string& path, bool& same) noexcept {
+  int failure = 0;
+  for (int attempt = 0; attempt < kTries; ++attempt) {
+    struct stat mine {};
+    struct stat named {};
+    if (fstat(storage.descriptor(), &mine) == 0 && lstat(path.c_str(), &named) == 0) {
+      same = mine.st_ino == named.st_ino && mine.st_dev == named.st_dev;
+      return 0;
+    }
+    failure = errno;
+    if (failure == ENOENT || failure == ENOTDIR) {
+      same = false;
+      return 0;
+    }
+  }
+  return failure;
 }
 
 }  // namespace
@@ -71,19 +97,21 @@ std::string prepare_directory(std::uint32_t mode) {
   if (mkdir(directory.c_str(), 0700) != 0 && errno != EEXIST) {
     fail(ErrorCode::System, "the directory of named channels, " + directory + ", cannot be made", errno);
   }
-  int fd = open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-  if (fd < 0) {
+  const base::Descriptor fd = open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+  if (!fd) {
     fail(ErrorCode::ChannelPermission,
          directory + " is not a directory of this user; remove it, or use an anonymous channel (name=None)",
          errno);
   }
   struct stat info {};
-  int failure = fstat(fd, &info) == 0 ? 0 : errno;
-  const bool trusted = failure == 0 && info.st_uid == geteuid() && (info.st_mode & 0066) == 0;
+  if (fstat(fd.get(), &info) != 0) fail(ErrorCode::System, directory + " cannot be examined", errno);
+  const bool trusted = info.st_uid == geteuid() && (info.st_mode & 0066) == 0;
   // Others may pass through, never list or write: the modes of the files in it decide.
   mode_t passage = static_cast<mode_t>(((mode & 0060) != 0 ? 0010 : 0) | ((mode & 0006) != 0 ? 0001 : 0));
-  if (trusted && (info.st_mode & passage) != passage) fchmod(fd, (info.st_mode & 0711) | passage);
-  close(fd);
+  if (trusted && (info.st_mode & passage) != passage &&
+      fchmod(fd.get(), (info.st_mode & 0711) | passage) != 0) {
+    fail(ErrorCode::System, "the mode of " + directory + " cannot be set", errno);
+  }
   if (!trusted) {
     fail(ErrorCode::ChannelPermission,
          directory + " belongs to uid " + std::to_string(info.st_uid) +
@@ -94,8 +122,8 @@ std::string prepare_directory(std::uint32_t mode) {
 }
 
 std::unique_ptr<memory::Storage> open_storage(const std::string& path, memory::StorageKind kind) {
-  int fd = open(path.c_str(), O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
-  if (fd < 0) {
+  base::Descriptor fd = open(path.c_str(), O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
+  if (!fd) {
     int failure = errno;
     if (failure == ENOENT) return nullptr;
     if (failure == ELOOP)
@@ -112,29 +140,23 @@ std::unique_ptr<memory::Storage> open_storage(const std::string& path, memory::S
     fail(ErrorCode::System, path + " cannot be opened", failure);
   }
   struct stat info {};
-  if (fstat(fd, &info) != 0) {
-    int failure = errno;
-    close(fd);
-    fail(ErrorCode::System, path + " cannot be examined", failure);
-  }
+  if (fstat(fd.get(), &info) != 0) fail(ErrorCode::System, path + " cannot be examined", errno);
   if (!S_ISREG(info.st_mode)) {
-    close(fd);
     fail(ErrorCode::ChannelLayout, path + " is not a regular file, so not a channel");
   }
   if (info.st_uid != geteuid() && (info.st_mode & 0022) == 0) {
-    close(fd);
     fail(ErrorCode::ChannelPermission, path + " belongs to uid " + std::to_string(info.st_uid) +
                                            ", this process is uid " + std::to_string(geteuid()) +
                                            "; the owner can share it by creating it with a wider mode");
   }
-  return memory::make_file_storage(fd, kind, path);
+  return memory::make_file_storage(std::move(fd), kind, path);
 }
 
 std::unique_ptr<memory::Storage> make_unnamed_storage(const std::string& path, memory::StorageKind kind,
                                                       std::uint32_t mode) {
   std::string directory = parent_of(path);
-  int fd = open(directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
-  if (fd < 0) {
+  base::Descriptor fd = open(directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+  if (!fd) {
     int failure = errno;
     if (failure == ENOENT || failure == ENOTDIR) {
       fail(ErrorCode::ChannelNotFound, "the directory " + directory + " does not exist; make it first",
@@ -152,12 +174,10 @@ std::unique_ptr<memory::Storage> make_unnamed_storage(const std::string& path, m
     }
     fail(ErrorCode::System, "no file can be made in " + directory, failure);
   }
-  if (fchmod(fd, static_cast<mode_t>(mode & 0666)) != 0) {
-    int failure = errno;
-    close(fd);
-    fail(ErrorCode::System, "the mode of a new file in " + directory + " cannot be set", failure);
+  if (fchmod(fd.get(), static_cast<mode_t>(mode & 0666)) != 0) {
+    fail(ErrorCode::System, "the mode of a new file in " + directory + " cannot be set", errno);
   }
-  return memory::make_file_storage(fd, kind, path);
+  return memory::make_file_storage(std::move(fd), kind, path);
 }
 
 bool link_storage(const memory::Storage& storage, const std::string& path) {
@@ -167,15 +187,27 @@ bool link_storage(const memory::Storage& storage, const std::string& path) {
   fail(ErrorCode::System, path + " cannot be given its name", errno);
 }
 
-bool is_named(const memory::Storage& storage, const std::string& path) noexcept {
-  struct stat mine {};
-  struct stat named {};
-  return fstat(storage.descriptor(), &mine) == 0 && lstat(path.c_str(), &named) == 0 &&
-         mine.st_ino == named.st_ino && mine.st_dev == named.st_dev;
+bool is_named(const memory::Storage& storage, const std::string& path) {
+  bool same = false;
+  const int failure = compare_with_name(storage, path, same);
+  if (failure != 0) fail(ErrorCode::System, path + " cannot be examined", failure);
+  return same;
 }
 
-void remove_name(const memory::Storage& storage, const std::string& path) noexcept {
-  if (is_named(storage, path)) ::unlink(path.c_str());
+int try_remove_name(const memory::Storage& storage, const std::string& path) noexcept {
+  bool same = false;
+  int failure = compare_with_name(storage, path, same);
+  if (failure != 0 || !same) return failure;
+  for (int attempt = 0; attempt < kTries; ++attempt) {
+    if (::unlink(path.c_str()) == 0 || errno == ENOENT) return 0;
+    failure = errno;
+  }
+  return failure;
+}
+
+void remove_name(const memory::Storage& storage, const std::string& path) {
+  const int failure = try_remove_name(storage, path);
+  if (failure != 0) fail(ErrorCode::System, path + " cannot be removed", failure);
 }
 
 }  // namespace channel

@@ -30,10 +30,13 @@ std::unique_ptr<memory::Storage> make_unnamed_storage(const std::string& path, m
 /// Gives it its name; false when the name has been taken meanwhile.
 bool link_storage(const memory::Storage& storage, const std::string& path);
 
-/// True when `path` still names the file behind `storage`.
-bool is_named(const memory::Storage& storage, const std::string& path) noexcept;
+/// True when `path` still names the file behind `storage`. Throws Error(System) when the kernel does not say.
+bool is_named(const memory::Storage& storage, const std::string& path);
 
-/// Removes the name if it still names this storage. Requires: its control lock.
-void remove_name(const memory::Storage& storage, const std::string& path) noexcept;
+/// Removes the name if it still names this storage. 0 when it does not name it any more, else the errno of what failed.
+/// Requires: its control lock.
+[[nodiscard]] int try_remove_name(const memory::Storage& storage, const std::string& path) noexcept;
+/// The same; throws Error(System).
+void remove_name(const memory::Storage& storage, const std::string& path);
 
 }  // namespace dsline::channel

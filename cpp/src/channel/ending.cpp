@@ -4,22 +4,13 @@
 
 #include "channel/directory.hpp"
 #include "channel/impl.hpp"
-#include "liveness/participants.hpp"
 
 namespace dsline {
 
-using memory::StorageKind;
 using slots::SlotPhase;
 using slots::SlotWord;
 
-namespace {
-
-// For the end of a handle: without the lock its name stays for the next one, which is harmless.
-constexpr std::int64_t kLeavePatienceNs = 500'000'000;
-
-}  // namespace
-
-Channel::Impl::Impl(channel::Attachment attachment)
+Channel::Impl::Impl(channel::Attachment attachment, std::unique_ptr<Local> own)
     : region(std::move(attachment.region)),
       pool(*region),
       ring(*region),
@@ -33,9 +24,14 @@ Channel::Impl::Impl(channel::Attachment attachment)
       label(std::move(attachment.label)),
       dropped_before(group.state().dropped_oldest.load(std::memory_order_relaxed)),
       process(base::fork_generation()),
-      local(std::make_unique<Local>()) {
-  std::lock_guard lock(base::process_mutex());
-  handles().insert(this);
+      local(std::move(own)) {
+  try {
+    std::lock_guard lock(base::process_mutex());
+    handles().insert(this);
+  } catch (...) {
+    attachment.region = std::move(region);  // which leaves it
+    throw;
+  }
 }
 
 Channel::Impl::~Impl() {
@@ -125,9 +121,9 @@ void Channel::Impl::leave_group() noexcept {
   std::lock_guard sweeping(local->recovery);
   if (left || has_left_group.exchange(true, std::memory_order_seq_cst)) return;
   try {
-    channel::ControlLock control(*region, label, kLeavePatienceNs);
+    channel::ControlLock control(*region, label, channel::kLeavePatienceNs);
     liveness::Membership(*region, pool).leave(me);
-  } catch (const Error&) {
+  } catch (const std::exception&) {
     // Whoever joins, recovers or finds the channel full ends the group.
     region->participant(me).group.store(0, std::memory_order_release);
   }
@@ -160,7 +156,6 @@ void Channel::Impl::leave_if_idle() noexcept {
   leave();
 }
 
-/// Frees the entry; the last one of a named channel takes the name along when the channel is shut down or empty.
 void Channel::Impl::leave() noexcept {
   std::lock_guard sweeping(local->recovery);
   left = true;
@@ -168,22 +163,7 @@ void Channel::Impl::leave() noexcept {
   pool.return_hints(hints);
   pool.space().remove(me);
   for (std::uint32_t g = 0; g < region->geometry().groups; ++g) order::Group(*region, g).messages().remove(me);
-  liveness::Participants participants(*region);
-  try {
-    channel::ControlLock control(*region, label, kLeavePatienceNs);
-    DSLINE_POINT("close.before_leaving");
-    participants.leave(me);
-    DSLINE_POINT("close.left");
-    if (region->storage().kind() == StorageKind::PosixShm &&
-        !participants.anyone_else_alive(liveness::Participants::kNobody) &&
-        (is_shut_down() || !channel::holds_messages(*region))) {
-      DSLINE_POINT("close.before_name");
-      channel::remove_name(region->storage(), path);
-    }
-  } catch (const Error&) {
-    participants.leave(me);  // the name stays for the next one
-  }
-  region->storage().drop_locks();
+  channel::leave(*region, me, path, label);
 }
 
 /// What a caller of the C++ interface still held when it let go of the channel.

@@ -62,7 +62,7 @@ struct Channel::Impl {
     Impl& impl_;
   };
 
-  explicit Impl(channel::Attachment attachment);
+  explicit Impl(channel::Attachment attachment, std::unique_ptr<Local> own = std::make_unique<Local>());
   ~Impl();
 
   bool is_inherited() const noexcept {

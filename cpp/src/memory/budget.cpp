@@ -11,6 +11,7 @@
 #include <cstring>
 #include <limits>
 
+#include "base/descriptor.hpp"
 #include "dsline/error.hpp"
 
 namespace dsline::memory {
@@ -22,11 +23,11 @@ constexpr std::uint64_t kMarginBytes = 64ull << 20;
 
 std::string read_text(const std::string& path) {
   std::string text;
-  int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd < 0) return text;
+  base::Descriptor fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (!fd) return text;
   char chunk[4096];
-  for (ssize_t n; (n = read(fd, chunk, sizeof chunk)) > 0;) text.append(chunk, static_cast<std::size_t>(n));
-  close(fd);
+  for (ssize_t n; (n = read(fd.get(), chunk, sizeof chunk)) > 0;)
+    text.append(chunk, static_cast<std::size_t>(n));
   return text;
 }
 

@@ -18,14 +18,19 @@
 namespace dsline::memory {
 namespace {
 
-// Lock bytes lie beyond any file's end; they are names for the kernel, not bytes.
+// Lock bytes lie beyond any file's end; they are names for the kernel, not bytes. No two are neighbours: the kernel
+// joins the locks of neighbours into one range, and needs memory to drop one out of its middle, which it may not have.
 constexpr off_t kLockBase = off_t{1} << 61;
+constexpr off_t kLockDistance = 2;
+// A lock that the kernel has no memory for, or that a signal came between, is asked for again.
+constexpr int kLockTries = 3;
+constexpr int kUnlockTries = 1000;
 
 struct flock lock_of(std::uint32_t byte, short type) noexcept {
   struct flock lock {};
   lock.l_type = type;
   lock.l_whence = SEEK_SET;
-  lock.l_start = kLockBase + byte;
+  lock.l_start = kLockBase + kLockDistance * byte;
   lock.l_len = 1;
   return lock;
 }
@@ -72,26 +77,18 @@ const char* storage_name(StorageKind kind) noexcept {
   return "unknown";
 }
 
-FileStorage::FileStorage(int fd, StorageKind kind, std::string path)
-    : data_fd_(fd), kind_(kind), path_(std::move(path)) {
-  try {
-    open_lock_descriptor();
-  } catch (...) {
-    close(data_fd_);
-    throw;
-  }
+FileStorage::FileStorage(base::Descriptor fd, StorageKind kind, std::string path)
+    : data_fd_(std::move(fd)), kind_(kind), path_(std::move(path)) {
+  open_lock_descriptor();
 }
 
-FileStorage::~FileStorage() {
-  drop_locks();
-  close(data_fd_);
-}
+FileStorage::~FileStorage() { drop_locks(); }
 
 // A lock belongs to an open file description, and dup() shares it; opening through /proc makes a new one, also
 // for files that have lost their name.
 void FileStorage::open_lock_descriptor() {
   char path[48];
-  snprintf(path, sizeof path, "/proc/self/fd/%d", data_fd_);
+  snprintf(path, sizeof path, "/proc/self/fd/%d", data_fd_.get());
   int fd = base::open_closed_in_child(path, O_RDWR);
   if (fd < 0) {
     throw Error(ErrorCode::System,
@@ -118,25 +115,25 @@ void FileStorage::drop_locks() noexcept {
 
 std::uint64_t FileStorage::size() const {
   struct stat info {};
-  if (fstat(data_fd_, &info) != 0) throw Error(ErrorCode::System, path_ + ": cannot be examined", errno);
+  if (fstat(data_fd_.get(), &info) != 0) throw Error(ErrorCode::System, path_ + ": cannot be examined", errno);
   return static_cast<std::uint64_t>(info.st_size);
 }
 
 // The data descriptor may be shared: it carries no lock.
 std::unique_ptr<Storage> FileStorage::again() const {
-  const int fd = fcntl(data_fd_, F_DUPFD_CLOEXEC, 0);
-  if (fd < 0) {
+  base::Descriptor fd = fcntl(data_fd_.get(), F_DUPFD_CLOEXEC, 0);
+  if (!fd) {
     throw Error(ErrorCode::System,
                 path_ + ": no descriptor for another handle (" + strerror(errno) +
                     "); the limit of open files (ulimit -n) is reached",
                 errno);
   }
-  if (kind_ == StorageKind::Memfd) return adopt_memfd_storage(fd);
-  return make_file_storage(fd, kind_, path_);
+  if (kind_ == StorageKind::Memfd) return adopt_memfd_storage(std::move(fd));
+  return make_file_storage(std::move(fd), kind_, path_);
 }
 
 std::uint64_t FileStorage::read_start(void* to, std::uint64_t bytes) const noexcept {
-  const ssize_t got = pread(data_fd_, to, bytes, 0);
+  const ssize_t got = pread(data_fd_.get(), to, bytes, 0);
   return got > 0 ? static_cast<std::uint64_t>(got) : 0;
 }
 
@@ -144,13 +141,13 @@ bool FileStorage::sync() noexcept {
   if (kind_ != StorageKind::File) return true;
   int result = 0;
   do {
-    result = fdatasync(data_fd_);
+    result = fdatasync(data_fd_.get());
   } while (result != 0 && errno == EINTR);
   return result == 0;
 }
 
 void FileStorage::resize(std::uint64_t bytes) {
-  if (ftruncate(data_fd_, static_cast<off_t>(bytes)) != 0) {
+  if (ftruncate(data_fd_.get(), static_cast<off_t>(bytes)) != 0) {
     throw Error(ErrorCode::SharedMemoryFull,
                 path_ + ": its file system does not take a sparse file of " + std::to_string(bytes) +
                     " bytes (" + strerror(errno) + "); lower max_message_size or capacity",
@@ -159,7 +156,7 @@ void FileStorage::resize(std::uint64_t bytes) {
 }
 
 void FileStorage::check_room(std::uint64_t bytes, const std::string& purpose) const {
-  check_budget(bytes, data_fd_, path_, purpose);
+  check_budget(bytes, data_fd_.get(), path_, purpose);
 }
 
 void FileStorage::reserve_checked(std::uint64_t offset, std::uint64_t length, const std::string& purpose) {
@@ -168,10 +165,10 @@ void FileStorage::reserve_checked(std::uint64_t offset, std::uint64_t length, co
     SignalsBlocked guard;
     do {
       failure =
-          fallocate(data_fd_, 0, static_cast<off_t>(offset), static_cast<off_t>(length)) == 0 ? 0 : errno;
+          fallocate(data_fd_.get(), 0, static_cast<off_t>(offset), static_cast<off_t>(length)) == 0 ? 0 : errno;
     } while (failure == EINTR);
   }
-  if (failure == EOPNOTSUPP) failure = allocate_by_writing(data_fd_, offset, length);
+  if (failure == EOPNOTSUPP) failure = allocate_by_writing(data_fd_.get(), offset, length);
   if (failure == 0) return;
   if (failure == ENOSPC || failure == ENOMEM || failure == EDQUOT || failure == EFBIG) {
     throw Error(ErrorCode::SharedMemoryFull,
@@ -187,14 +184,14 @@ void FileStorage::reserve_checked(std::uint64_t offset, std::uint64_t length, co
 
 void FileStorage::give_back(std::uint64_t offset, std::uint64_t length) noexcept {
   // A file system that cannot punch holes keeps the pages; nothing but memory is lost.
-  [[maybe_unused]] int result = fallocate(data_fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+  [[maybe_unused]] int result = fallocate(data_fd_.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                                           static_cast<off_t>(offset), static_cast<off_t>(length));
 }
 
 std::byte* FileStorage::map(std::uint64_t offset, std::uint64_t length, Access access) {
   int protection = access == Access::ReadWrite ? PROT_READ | PROT_WRITE : PROT_READ;
   void* address =
-      mmap(nullptr, length, protection, MAP_SHARED | MAP_NORESERVE, data_fd_, static_cast<off_t>(offset));
+      mmap(nullptr, length, protection, MAP_SHARED | MAP_NORESERVE, data_fd_.get(), static_cast<off_t>(offset));
   if (address == MAP_FAILED) {
     throw Error(ErrorCode::SharedMemoryFull,
                 path_ + ": no address space to map " + std::to_string(length) + " bytes (" + strerror(errno) +
@@ -208,22 +205,31 @@ std::byte* FileStorage::map(std::uint64_t offset, std::uint64_t length, Access a
 void FileStorage::unmap(std::byte* address, std::uint64_t length) noexcept { munmap(address, length); }
 
 bool FileStorage::try_lock(std::uint32_t byte) noexcept {
-  struct flock lock = lock_of(byte, F_WRLCK);
-  return fcntl(lock_fd_, F_OFD_SETLK, &lock) == 0;
+  for (int attempt = 1;; ++attempt) {
+    struct flock lock = lock_of(byte, F_WRLCK);
+    if (fcntl(lock_fd_, F_OFD_SETLK, &lock) == 0) return true;
+    if (errno == EAGAIN || errno == EACCES || attempt == kLockTries) return false;
+  }
 }
 
 void FileStorage::unlock(std::uint32_t byte) noexcept {
-  struct flock lock = lock_of(byte, F_UNLCK);
-  fcntl(lock_fd_, F_OFD_SETLK, &lock);
+  // A lock that stays would make others wait as long as this object lives.
+  for (int attempt = 0; attempt < kUnlockTries; ++attempt) {
+    struct flock lock = lock_of(byte, F_UNLCK);
+    if (fcntl(lock_fd_, F_OFD_SETLK, &lock) == 0) return;
+  }
 }
 
 bool FileStorage::is_locked(std::uint32_t byte) const noexcept {
-  struct flock lock = lock_of(byte, F_WRLCK);
-  return fcntl(lock_fd_, F_OFD_GETLK, &lock) != 0 || lock.l_type != F_UNLCK;
+  for (int attempt = 0; attempt < kLockTries; ++attempt) {
+    struct flock lock = lock_of(byte, F_WRLCK);
+    if (fcntl(lock_fd_, F_OFD_GETLK, &lock) == 0) return lock.l_type != F_UNLCK;
+  }
+  return true;  // not known to be dead
 }
 
-std::unique_ptr<Storage> make_file_storage(int fd, StorageKind kind, std::string path) {
-  return std::make_unique<FileStorage>(fd, kind, std::move(path));
+std::unique_ptr<Storage> make_file_storage(base::Descriptor fd, StorageKind kind, std::string path) {
+  return std::make_unique<FileStorage>(std::move(fd), kind, std::move(path));
 }
 
 }  // namespace dsline::memory

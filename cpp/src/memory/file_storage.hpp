@@ -11,7 +11,7 @@ namespace dsline::memory {
 /// of the same file that carries the locks, and is closed in a forked child.
 class FileStorage : public Storage {
  public:
-  FileStorage(int fd, StorageKind kind, std::string path);
+  FileStorage(base::Descriptor fd, StorageKind kind, std::string path);
   ~FileStorage() override;
 
   StorageKind kind() const noexcept override { return kind_; }
@@ -31,12 +31,12 @@ class FileStorage : public Storage {
   bool is_locked(std::uint32_t byte) const noexcept override;
   void renew_locks() override;
   void drop_locks() noexcept override;
-  int descriptor() const noexcept override { return data_fd_; }
+  int descriptor() const noexcept override { return data_fd_.get(); }
 
  private:
   void open_lock_descriptor();
 
-  int data_fd_;
+  base::Descriptor data_fd_;
   int lock_fd_ = -1;
   std::uint32_t lock_generation_ = 0;  // base::fork_generation() when lock_fd_ was opened
   StorageKind kind_;

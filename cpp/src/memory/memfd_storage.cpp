@@ -20,7 +20,7 @@ constexpr int kSizeSeals = F_SEAL_SHRINK | F_SEAL_GROW;
 // The size is sealed, so no peer can cut the pages away under a mapping.
 class MemfdStorage final : public FileStorage {
  public:
-  explicit MemfdStorage(int fd) : FileStorage(fd, StorageKind::Memfd, "an anonymous memfd") {}
+  explicit MemfdStorage(base::Descriptor fd) : FileStorage(std::move(fd), StorageKind::Memfd, "an anonymous memfd") {}
 
   void resize(std::uint64_t bytes) override {
     FileStorage::resize(bytes);
@@ -34,24 +34,23 @@ class MemfdStorage final : public FileStorage {
 
 std::unique_ptr<Storage> make_memfd_storage() {
   unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING;
-  int fd = memfd_create("dsline", flags | MFD_NOEXEC_SEAL);
-  if (fd < 0 && errno == EINVAL) fd = memfd_create("dsline", flags);
-  if (fd < 0) {
+  base::Descriptor fd = memfd_create("dsline", flags | MFD_NOEXEC_SEAL);
+  if (!fd && errno == EINVAL) fd = memfd_create("dsline", flags);
+  if (!fd) {
     throw Error(ErrorCode::System,
                 std::string("no anonymous memory: memfd_create failed: ") + strerror(errno), errno);
   }
-  return std::make_unique<MemfdStorage>(fd);
+  return std::make_unique<MemfdStorage>(std::move(fd));
 }
 
-std::unique_ptr<Storage> adopt_memfd_storage(int fd) {
-  int seals = fcntl(fd, F_GET_SEALS);
+std::unique_ptr<Storage> adopt_memfd_storage(base::Descriptor fd) {
+  int seals = fcntl(fd.get(), F_GET_SEALS);
   if (seals < 0 || (seals & kSizeSeals) != kSizeSeals) {
-    close(fd);
     throw Error(ErrorCode::ChannelLayout,
                 "the descriptor is not the size-sealed memfd of an anonymous channel; pass handles through "
                 "multiprocessing, not bare descriptors");
   }
-  return std::make_unique<MemfdStorage>(fd);
+  return std::make_unique<MemfdStorage>(std::move(fd));
 }
 
 }  // namespace dsline::memory

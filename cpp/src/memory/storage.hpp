@@ -5,6 +5,8 @@
 #include <memory>
 #include <string>
 
+#include "base/descriptor.hpp"
+
 namespace dsline::memory {
 
 enum class StorageKind : std::uint32_t { Heap = 0, File = 1, PosixShm = 2, Memfd = 3 };
@@ -61,6 +63,7 @@ class Storage {
   virtual std::byte* map(std::uint64_t offset, std::uint64_t length, Access access) = 0;
   virtual void unmap(std::byte* address, std::uint64_t length) noexcept = 0;
 
+  /// False when somebody else holds it (errno EAGAIN or EACCES), or the kernel cannot lock (any other errno).
   virtual bool try_lock(std::uint32_t byte) noexcept = 0;
   virtual void unlock(std::uint32_t byte) noexcept = 0;
   /// True when somebody else holds the byte's lock. A hint: it may change at once.
@@ -78,9 +81,9 @@ std::unique_ptr<Storage> make_heap_storage();
 
 /// A sealed memfd of its own, or one that another process handed over (takes the descriptor over).
 std::unique_ptr<Storage> make_memfd_storage();
-std::unique_ptr<Storage> adopt_memfd_storage(int fd);
+std::unique_ptr<Storage> adopt_memfd_storage(base::Descriptor fd);
 
 /// Over a file descriptor (takes it over): a regular file, or one on tmpfs (PosixShm).
-std::unique_ptr<Storage> make_file_storage(int fd, StorageKind kind, std::string path);
+std::unique_ptr<Storage> make_file_storage(base::Descriptor fd, StorageKind kind, std::string path);
 
 }  // namespace dsline::memory

@@ -249,6 +249,7 @@ class Group {
       if (won) DSLINE_POINT("take.claimed");
       advance(p, seen.next);
       if (won) {
+        DSLINE_POINT("take.advanced");
         prefetch_ahead(p + kPrefetchDistance);
         held = Held{seen.slot, p, 0};
         return true;
