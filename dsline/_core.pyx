@@ -463,7 +463,7 @@ cdef class DeadLetter(Message):
     cdef readonly str reason
 
     def revive(self):
-        """Send it to its group again, as if it had never been delivered. Does nothing after a release.
+        """Send it to its group again, with all but the first of its deliveries forgotten. Does nothing after a release.
 
         Raises
         ------
@@ -687,7 +687,7 @@ cdef class Receiver:
         try:
             copy = PyBytes_FromStringAndSize(<const char*> message.payload, message.payload_bytes)
         except:
-            self._cpp.give_back(message)
+            self._cpp.put_back(message)
             raise
         self._cpp.release(message.slot, message.process, message.group)
         self._handle.received += 1
@@ -712,7 +712,7 @@ cdef class Receiver:
         Raises
         ------
         BufferTooSmallError
-            The message is larger; it stays in the channel and comes next (marked as redelivered).
+            The message is larger; it stays in the channel and comes next.
         """
         cdef CppReceived message
         cdef Py_buffer view
@@ -722,7 +722,7 @@ cdef class Receiver:
             self._receive(message, timeout)
             room = view.len
             if message.payload_bytes > room:
-                self._cpp.give_back(message)
+                self._cpp.put_back(message)
                 raise BufferTooSmallError(
                     f"the message has {message.payload_bytes} bytes, the buffer {room}; the message stays in the channel: "
                     "give a larger buffer, or use recv()")
@@ -868,7 +868,7 @@ cdef class Receiver:
         try:
             lease = Lease.__new__(Lease)
         except:
-            self._cpp.give_back(message)
+            self._cpp.put_back(message)
             raise
         lease._attempts = message.attempts
         lease._sequence = message.sequence
@@ -918,7 +918,7 @@ cdef class Receiver:
         self._handle.views -= 1
         self._handle.received -= 1
         self._handle.bytes_received -= message.payload_bytes
-        self._cpp.give_back(message)
+        self._cpp.put_back(message)
         raise SchemaMismatchError(
             f"the message holds {message.payload_bytes} plain bytes, not an array; it stays in the channel: use recv() or "
             "recv_bytes(), or send an ndarray")
@@ -1105,7 +1105,10 @@ cdef class Receiver:
     def _closed_error(self):
         if self._cpp.is_closed():
             return ChannelClosedError(f"this handle of channel '{self._label()}' is closed; open another one")
-        return ChannelClosedError(f"channel '{self._label()}' is shut down; nothing more can be sent or received")
+        if self._cpp.is_shut_down():
+            return ChannelClosedError(f"channel '{self._label()}' is shut down; nothing more can be sent or received")
+        return ChannelClosedError(
+            f"the group that this handle of channel '{self._label()}' received for has been removed; subscribe again")
 
     def _empty_error(self, timeout):
         error = BufferEmptyError(

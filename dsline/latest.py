@@ -66,7 +66,7 @@ class Latest:
     Setting copies once, getting copies once. From 64 KiB on the GIL is released while a value is copied. A reader that is
     overtaken by four values while it copies begins anew.
 
-    The value stays while any handle is open, and after that as long as the name does.
+    The value stays while any handle is open; the last one of a named cell takes the name and the value along.
 
     Examples
     --------
@@ -165,7 +165,7 @@ class Latest:
         Returns
         -------
         bool
-            True. False when eight other values are being set at this moment: one of them is the newest then.
+            True. False when eight others are being set at this moment: one of them is the newest then.
 
         Notes
         -----
@@ -283,7 +283,7 @@ class Latest:
         return self._channel.stats()
 
     def close(self) -> None:
-        """End this handle; a second call does nothing. The last handle of a named cell leaves its value under the name."""
+        """End this handle; a second call does nothing. The last handle of a named cell takes the name along."""
         self._channel.close()
 
     def shutdown(self) -> None:

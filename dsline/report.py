@@ -426,7 +426,7 @@ def from_core(report: dict[str, Any]) -> ChannelReport:
     counts = report["stats"]
     slots = ("free_slots", "writing_slots", "committed_slots", "corrupted_slots")
     counters = (
-        *("depth", "pinned_slots", "reserved_bytes", "dropped_newest", "unheard", "corrupted", "buried"),
+        *("pinned_slots", "reserved_bytes", "dropped_newest", "unheard", "corrupted", "buried"),
         *("letters_dropped", "dead_letters", "deaths", *slots),
     )
     same = (
@@ -442,6 +442,7 @@ def from_core(report: dict[str, Any]) -> ChannelReport:
         groups=tuple(_group(group, names) for group in report["groups"]),
         slots=tuple(_slot(slot, names) for slot in report["slots"]),
         **{name: report[name] for name in same},
+        depth=counts["depth"] if report["default_group"] else 0,
         **{name: counts[name] for name in counters},
     )
 

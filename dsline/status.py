@@ -227,6 +227,8 @@ def remove(name: str | os.PathLike[str], force: bool = False) -> None:
         Somebody has it open, or messages wait in it and `force` is not given.
     """
     path = _path_of(name)
+    if not force:
+        _core.report_of(path)  # raises where it is damaged
     removal = _core.remove_channel(path, 0, force, False)
     if removal == _MISSING:
         raise ChannelNotFoundError(2, f"there is no channel {os.fspath(name)!r} to remove")

@@ -220,6 +220,7 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         Outcome try_recv(CppReceived&) except +raise_current_error
         void release(uint32_t, uint32_t, uint32_t) noexcept
         void give_back(const CppReceived&) noexcept
+        void put_back(const CppReceived&) noexcept
 
         Outcome try_take_dead_letter(CppReceived&, CppDeadLetter&) except +raise_current_error
         void revive(const CppReceived&) noexcept
