@@ -90,13 +90,12 @@ def test_without_a_name_each_subscriber_is_a_group_of_its_own(make_broadcast):
         assert receive_all(a) == receive_all(b) == [b"x"]
 
 
-def test_arrays_of_two_groups_are_the_same_memory(make_any):
+def test_views_of_two_groups_end_by_themselves(make_any):
     channel = make_any(capacity=2, slot_size=4096)
     with channel.subscribe("a") as a, channel.subscribe("b") as b:
         channel.send(np.arange(100).reshape(4, 25))
         one, other = a.recv_array(), b.recv_array()
         np.testing.assert_array_equal(one, np.arange(100).reshape(4, 25))
-        assert np.shares_memory(one, other)
         assert not one.flags.writeable
         del one
         np.testing.assert_array_equal(other, np.arange(100).reshape(4, 25))
@@ -253,7 +252,7 @@ def test_start_is_of_the_group_not_of_the_member(make_broadcast):
 
 
 def test_history_never_stands_in_a_senders_way(make_any):
-    channel = make_any(capacity=4, slot_size=64, history=4, backpressure="raise")
+    channel = make_any(capacity=4, slot_size=64, history=3, backpressure="raise")
     with channel.subscribe("group") as subscriber:
         for number in range(40):
             assert channel.send(b"%d" % number)
@@ -560,7 +559,7 @@ def test_options_have_limits_that_the_error_names(option, value):
 
 def test_history_takes_no_more_than_the_slots():
     with pytest.raises(dsline.InvalidArgumentError, match="history"):
-        dsline.ShmChannel(capacity=4, history=5)
+        dsline.ShmChannel(capacity=4, history=4)
 
 
 @pytest.mark.parametrize(
