@@ -138,8 +138,10 @@ class Endpoint(_core.Receiver):
 
         Notes
         -----
-        Never waits. Each letter comes once per call, also when it has been given back meanwhile.
+        Looks after the dead first, as `check_peers` does. Never waits. Each letter comes once per call, also when it has been
+        given back meanwhile.
         """
+        self.check_peers()
         seen: set[tuple[str | None, int]] = set()
         while True:
             # A letter that was given back is the oldest again: it is held while those behind it are looked at.

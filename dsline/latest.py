@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,6 +12,7 @@ from dsline.broadcast import Broadcast
 from dsline.channel import Stats
 from dsline.errors import BufferEmptyError, ChannelMismatchError
 from dsline.options import Backpressure, Checksum, OnStale, Storage
+from dsline.report import PeerDeath
 
 __all__ = ["Latest", "Reading"]
 
@@ -239,6 +241,10 @@ class Latest:
         """
         found = self._channel._core_wait_newer(sequence, timeout)
         return found[0], found[1]
+
+    def on_peer_death(self, callback: Callable[[PeerDeath], object]) -> Callable[[], None]:
+        """Call back when a process has died with this cell open: as `ShmChannel.on_peer_death`, from `wait_newer`."""
+        return self._channel.on_peer_death(callback)
 
     @property
     def sequence(self) -> int | None:

@@ -56,7 +56,7 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "groups": frozenset({"endpoint", "errors", "options"}),
     "channel": frozenset({"_core", "endpoint", "errors", "groups", "options"}),
     "broadcast": frozenset({"channel"}),
-    "latest": frozenset({"_core", "broadcast", "channel", "errors", "options"}),
+    "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report"}),
     "__init__": frozenset(
         {"_interpreter", "_core", "broadcast", "channel", "errors", "groups", "latest", "options", "report"}
     ),

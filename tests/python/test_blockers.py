@@ -107,7 +107,10 @@ def test_the_longest_holder_comes_first(name):
 
 def test_a_sender_that_has_not_published_is_named():
     report = channel_report(
-        participants=(participant(number=0, pid=1, writing=1), participant(number=1, pid=2, waiting_for="room"))
+        participants=(
+            participant(number=0, pid=1, writing=1),
+            participant(number=1, pid=2, waiting_for="room"),
+        )
     )
     (blocker,) = blockers(report, for_room=True, group=None)
     assert (blocker.pid, blocker.writing, blocker.holds, blocker.for_seconds) == (1, 1, 0, None)
@@ -191,9 +194,7 @@ def test_other_timeouts_have_none():
 
 
 def test_in_short_leaves_out_the_many():
-    found = [
-        Blocker(pid, "c" * 100, "stopped", 1, 0, 1.5, None) for pid in range(5)
-    ]
+    found = [Blocker(pid, "c" * 100, "stopped", 1, 0, 1.5, None) for pid in range(5)]
     text = in_short(found)
     assert text.endswith(" and 2 more")
     assert "pid 0 (" + "c" * 57 + "..., stopped) holds 1 message for 1.5 s" in text
@@ -216,7 +217,9 @@ def test_states_of_processes():
             words, state = process_of(process.pid, started, True)
             assert state in ("sleeping", "running")
             assert words.startswith(sys.executable)
-            assert process_of(process.pid, started + 1, True) == ("", "unknown"), "another process has its PID"
+            assert process_of(process.pid, started + 1, True) == ("", "unknown"), (
+                "another process has its PID"
+            )
             assert process_of(process.pid, started + 1, False) == ("", "gone")
             os.kill(process.pid, 19)
             os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)

@@ -64,8 +64,10 @@ def test_members_of_one_group_share_its_messages(make_any):
         assert channel.stats().participants == 3
         for number in range(16):
             channel.send(b"%d" % number)
-        got = [first.recv_with_seq(timeout=0)[0] if number % 3 else second.recv_with_seq(timeout=0)[0]
-               for number in range(16)]
+        got = [
+            first.recv_with_seq(timeout=0)[0] if number % 3 else second.recv_with_seq(timeout=0)[0]
+            for number in range(16)
+        ]
         assert got == list(range(16)), "one order, one cursor"
         assert first.lag == second.lag == 0
 
@@ -194,7 +196,9 @@ def test_many_threads_of_two_groups(make_any):
         channel.shutdown()
         for thread in threads:
             thread.join(TIMEOUT)
-    assert {group: sorted(map(int, got)) for group, got in groups.items()} == dict.fromkeys("ab", list(range(500)))
+    assert {group: sorted(map(int, got)) for group, got in groups.items()} == dict.fromkeys(
+        "ab", list(range(500))
+    )
 
 
 # --- joining -----------------------------------------------------------------------------------------------------
@@ -574,7 +578,9 @@ def test_options_belong_to_the_channel(name, option, value, other):
             pass
         with pytest.raises(dsline.ChannelMismatchError, match=option):
             dsline.ShmChannel(name, **{option: other})
-        assert {"history": channel.history, "max_deliveries": channel.max_deliveries}.get(option, value) == value
+        assert {"history": channel.history, "max_deliveries": channel.max_deliveries}.get(
+            option, value
+        ) == value
 
 
 def test_properties(make_broadcast):

@@ -204,7 +204,9 @@ def test_no_reader_sees_half_a_value(name, words):
             value[-1] = value[0]
 
     with dsline.Latest(name, slot_size=4 * words) as cell, dsline.Latest(name) as second:
-        writers = [threading.Thread(target=write, args=(each, number)) for number, each in enumerate((cell, second))]
+        writers = [
+            threading.Thread(target=write, args=(each, number)) for number, each in enumerate((cell, second))
+        ]
         for writer in writers:
             writer.start()
         try:

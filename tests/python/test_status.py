@@ -81,9 +81,12 @@ def test_an_unreadable_file_is_listed_with_the_reason(name, only, segment):
 
 
 def test_inspect_tells_all(name):
-    with dsline.ShmChannel(
-        name, capacity=8, slot_size=64, history=2, max_deliveries=2, max_handles=5
-    ) as channel, channel.subscribe("team", on_death="drop", durable=True) as team:
+    with (
+        dsline.ShmChannel(
+            name, capacity=8, slot_size=64, history=2, max_deliveries=2, max_handles=5
+        ) as channel,
+        channel.subscribe("team", on_death="drop", durable=True) as team,
+    ):
         channel.send_many([b"1", b"2", b"3"])
         message = team.recv_message()
         message.nack()
@@ -113,7 +116,10 @@ def test_inspect_tells_all(name):
         assert len(report.slots) == 3
         held = next(slot for slot in report.slots if slot.sequence == 0)
         assert held.state == "PINNED"
-        assert sorted((holder.group or "", holder.attempt) for holder in held.holders) == [("", 1), ("team", 2)]
+        assert sorted((holder.group or "", holder.attempt) for holder in held.holders) == [
+            ("", 1),
+            ("team", 2),
+        ]
         waiting = next(slot for slot in report.slots if slot.sequence == 2)
         assert waiting.state == "COMMITTED"
         assert set(waiting.waiting_for) == {None, "team", "(history)"}
@@ -178,11 +184,17 @@ def test_cleanup_removes_what_nobody_has_open(name, only):
         only(left, full, used)
         for dry_run in (True, False):
             found = by_name(status.cleanup(dry_run=dry_run))
-            assert {each: found[each].action for each in found} == {left: "remove", full: "keep", used: "keep"}
+            assert {each: found[each].action for each in found} == {
+                left: "remove",
+                full: "keep",
+                used: "keep",
+            }
             assert "2 messages wait" in found[full].reason
             assert "in use" in found[used].reason
             assert found[left].reserved_bytes > 0
-            there = {each for each in (left, full, used) if os.path.exists(f"{_core.channel_directory()}/{each}")}
+            there = {
+                each for each in (left, full, used) if os.path.exists(f"{_core.channel_directory()}/{each}")
+            }
             assert there == ({left, full, used} if dry_run else {full, used})
     assert {each.name for each in status.cleanup(dry_run=True)} == {full}
     assert [each.action for each in status.cleanup(older_than=3600, dry_run=False)] == ["keep"]
@@ -254,7 +266,9 @@ def test_why_of_live_channels(name):
         channel.send(b"1")
         assert "1 message waits for the default group, 1 of 2 slots are free" in status.why(name)
         channel.send(b"2")
-        assert status.why(name).endswith("is full: 2 messages wait for the default group, and nobody takes them")
+        assert status.why(name).endswith(
+            "is full: 2 messages wait for the default group, and nobody takes them"
+        )
         views = channel.recv_many(2)
         assert f"none is free, pid {os.getpid()} (" in status.why(name)
         assert "holds 2 messages for" in status.why(name)
@@ -346,7 +360,9 @@ channel.recv(timeout=None)
     with dsline.ShmChannel(name, capacity=2) as channel:
         with subprocess.Popen([sys.executable, "-c", source, name]) as child:
             try:
-                wait_until(lambda: any(peer.waiting_for == "message" for peer in channel.inspect().participants))
+                wait_until(
+                    lambda: any(peer.waiting_for == "message" for peer in channel.inspect().participants)
+                )
                 channel.send(b"x")
                 assert child.wait(30) == 0
             finally:
