@@ -208,15 +208,17 @@ def test_members_of_a_durable_group_killed_at_random(broadcast, tmp_path, seed):
 
 
 def test_both_sides_of_a_group_die_and_the_next_ones_go_on(name):
-    with dsline.ShmChannel(name, capacity=8, slot_size=256) as channel:
-        with (
-            Child("subscribe_and_hold", "ShmChannel", name, "team", 1) as member,
-            Child("send_proofs", name, 1, 0, 6) as producer,
-        ):
-            member.read(), producer.read(), member.read()
-            channel.close()
-            member.kill()
-            producer.kill()
+    channel = dsline.ShmChannel(name, capacity=8, slot_size=256)
+    with (
+        Child("subscribe_and_hold", "ShmChannel", name, "team", 1) as member,
+        Child("send_proofs", name, 1, 0, 6) as producer,
+    ):
+        assert member.read() == "ready"
+        assert producer.read() == "sent 6"
+        assert member.read() == [0]
+        channel.close()
+        member.kill()
+        producer.kill()
     with dsline.ShmChannel(name, timeout=TIMEOUT) as channel:
         assert groups_of(channel) == set()
         assert channel.stats().deaths == 2
@@ -534,12 +536,12 @@ def test_an_inherited_subscriber_registers_anew(name, kind):
         channel.subscribe("team", timeout=TIMEOUT) as subscriber,
     ):
         channel.send_many([b"1", b"2", b"3"])
-        view = subscriber.recv()
+        views = [subscriber.recv()]
 
         def child():
             assert subscriber.recv_bytes() == b"2"
             assert subscriber.stats().participants == 3, "registered anew"
-            assert bytes(view) == b"1"
+            assert bytes(views[0]) == b"1", "the parent's, readable here"
             subscriber.close()
             channel.close()
 
@@ -547,7 +549,7 @@ def test_an_inherited_subscriber_registers_anew(name, kind):
         assert subscriber.recv_bytes(timeout=0) == b"3"
         assert channel.stats().participants == 2
         assert channel.stats().free_slots == 3, "the parent's view is the parent's"
-        del view
+        views.clear()
         assert channel.stats().free_slots == 4
 
 

@@ -76,12 +76,15 @@ def test_create_and_open(name):
 
 
 def test_a_broadcast_pickles_by_name(name):
-    with dsline.Broadcast(name, capacity=2, backpressure="drop_newest") as channel:
-        with pickle.loads(pickle.dumps(channel)) as again, channel.subscribe() as viewer:
-            assert isinstance(again, dsline.Broadcast)
-            assert again.backpressure is dsline.Backpressure.DROP_NEWEST
-            again.send(np.arange(3))
-            np.testing.assert_array_equal(viewer.recv_array(timeout=0), [0, 1, 2])
+    with (
+        dsline.Broadcast(name, capacity=2, backpressure="drop_newest") as channel,
+        pickle.loads(pickle.dumps(channel)) as again,
+        channel.subscribe() as viewer,
+    ):
+        assert isinstance(again, dsline.Broadcast)
+        assert again.backpressure is dsline.Backpressure.DROP_NEWEST
+        again.send(np.arange(3))
+        np.testing.assert_array_equal(viewer.recv_array(timeout=0), [0, 1, 2])
 
 
 def test_one_slow_group_holds_up_who_blocks_and_nobody_else(name):

@@ -196,9 +196,8 @@ def test_many_threads_of_two_groups(make_any):
         channel.shutdown()
         for thread in threads:
             thread.join(TIMEOUT)
-    assert {group: sorted(map(int, got)) for group, got in groups.items()} == dict.fromkeys(
-        "ab", list(range(500))
-    )
+    for got in groups.values():
+        assert sorted(map(int, got)) == list(range(500))
 
 
 # --- joining -----------------------------------------------------------------------------------------------------
@@ -500,9 +499,12 @@ def test_the_default_is_seven_groups(name):
 
 
 def test_subscribers_are_handles(name):
-    with dsline.Broadcast(name, capacity=2, max_handles=2) as channel, channel.subscribe("a"):
-        with pytest.raises(dsline.TooManyHandlesError, match="max_handles"):
-            channel.subscribe("b")
+    with (
+        dsline.Broadcast(name, capacity=2, max_handles=2) as channel,
+        channel.subscribe("a"),
+        pytest.raises(dsline.TooManyHandlesError, match="max_handles"),
+    ):
+        channel.subscribe("b")
 
 
 @pytest.mark.parametrize("other", [{"on_death": "drop"}, {"durable": True}])
@@ -620,9 +622,12 @@ def test_a_subscriber_pickles_by_name(name, tmp_path):
 
 @pytest.mark.parametrize("storage", ["memfd", "heap"])
 def test_a_subscriber_of_an_anonymous_channel_does_not_pickle_by_itself(storage):
-    with dsline.ShmChannel(capacity=2, storage=storage) as channel, channel.subscribe("g") as subscriber:
-        with pytest.raises(dsline.FeatureUnavailableError):
-            pickle.dumps(subscriber)
+    with (
+        dsline.ShmChannel(capacity=2, storage=storage) as channel,
+        channel.subscribe("g") as subscriber,
+        pytest.raises(dsline.FeatureUnavailableError),
+    ):
+        pickle.dumps(subscriber)
 
 
 # --- files on the disk -------------------------------------------------------------------------------------------

@@ -357,13 +357,13 @@ import dsline
 channel = dsline.ShmChannel.open(sys.argv[1])
 channel.recv(timeout=None)
 """
-    with dsline.ShmChannel(name, capacity=2) as channel:
-        with subprocess.Popen([sys.executable, "-c", source, name]) as child:
-            try:
-                wait_until(
-                    lambda: any(peer.waiting_for == "message" for peer in channel.inspect().participants)
-                )
-                channel.send(b"x")
-                assert child.wait(30) == 0
-            finally:
-                child.kill()
+    with (
+        dsline.ShmChannel(name, capacity=2) as channel,
+        subprocess.Popen([sys.executable, "-c", source, name]) as child,
+    ):
+        try:
+            wait_until(lambda: any(peer.waiting_for == "message" for peer in channel.inspect().participants))
+            channel.send(b"x")
+            assert child.wait(30) == 0
+        finally:
+            child.kill()
