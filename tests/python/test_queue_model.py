@@ -94,7 +94,8 @@ class ChannelMachine(RuleBasedStateMachine):
                 assert channel.send(payload, meta=meta) is False
                 model.dropped_newest += 1
                 return
-            model.queue.popleft()
+            # The oldest that nobody has had yet; what has returned is the last to go.
+            del model.queue[next((i for i, one in enumerate(model.queue) if not one[4]), 0)]
             model.dropped_oldest += 1
         assert channel.send(payload, meta=meta) is True
         model.queue.append((model.next_sequence, payload, meta or {}, 1, False))
