@@ -3,22 +3,37 @@
 import importlib
 from types import ModuleType
 
+from dsline import _interpreter as _interpreter  # first: it refuses subinterpreters
 from dsline._core import VERSION as __version__
-from dsline._core import Message, build_config
+from dsline._core import DeadLetter, Message, build_config
+from dsline.broadcast import Broadcast
 from dsline.channel import FileChannel, ShmChannel, Stats, get_include
 from dsline.errors import *  # noqa: F403
 from dsline.errors import __all__ as _error_names
-from dsline.options import Backpressure, Checksum, OnStale, Storage
+from dsline.groups import Subscriber
+from dsline.latest import Latest
+from dsline.options import Backpressure, Checksum, OnDeath, OnStale, Start, Storage, Sync
+from dsline.report import Blocker, ChannelReport, PeerDeath
 
 __all__ = [
     "Backpressure",
+    "Blocker",
+    "Broadcast",
+    "ChannelReport",
     "Checksum",
+    "DeadLetter",
     "FileChannel",
+    "Latest",
     "Message",
+    "OnDeath",
     "OnStale",
+    "PeerDeath",
     "ShmChannel",
+    "Start",
     "Stats",
     "Storage",
+    "Subscriber",
+    "Sync",
     "__version__",
     "build_config",
     "get_include",
@@ -28,6 +43,6 @@ __all__ = [
 
 def __getattr__(name: str) -> ModuleType:
     # Loaded at first use: nobody who only sends and receives pays for them.
-    if name in ("bench", "testing"):
+    if name in ("bench", "status", "testing"):
         return importlib.import_module(f"dsline.{name}")
     raise AttributeError(f"module 'dsline' has no attribute {name!r}")

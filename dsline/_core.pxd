@@ -31,6 +31,7 @@ cdef class ArrayLayout:
     @staticmethod
     cdef ArrayLayout make(object dtype, int ndim, const int64_t* shape, bint fortran, bytes metadata)
     cdef object array_at(self, void* data, object base, bint writable)
+    cdef object new_array(self)
 
 
 cdef class Lease:
@@ -40,6 +41,7 @@ cdef class Lease:
     cdef Py_ssize_t _nbytes
     cdef uint32_t _slot
     cdef uint32_t _process
+    cdef uint32_t _group
     cdef int64_t _exports
     cdef bint _held
     cdef bint _nack
@@ -48,14 +50,46 @@ cdef class Lease:
     cdef void _release(self) noexcept
 
 
-cdef class Channel:
+cdef class Message:
+    cdef Lease _lease
+    cdef bytes _metadata
+    cdef dict _meta
+    cdef readonly uint64_t sequence
+    cdef readonly int64_t timestamp_ns
+    cdef readonly int attempt
+
+    cdef Lease _open(self)
+    cdef Lease _unviewed(self)
+
+
+cdef class Receiver:
     cdef Handle _handle
     cdef CppChannel* _cpp
-    cdef CppBackpressure _policy
+    cdef bint _receives
+    cdef bint _synced
     cdef object _timeout
     cdef object _deferred
-    cdef ArrayLayout _sent_layout
+    cdef list _callbacks
+    cdef uint64_t _deaths_told
     cdef ArrayLayout _received_layout
+
+    cdef int _take_over(self, Handle handle, object timeout) except -1
+    cdef int _receive(self, CppReceived& message, object timeout) except -1
+    cdef int _refuse_receiving(self) except -1
+    cdef int _between_slices(self) except -1
+    cdef int _fill(self, Message out, CppReceived& message) except -1
+    cdef Lease _lease(self, CppReceived& message)
+    cdef ArrayLayout _layout_of(self, CppReceived& message)
+    cdef int _undo(self, Lease lease, CppReceived& message) except -1
+    cdef object _copy_of(self, CppReceived& message)
+    cdef int _tell_of_deaths(self) except -1
+    cdef object _corrupted_error(self, CppReceived& message)
+    cdef object _malformed_error(self, CppReceived& message, str why)
+
+
+cdef class Channel(Receiver):
+    cdef CppBackpressure _policy
+    cdef ArrayLayout _sent_layout
 
     cdef int send_nogil(self, const void* data, size_t size, long long timeout_ns) except -1 nogil
     cdef bint _send(self, object data, object timeout, object meta) except -1
@@ -67,9 +101,3 @@ cdef class Channel:
     cdef bint _publish(self, CppLoan& loan, int kind, uint64_t schema) except -1
     cdef int _wait_for_space(self, object timeout, int64_t* deadline, bint* spin) except -1
     cdef ArrayLayout _layout_for(self, object array)
-    cdef int _receive(self, CppReceived& message, object timeout) except -1
-    cdef Lease _lease(self, CppReceived& message)
-    cdef ArrayLayout _layout_of(self, CppReceived& message)
-    cdef int _undo(self, Lease lease, CppReceived& message) except -1
-    cdef object _corrupted_error(self, CppReceived& message)
-    cdef object _malformed_error(self, CppReceived& message, str why)

@@ -23,21 +23,26 @@ from libcpp.vector cimport vector
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from dsline._cpp.channel cimport (
-    BackpressureRaise, CppChannelOptions, CppChannelStats, CppLoan, CppOnStale, CppOpenMode, Outcome, OutcomeClosed,
-    OutcomeCorrupted, OutcomeDropped, OutcomeOk, OutcomeTimedOut, channel_directory as cpp_channel_directory,
-    kArrayMessage, kBytesMessage, list_channels as cpp_list_channels,
+    BackpressureRaise, CppBackpressure, CppChannel, CppChannelOptions, CppChannelStats, CppDeadLetter, CppDeath,
+    CppLoan, CppOnDeath, CppOnStale, CppOpenMode, CppReceived, CppReport, CppStart, CppSubscribeOptions, Outcome,
+    OutcomeClosed, OutcomeCorrupted, OutcomeDropped, OutcomeNotSynced, OutcomeOk, OutcomeTimedOut,
+    channel_directory as cpp_channel_directory, kArrayMessage, kBytesMessage, list_channels as cpp_list_channels,
 )
 from dsline._cpp.error cimport kErrorCodeCount
 from dsline._cpp.metadata cimport (
     CppMetadata, CppMetadataBuilder, CppTag, array_bytes, parse_metadata, schema_hash,
 )
 
+import errno as _errno
+import os as _os
+
 import numpy as np
 
 from dsline import dtypes as _dtypes
+from dsline import report as _report
 from dsline.errors import (
-    BufferEmptyError, BufferFullError, BufferTooSmallError, ChannelClosedError, CorruptedMessageError,
-    SchemaMismatchError,
+    BufferEmptyError, BufferFullError, BufferTooSmallError, ChannelClosedError, ChannelSystemError, CorruptedMessageError,
+    DslineError, FeatureUnavailableError, SchemaMismatchError,
 )
 
 cnp.import_array()
@@ -48,6 +53,7 @@ cdef extern from "numpy/arrayobject.h":
     int PyArray_SetBaseObject(cnp.ndarray arr, object obj) except -1
     int PyArray_CopyInto(cnp.ndarray dest, cnp.ndarray src) except -1
     int NPY_ARRAY_WRITEABLE
+    int NPY_ARRAY_F_CONTIGUOUS
 
 cdef int64_t kForever = INT64_MAX
 
@@ -116,8 +122,28 @@ cdef class Handle:
 
     def close(self):
         if self._channel:
+            # A short send of another thread runs under the GIL, so none is between its slot and its message now.
+            self._channel.get().refuse_calls()
             with nogil:
                 self._channel.get().close()
+
+    def group(self):
+        """Name of the group that the handle receives for; empty for the default group."""
+        return as_text(self._channel.get().group())
+
+    def report(self):
+        """The channel as it stands: a `dsline.report.ChannelReport`."""
+        cdef CppReport found
+        with nogil:
+            found = self._channel.get().report()
+        return _report.from_core(found)
+
+    def blockers(self, bint for_room):
+        """Who stands in the way of a sender (`for_room`) or a receiver of this handle now."""
+        try:
+            return _report.blockers(self.report(), for_room=for_room, group=self.group() or None)
+        except DslineError:
+            return []  # the channel cannot be looked at any more
 
 
 def leave_all():
@@ -186,6 +212,14 @@ cdef class ArrayLayout:
             PyArray_SetBaseObject(array, base)
         return array
 
+    cdef object new_array(self):
+        """An ndarray of its own, with the contents left open."""
+        cdef object dtype = self.dtype if self.names is None else self.dtype.newbyteorder("|")
+        Py_INCREF(dtype)  # stolen by the call
+        return PyArray_NewFromDescr(
+            <PyTypeObject*> cnp.ndarray, dtype, self.ndim, <const cnp.npy_intp*> self.shape, NULL, NULL,
+            NPY_ARRAY_F_CONTIGUOUS if self.fortran else 0, None)
+
 
 @cython.final
 @cython.no_gc
@@ -207,9 +241,10 @@ cdef class Lease:
             message.process = self._process
             message.attempts = self._attempts
             message.sequence = self._sequence
+            message.group = self._group
             self._handle._channel.get().give_back(message)
         else:
-            self._handle._channel.get().release(self._slot, self._process)
+            self._handle._channel.get().release(self._slot, self._process, self._group)
 
     def __dealloc__(self):
         if self._handle is not None:
@@ -277,7 +312,6 @@ cdef object array_over(Lease lease, object base):
     return layout.array_at(<void*> lease._payload, base, False)
 
 
-@cython.final
 cdef class Message:
     """A received message with everything that came with it.
 
@@ -297,14 +331,6 @@ cdef class Message:
     As a context manager it is released at the end of the block, and given back to the channel (redelivered, next
     attempt) when the block is left by an exception. Views that are still alive at the end keep the slot.
     """
-
-    cdef Lease _lease
-    cdef Channel _channel
-    cdef bytes _metadata
-    cdef dict _meta
-    cdef readonly uint64_t sequence
-    cdef readonly int64_t timestamp_ns
-    cdef readonly int attempt
 
     @property
     def redelivered(self):
@@ -355,21 +381,46 @@ cdef class Message:
         array = array_over(lease, ArrayHold(lease))
         return array.copy(order="K") if copy else array
 
+    cdef Lease _unviewed(self):
+        """The lease, when it is held and nobody looks at it; None when it was released before."""
+        cdef Lease lease = self._lease
+        if lease is None or not lease._held:
+            return None
+        if lease._exports != 0:
+            raise BufferError(
+                f"{lease._exports} view(s) on this message are alive; drop them first, or let the last one release it")
+        return lease
+
     def release(self):
-        """Give the slot back now; a second call does nothing.
+        """Done with the message: give the slot back now; a second call does nothing.
 
         Raises
         ------
         BufferError
             Views on the payload are still alive.
         """
-        cdef Lease lease = self._lease
-        if lease is None or not lease._held:
-            return
-        if lease._exports != 0:
-            raise BufferError(
-                f"{lease._exports} view(s) on this message are alive; drop them first, or let the last one release it")
-        lease._release()
+        cdef Lease lease = self._unviewed()
+        if lease is not None:
+            lease._nack = False
+            lease._release()
+
+    def ack(self):
+        """Same as `release`."""
+        self.release()
+
+    def nack(self):
+        """Not done with the message: give it back now, and it comes again with the next `attempt`, to this receiver or
+        another of its group. Does nothing after a release.
+
+        Raises
+        ------
+        BufferError
+            Views on the payload are still alive.
+        """
+        cdef Lease lease = self._unviewed()
+        if lease is not None:
+            lease._nack = True
+            lease._release()
 
     def __enter__(self):
         self._open()
@@ -386,7 +437,51 @@ cdef class Message:
         self._lease = None
 
     def __repr__(self):
-        return f"<dsline.Message sequence={self.sequence} attempt={self.attempt}>"
+        return f"<dsline.{type(self).__name__} sequence={self.sequence} attempt={self.attempt}>"
+
+
+cdef class DeadLetter(Message):
+    """A message that was delivered as often as the channel allows and never released, taken from the dead letters.
+
+    `release()`, `ack()` and the end of a ``with`` block end it. One that is merely let go of, given back by `nack()`, or
+    whose ``with`` block is left by an exception, stays a dead letter.
+
+    Attributes
+    ----------
+    group : str or None
+        Group that it was for; None for the default group.
+    last_pid : int
+        Process that had it last; 0 where that is not known.
+    reason : str
+        What that process did: "died" or "given back".
+    attempt : int
+        How often it was delivered.
+    """
+
+    cdef readonly object group
+    cdef readonly uint32_t last_pid
+    cdef readonly str reason
+
+    def revive(self):
+        """Send it to its group again, with all but the first of its deliveries forgotten. Does nothing after a release.
+
+        Raises
+        ------
+        BufferError
+            Views on the payload are still alive.
+        """
+        cdef CppReceived message
+        cdef Lease lease = self._unviewed()
+        if lease is None:
+            return
+        lease._held = False
+        lease._handle.views -= 1
+        message.slot = lease._slot
+        message.process = lease._process
+        message.attempts = lease._attempts
+        message.sequence = lease._sequence
+        message.group = lease._group
+        lease._handle._channel.get().revive(message)
 
 
 cdef bytes encode_meta(object meta, ArrayLayout layout):
@@ -479,313 +574,37 @@ cdef dict decode_meta(bytes metadata):
     return meta
 
 
-cdef inline int require_open(Channel channel) except -1:
-    if channel._cpp == NULL:
+cdef inline int require_open(Receiver receiver) except -1:
+    if receiver._cpp == NULL:
         raise ChannelClosedError("the channel was never opened")
     return 0
 
 
-cdef class Channel:
-    """Base of ShmChannel and FileChannel: the calls that move messages."""
+cdef class Receiver:
+    """Base of channels and subscribers: the calls that receive, wait and look."""
 
-    # --- opening -------------------------------------------------------------------------------------------------
-
-    def _open(self, str kind, target, dict options, int mode, int policy, timeout):
-        """Open or create; `kind` is named, file, anonymous, adopt or heap."""
-        cdef CppChannelOptions given
-        cdef Handle handle = Handle.__new__(Handle)
-        cdef string place
-        cdef int fd = -1
-        given.capacity = options.get("capacity") or 0
-        given.slot_size = options.get("slot_size") or 0
-        given.max_message_size = options.get("max_message_size") or 0
-        given.max_handles = options.get("max_handles") or 0
-        given.checksum = options.get("checksum", -1)
-        given.mode = options.get("mode", 0o600)
-        given.on_stale = <CppOnStale> <int> options.get("on_stale", 0)
-        given.first_position = options.get("first_position", 0)
-        deadline_of(timeout)
-        if kind == "named" or kind == "file":
-            place = target
-            if kind == "named":
-                with nogil:
-                    handle._channel = CppChannel.open_named(place, given, <CppOpenMode> mode)
-            else:
-                with nogil:
-                    handle._channel = CppChannel.open_file(place, given, <CppOpenMode> mode)
-        elif kind == "anonymous":
-            with nogil:
-                handle._channel = CppChannel.create_anonymous(given)
-        elif kind == "heap":
-            with nogil:
-                handle._channel = CppChannel.create_heap(given)
-        else:
-            fd = target
-            with nogil:
-                handle._channel = CppChannel.adopt_anonymous(fd)
+    cdef int _take_over(self, Handle handle, object timeout) except -1:
+        """Makes this the object of an open handle."""
         self._handle = handle
         self._cpp = handle._channel.get()
-        self._policy = <CppBackpressure> policy
+        self._receives = self._cpp.can_receive()
+        self._synced = self._cpp.is_synced()
         self._timeout = timeout
-
-    # --- sending -------------------------------------------------------------------------------------------------
-
-    def send(self, data, *, timeout=DEFAULT, meta=None):
-        """Copy `data` into a slot and make it visible to receivers.
-
-        Parameters
-        ----------
-        data : bytes, bytearray, memoryview, numpy.ndarray or any buffer exporter
-            Arrays arrive as arrays: every dtype of fixed width, every shape, C and Fortran order kept; other strides
-            are gathered into C order by the one copy.
-        timeout : float or None, optional
-            Seconds to wait for room with backpressure "block": None for ever, 0 not at all. The handle's by default.
-        meta : dict, optional
-            Metadata: str keys; str, bytes, int, float, bool or None values.
-
-        Returns
-        -------
-        bool
-            True when the message entered the channel, False when a drop policy discarded it.
-
-        Raises
-        ------
-        BufferFullError
-            No slot became free in time.
-        ChannelClosedError
-            This handle is closed or the channel is shut down.
-        MessageTooLargeError
-            Larger than max_message_size.
-        SharedMemoryFullError
-            The slot must grow and the memory is not there; nothing was written.
-        TypeError
-            Not a buffer, or an array with Python objects in it.
-
-        Notes
-        -----
-        Copies once. Blocks with "block" only. Releases the GIL while it waits and while it copies 64 KiB and more of
-        contiguous memory.
-        """
-        return self._send(data, timeout, meta)
-
-    def send_nowait(self, data, *, meta=None):
-        """Same as `send` with timeout=0."""
-        return self._send(data, 0, meta)
-
-    def send_many(self, items, *, timeout=DEFAULT):
-        """Send every item of an iterable, in order.
-
-        Parameters
-        ----------
-        items : iterable
-            Of what `send` takes.
-        timeout : float or None, optional
-            Seconds for all of them together.
-
-        Returns
-        -------
-        int
-            How many entered. Fewer than given when a drop policy discarded some, or when the time was up or the
-            channel full after at least one had entered; of an iterator, the item after these has been drawn and not sent.
-
-        Raises
-        ------
-        BufferFullError
-            Not even the first one entered.
-        """
-        if timeout is DEFAULT:
-            timeout = self._timeout
-        cdef int64_t deadline = deadline_of(timeout)
-        cdef Py_ssize_t entered = 0
-        for item in items:
-            left = None if deadline == kForever else max(0, deadline - monotonic_ns()) / 1e9
-            try:
-                entered += self._send(item, left, None)
-            except BufferFullError:
-                if entered == 0:
-                    raise
-                break
-        return entered
-
-    cdef int send_nogil(self, const void* data, size_t size, long long timeout_ns) except -1 nogil:
-        """Send bytes without the GIL: 1 when they entered, 0 when a drop policy discarded them. `timeout_ns` < 0 waits
-        for ever. Requires: the caller keeps this object alive and open."""
-        if self._cpp == NULL:
-            with gil:
-                require_open(self)
-        cdef int64_t deadline = kForever if timeout_ns < 0 else monotonic_ns() + timeout_ns
-        cdef Outcome outcome = self._cpp.send(data, size, self._policy, deadline)
-        if outcome == OutcomeOk:
-            return 1
-        if outcome == OutcomeDropped:
-            return 0
-        with gil:
-            if outcome == OutcomeClosed:
-                raise self._closed_error()
-            raise self._full_error(timeout_ns / 1e9 if timeout_ns >= 0 else None)
-
-    cdef bint _send(self, object data, object timeout, object meta) except -1:
-        cdef Py_buffer view
-        cdef bytes metadata
-        require_open(self)
-        check_timeout(timeout)
-        if PyBytes_CheckExact(data) and meta is None:
-            return self._send_frame(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), kBytesMessage, None, 0, timeout)
-        if cnp.PyArray_Check(data):
-            return self._send_array(data, timeout, meta)
-        if not PyObject_CheckBuffer(data):
-            raise TypeError(
-                f"cannot send a {type(data).__name__}: send takes bytes-like objects and arrays; encode a str, turn a list "
-                "into an array with numpy.asarray, or serialise other objects yourself")
-        metadata = None if meta is None else encode_meta(meta, None)
-        PyObject_GetBuffer(data, &view, PyBUF_FULL_RO)
-        try:
-            if not (view.ndim == 1 and (view.format == NULL or view.format[0] in b"Bbc" and view.format[1] == 0)):
-                array = array_from_buffer(data)
-                if array is not None:
-                    return self._send_array(array, timeout, meta)
-            if PyBuffer_IsContiguous(&view, b"C"):
-                return self._send_frame(view.buf, view.len, kBytesMessage, metadata, 0, timeout)
-            return self._send_gathered(&view, metadata, timeout)
-        finally:
-            PyBuffer_Release(&view)
-
-    cdef bint _send_frame(self, const void* payload, uint64_t size, int kind, bytes metadata, uint64_t schema,
-                          object timeout) except -1:
-        """One copy from contiguous memory. The caller keeps it alive."""
-        cdef const char* meta = NULL
-        cdef uint32_t meta_bytes = 0
-        cdef Outcome outcome
-        cdef int64_t deadline = -1
-        cdef bint spin = True
-        if metadata is not None:
-            meta = PyBytes_AS_STRING(metadata)
-            meta_bytes = <uint32_t> PyBytes_GET_SIZE(metadata)
-        while True:
-            if size < NOGIL_COPY_BYTES:
-                outcome = self._cpp.try_send(payload, size, kind, meta, meta_bytes, schema, self._policy)
-            else:
-                with nogil:
-                    outcome = self._cpp.try_send(payload, size, kind, meta, meta_bytes, schema, self._policy)
-            if outcome == OutcomeOk:
-                self._handle.sent += 1
-                self._handle.bytes_sent += size
-                return True
-            if outcome == OutcomeDropped:
-                return False
-            if outcome == OutcomeClosed:
-                raise self._closed_error()
-            self._wait_for_space(timeout, &deadline, &spin)
-
-    cdef bint _send_gathered(self, Py_buffer* view, bytes metadata, object timeout) except -1:
-        """One copy from a buffer of any strides into C order."""
-        cdef CppLoan loan
-        if not self._alloc(loan, view.len, metadata, timeout):
-            return False
-        try:
-            PyBuffer_ToContiguous(loan.payload, view, view.len, b"C")
-        except:
-            self._cpp.abort(loan)
-            raise
-        return self._publish(loan, kBytesMessage, 0)
-
-    cdef bint _send_array(self, object array, object timeout, object meta) except -1:
-        if not cnp.PyArray_CheckExact(array) and isinstance(array, MaskedArray):
-            raise TypeError("cannot send a masked array: its mask would be lost; send .filled(), or .data and .mask")
-        cdef cnp.ndarray source = array
-        cdef ArrayLayout layout = self._layout_for(source)
-        cdef bytes metadata = layout.metadata if meta is None else encode_meta(meta, layout)
-        cdef CppLoan loan
-        if cnp.PyArray_IS_C_CONTIGUOUS(source) or (layout.fortran and cnp.PyArray_IS_F_CONTIGUOUS(source)):
-            return self._send_frame(cnp.PyArray_DATA(source), layout.nbytes, kArrayMessage, metadata, layout.hash, timeout)
-        if not self._alloc(loan, layout.nbytes, metadata, timeout):
-            return False
-        try:
-            PyArray_CopyInto(layout.array_at(loan.payload, None, True), source)
-        except:
-            self._cpp.abort(loan)
-            raise
-        return self._publish(loan, kArrayMessage, layout.hash)
-
-    cdef bint _alloc(self, CppLoan& loan, uint64_t size, bytes metadata, object timeout) except -1:
-        """A slot with its metadata written; False when a drop policy said no."""
-        cdef Outcome outcome
-        cdef int64_t deadline = -1
-        cdef bint spin = True
-        cdef uint32_t meta_bytes = 0 if metadata is None else <uint32_t> PyBytes_GET_SIZE(metadata)
-        while True:
-            outcome = self._cpp.try_alloc(size, meta_bytes, self._policy, loan)
-            if outcome == OutcomeOk:
-                if meta_bytes != 0:
-                    memcpy(loan.meta, PyBytes_AS_STRING(metadata), meta_bytes)
-                return True
-            if outcome == OutcomeDropped:
-                return False
-            if outcome == OutcomeClosed:
-                raise self._closed_error()
-            self._wait_for_space(timeout, &deadline, &spin)
-
-    cdef bint _publish(self, CppLoan& loan, int kind, uint64_t schema) except -1:
-        if self._cpp.publish(loan, kind, schema) != OutcomeOk:
-            raise self._closed_error()
-        self._handle.sent += 1
-        self._handle.bytes_sent += loan.payload_bytes
-        return True
-
-    cdef int _wait_for_space(self, object timeout, int64_t* deadline, bint* spin) except -1:
-        """One slice of waiting for room; raises when the time is up. `deadline` is -1 before the first call."""
-        cdef Outcome outcome
-        cdef int64_t until
-        cdef bint spins = spin[0]
-        if timeout is DEFAULT:
-            timeout = self._timeout
-        if self._policy == BackpressureRaise:
-            raise self._full_error(0)
-        if deadline[0] == -1:
-            deadline[0] = deadline_of(timeout)
-        elif deadline[0] != kForever and monotonic_ns() >= deadline[0]:
-            raise self._full_error(timeout)
-        if timeout is not None and timeout == 0:
-            raise self._full_error(0)
-        until = deadline[0]
-        with nogil:
-            outcome = self._cpp.wait_for_space(until, spins)
-        spin[0] = outcome == OutcomeOk
-        try:
-            PyErr_CheckSignals()
-        except:
-            self._cpp.pass_on_wake()
-            raise
         return 0
 
-    cdef ArrayLayout _layout_for(self, object array):
-        """The layout of an array to be sent; the last one is remembered."""
-        cdef cnp.ndarray source = array
-        cdef ArrayLayout layout = self._sent_layout
-        cdef int ndim = cnp.PyArray_NDIM(source)
-        cdef bint fortran = cnp.PyArray_IS_F_CONTIGUOUS(source) and not cnp.PyArray_IS_C_CONTIGUOUS(source)
-        cdef object dtype = source.dtype
-        cdef CppMetadataBuilder builder
-        cdef int64_t shape[64]
-        cdef int64_t strides[64]
-        cdef int i
-        if (layout is not None and layout.dtype is dtype and (layout.names is None or layout.names == dtype.names)
-                and layout.ndim == ndim and layout.fortran == fortran
-                and memcmp(layout.shape, cnp.PyArray_DIMS(source), ndim * sizeof(Py_ssize_t)) == 0):
-            return layout
-        for i in range(ndim):
-            shape[i] = cnp.PyArray_DIMS(source)[i]
-        layout = ArrayLayout.make(dtype, ndim, shape, fortran, None)
-        for i in range(ndim):
-            strides[i] = layout.strides[i]
-        if fortran:
-            add_layout(builder, dtype, ndim, shape, strides)
-        else:
-            add_layout(builder, dtype, ndim, shape, NULL)
-        layout.metadata = as_bytes(builder.bytes())
-        layout.hash = schema_hash(PyBytes_AS_STRING(layout.metadata), PyBytes_GET_SIZE(layout.metadata))
-        self._sent_layout = layout
-        return layout
+    def _join(self, Receiver parent, str group, int start, int on_death, bint durable, timeout):
+        """Become a member of a group, by a handle of its own."""
+        cdef CppSubscribeOptions given
+        cdef Handle handle = Handle.__new__(Handle)
+        require_open(parent)
+        deadline_of(timeout)
+        given.group = group.encode()
+        given.start = <CppStart> start
+        given.on_death = <CppOnDeath> on_death
+        given.durable = durable
+        with nogil:
+            handle._channel = parent._cpp.subscribe(given)
+        self._take_over(handle, timeout)
 
     # --- receiving -----------------------------------------------------------------------------------------------
 
@@ -868,9 +687,9 @@ cdef class Channel:
         try:
             copy = PyBytes_FromStringAndSize(<const char*> message.payload, message.payload_bytes)
         except:
-            self._cpp.give_back(message)
+            self._cpp.put_back(message)
             raise
-        self._cpp.release(message.slot, message.process)
+        self._cpp.release(message.slot, message.process, message.group)
         self._handle.received += 1
         self._handle.bytes_received += message.payload_bytes
         return copy
@@ -893,7 +712,7 @@ cdef class Channel:
         Raises
         ------
         BufferTooSmallError
-            The message is larger; it stays in the channel and comes next (marked as redelivered).
+            The message is larger; it stays in the channel and comes next.
         """
         cdef CppReceived message
         cdef Py_buffer view
@@ -903,7 +722,7 @@ cdef class Channel:
             self._receive(message, timeout)
             room = view.len
             if message.payload_bytes > room:
-                self._cpp.give_back(message)
+                self._cpp.put_back(message)
                 raise BufferTooSmallError(
                     f"the message has {message.payload_bytes} bytes, the buffer {room}; the message stays in the channel: "
                     "give a larger buffer, or use recv()")
@@ -912,7 +731,7 @@ cdef class Channel:
             else:
                 with nogil:
                     memcpy(view.buf, message.payload, message.payload_bytes)
-            self._cpp.release(message.slot, message.process)
+            self._cpp.release(message.slot, message.process, message.group)
         finally:
             PyBuffer_Release(&view)
         self._handle.received += 1
@@ -930,11 +749,7 @@ cdef class Channel:
         cdef CppReceived message
         self._receive(message, timeout)
         cdef Message out = Message.__new__(Message)
-        out._lease = self._lease(message)
-        out._metadata = PyBytes_FromStringAndSize(<const char*> message.meta(), message.meta_bytes)
-        out.sequence = message.sequence
-        out.timestamp_ns = message.timestamp_ns
-        out.attempt = message.attempts + 1
+        self._fill(out, message)
         return out
 
     def recv_message_nowait(self):
@@ -993,7 +808,8 @@ cdef class Channel:
         cdef Outcome outcome
         cdef int64_t deadline
         cdef bint spin = True, last = False
-        require_open(self)
+        if not self._receives:
+            self._refuse_receiving()
         check_timeout(timeout)
         if self._deferred is not None:
             error, self._deferred = self._deferred, None
@@ -1017,21 +833,42 @@ cdef class Channel:
                 outcome = self._cpp.wait_for_message(deadline, spin)
             spin = outcome == OutcomeOk
             last = outcome == OutcomeTimedOut
-            try:
-                PyErr_CheckSignals()
-            except:
-                self._cpp.pass_on_wake()
-                raise
+            self._between_slices()
             outcome = self._cpp.try_recv(message)
             if outcome == OutcomeOk:
                 return 0
+
+    cdef int _refuse_receiving(self) except -1:
+        require_open(self)
+        raise FeatureUnavailableError(
+            f"channel '{self._label()}' is a Broadcast: it has no receivers but its subscribers; receive by "
+            "subscribe(group).recv()")
+
+    cdef int _between_slices(self) except -1:
+        """Signals, and callbacks for the dead. Raises what they raise; nothing has been taken."""
+        try:
+            PyErr_CheckSignals()
+            if self._callbacks is not None and self._cpp.deaths() != self._deaths_told:
+                self._tell_of_deaths()
+        except:
+            self._cpp.pass_on_wake()
+            raise
+        return 0
+
+    cdef int _fill(self, Message out, CppReceived& message) except -1:
+        out._lease = self._lease(message)
+        out._metadata = PyBytes_FromStringAndSize(<const char*> message.meta(), message.meta_bytes)
+        out.sequence = message.sequence
+        out.timestamp_ns = message.timestamp_ns
+        out.attempt = message.attempts + 1
+        return 0
 
     cdef Lease _lease(self, CppReceived& message):
         cdef Lease lease
         try:
             lease = Lease.__new__(Lease)
         except:
-            self._cpp.give_back(message)
+            self._cpp.put_back(message)
             raise
         lease._attempts = message.attempts
         lease._sequence = message.sequence
@@ -1041,6 +878,7 @@ cdef class Channel:
         lease._nbytes = message.payload_bytes
         lease._slot = message.slot
         lease._process = message.process
+        lease._group = message.group
         lease._held = True
         self._handle.views += 1
         if message.kind == kArrayMessage:
@@ -1080,10 +918,183 @@ cdef class Channel:
         self._handle.views -= 1
         self._handle.received -= 1
         self._handle.bytes_received -= message.payload_bytes
-        self._cpp.give_back(message)
+        self._cpp.put_back(message)
         raise SchemaMismatchError(
             f"the message holds {message.payload_bytes} plain bytes, not an array; it stays in the channel: use recv() or "
             "recv_bytes(), or send an ndarray")
+
+    # --- dead letters, the newest message ------------------------------------------------------------------------
+
+    def _core_dead_letter(self):
+        """Take the oldest dead letter; None when there is none."""
+        cdef CppReceived message
+        cdef CppDeadLetter why
+        cdef Outcome outcome
+        require_open(self)
+        if self._cpp.is_closed():
+            raise self._closed_error()
+        outcome = self._cpp.try_take_dead_letter(message, why)
+        if outcome == OutcomeCorrupted:
+            raise self._corrupted_error(message)
+        if outcome != OutcomeOk:
+            return None
+        cdef DeadLetter out = DeadLetter.__new__(DeadLetter)
+        self._fill(out, message)
+        out._lease._nack = True  # it stays one unless somebody says that he is done with it
+        out.attempt = message.attempts
+        out.group = as_text(why.group) or None
+        out.last_pid = why.last_pid
+        out.reason = "died" if why.last_holder_died else "given back"
+        return out
+
+    def _core_latest(self, newer_than, bint with_meta):
+        """(value, sequence, timestamp_ns, meta) of the newest message of the history, in memory of its own.
+
+        None where there is none, or none behind sequence `newer_than` (None: any).
+        """
+        cdef CppReceived message
+        cdef Outcome outcome
+        cdef bint whatever = newer_than is None
+        cdef uint64_t sequence = 0 if whatever else newer_than
+        require_open(self)
+        while True:
+            if self._cpp.is_closed():
+                raise self._closed_error()
+            outcome = self._cpp.try_read_latest(whatever, sequence, message)
+            if outcome == OutcomeCorrupted:
+                raise self._corrupted_error(message)
+            if outcome != OutcomeOk:
+                return None
+            try:
+                value = self._copy_of(message)
+                meta = None
+                if with_meta:
+                    meta = decode_meta(PyBytes_FromStringAndSize(<const char*> message.meta(), message.meta_bytes))
+            except CorruptedMessageError:
+                if self._cpp.is_unchanged(message):
+                    raise
+            else:
+                if self._cpp.is_unchanged(message):
+                    return value, message.sequence, message.timestamp_ns, meta
+            # It was overwritten while it was read, so there is a newer one.
+            PyErr_CheckSignals()
+
+    def _core_latest_sequence(self):
+        """Sequence of the newest message of the history; None where there is none."""
+        cdef CppReceived message
+        require_open(self)
+        if self._cpp.is_closed():
+            raise self._closed_error()
+        return message.sequence if self._cpp.try_read_latest(True, 0, message) == OutcomeOk else None
+
+    cdef object _copy_of(self, CppReceived& message):
+        cdef ArrayLayout layout
+        cdef char* target
+        cdef object value
+        if message.kind == kArrayMessage:
+            layout = self._layout_of(message)
+            if layout.nbytes == 0:
+                return layout.array_at(<void*> message.payload, None, False).copy(order="K")
+            value = layout.new_array()
+            target = <char*> cnp.PyArray_DATA(value)
+        else:
+            value = PyBytes_FromStringAndSize(NULL, message.payload_bytes)
+            target = PyBytes_AS_STRING(value)
+        if message.payload_bytes < NOGIL_COPY_BYTES:
+            memcpy(target, message.payload, message.payload_bytes)
+        else:
+            with nogil:
+                memcpy(target, message.payload, message.payload_bytes)
+        return value
+
+    def _core_wait_newer(self, newer_than, timeout):
+        """As `_core_latest`, and waits for one."""
+        cdef Outcome outcome
+        cdef bint spin = True, last = False
+        cdef bint whatever = newer_than is None
+        cdef uint64_t sequence = 0 if whatever else newer_than
+        cdef int64_t deadline
+        if timeout is DEFAULT:
+            timeout = self._timeout
+        deadline = deadline_of(timeout)
+        while True:
+            found = self._core_latest(newer_than, False)
+            if found is not None:
+                return found
+            if self._cpp.is_shut_down():
+                raise self._closed_error()
+            if last or (timeout is not None and timeout == 0):
+                raise self._empty_error(timeout)
+            with nogil:
+                outcome = self._cpp.wait_for_newer(whatever, sequence, deadline, spin)
+            spin = outcome == OutcomeOk
+            last = outcome == OutcomeTimedOut
+            self._between_slices()
+
+    # --- the dead ------------------------------------------------------------------------------------------------
+
+    def on_peer_death(self, callback):
+        """Call back when a process has died with a handle of this channel open.
+
+        Parameters
+        ----------
+        callback : callable
+            Gets a `PeerDeath`, once for each handle that dies from now on. Deaths of which more than 32 happen between two
+            looks are left out.
+
+        Returns
+        -------
+        callable
+            Without arguments: ends it.
+
+        Notes
+        -----
+        Called by this handle's own calls, in the thread that made them: by those that wait, between two slices of waiting
+        (50 ms), and by `check_peers`. What the callback raises ends that call; no message is lost by it.
+        """
+        require_open(self)
+        if not callable(callback):
+            raise TypeError(f"callback is a {type(callback).__name__}, must be callable")
+        entry = [callback, self._cpp.deaths()]
+        if self._callbacks is None:
+            self._deaths_told = entry[1]
+        self._callbacks = [*(self._callbacks or ()), entry]
+
+        def unregister():
+            left = [other for other in self._callbacks or () if other is not entry]
+            self._callbacks = left or None
+
+        return unregister
+
+    cdef int _tell_of_deaths(self) except -1:
+        cdef CppDeath death
+        for entry in self._callbacks or ():
+            for death in self._cpp.deaths_since(entry[1]):
+                if death.number >= entry[1]:  # else another thread has told it meanwhile
+                    entry[1] = death.number + 1
+                    entry[0](_report.death_from_core(death))
+        if self._callbacks is not None:
+            self._deaths_told = min([entry[1] for entry in self._callbacks])
+        return 0
+
+    def check_peers(self):
+        """Look after the dead now, instead of at the next wait: what they held is free again, or is delivered to others.
+
+        Returns
+        -------
+        int
+            How many handles were found dead, by this call or by others at the same time.
+        """
+        cdef uint64_t before
+        require_open(self)
+        if self._cpp.is_closed():
+            raise self._closed_error()
+        before = self._cpp.deaths()
+        with nogil:
+            self._cpp.check_peers()
+        if self._callbacks is not None:
+            self._tell_of_deaths()
+        return self._cpp.deaths() - before
 
     # --- errors --------------------------------------------------------------------------------------------------
 
@@ -1094,20 +1105,16 @@ cdef class Channel:
     def _closed_error(self):
         if self._cpp.is_closed():
             return ChannelClosedError(f"this handle of channel '{self._label()}' is closed; open another one")
-        return ChannelClosedError(f"channel '{self._label()}' is shut down; nothing more can be sent or received")
+        if self._cpp.is_shut_down():
+            return ChannelClosedError(f"channel '{self._label()}' is shut down; nothing more can be sent or received")
+        return ChannelClosedError(
+            f"the group that this handle of channel '{self._label()}' received for has been removed; subscribe again")
 
     def _empty_error(self, timeout):
-        return BufferEmptyError(
+        error = BufferEmptyError(
             f"no message in channel '{self._label()}' within {timeout or 0:g} s; timeout=None waits for ever")
-
-    def _full_error(self, timeout):
-        cdef CppChannelStats stats = self._cpp.stats()
-        text = (f"channel '{self._label()}' is full: of its capacity of {self._cpp.capacity()} slots {stats.depth} wait to be "
-                f"received, {stats.pinned_slots} are held by receivers ({self._handle.views} by views of this handle)")
-        if timeout:
-            text += f", and none came free within {timeout:g} s"
-        way = "drop the views (or take copies: recv_array(copy=True)), " if stats.pinned_slots else ""
-        return BufferFullError(f"{text}; {way}receive faster, raise capacity, wait longer, or use a drop policy")
+        error._where = (self._handle, False)
+        return error
 
     cdef object _corrupted_error(self, CppReceived& message):
         error = CorruptedMessageError(
@@ -1220,18 +1227,383 @@ cdef class Channel:
     def _core_handle(self):
         return self._handle
 
+    def remove_group(self, str name not None):
+        """End a durable group; what waits for it is released. ChannelNotFoundError when there is none of that name."""
+        cdef string group = name.encode()
+        require_open(self)
+        with nogil:
+            self._cpp.remove_group(group)
+
+    @property
+    def history(self):
+        """Messages that are kept for late joiners."""
+        require_open(self)
+        return self._cpp.history()
+
+    @property
+    def max_deliveries(self):
+        """Deliveries of a message before it becomes a dead letter."""
+        require_open(self)
+        return self._cpp.max_deliveries()
+
+    def _core_synced(self):
+        require_open(self)
+        return self._cpp.is_synced()
+
+    def _core_lost(self):
+        require_open(self)
+        return self._cpp.stats().lost
+
     def _core_stats(self):
         require_open(self)
         cdef CppChannelStats s = self._cpp.stats()
         return {
             "depth": s.depth, "capacity": self._cpp.capacity(), "next_sequence": s.next_sequence,
             "head_sequence": s.head_sequence, "sent": self._handle.sent, "received": self._handle.received,
-            "dropped_newest": s.dropped_newest, "dropped_oldest": s.dropped_oldest, "redelivered": s.redelivered,
+            "dropped_newest": s.dropped_newest, "dropped_oldest": s.dropped_oldest, "lost": s.lost,
+            "unheard": s.unheard, "redelivered": s.redelivered, "dead_letters": s.dead_letters, "buried": s.buried,
+            "letters_dropped": s.letters_dropped, "deaths": s.deaths,
             "send_waits": s.send_waits, "recv_waits": s.recv_waits, "pinned_views": self._handle.views,
             "pinned_slots": s.pinned_slots, "free_slots": s.free_slots, "corrupted_slots": s.corrupted_slots,
             "bytes_sent": self._handle.bytes_sent, "bytes_received": self._handle.bytes_received,
             "corrupted": s.corrupted, "reserved_bytes": s.reserved_bytes, "participants": s.participants,
         }
+
+cdef class Channel(Receiver):
+    """Base of ShmChannel, FileChannel and Broadcast: the calls that open and send."""
+
+    # --- opening -------------------------------------------------------------------------------------------------
+
+    def _open(self, str kind, target, dict options, int mode, int policy, timeout):
+        """Open or create; `kind` is named, file, anonymous, adopt or heap."""
+        cdef CppChannelOptions given
+        cdef Handle handle = Handle.__new__(Handle)
+        cdef string place
+        cdef int fd = -1
+        given.capacity = options.get("capacity") or 0
+        given.slot_size = options.get("slot_size") or 0
+        given.max_message_size = options.get("max_message_size") or 0
+        given.max_handles = options.get("max_handles") or 0
+        given.checksum = options.get("checksum", -1)
+        given.mode = options.get("mode", 0o600)
+        given.on_stale = <CppOnStale> <int> options.get("on_stale", 0)
+        given.first_position = options.get("first_position", 0)
+        given.max_groups = options.get("max_groups") or 0
+        given.history = options.get("history", -1)
+        given.max_deliveries = options.get("max_deliveries") or 0
+        given.dead_letters = options.get("dead_letters", -1)
+        given.default_group = options.get("default_group", -1)
+        given.sync = options.get("sync", -1)
+        deadline_of(timeout)
+        if kind == "named" or kind == "file":
+            place = target
+            if kind == "named":
+                with nogil:
+                    handle._channel = CppChannel.open_named(place, given, <CppOpenMode> mode)
+            else:
+                with nogil:
+                    handle._channel = CppChannel.open_file(place, given, <CppOpenMode> mode)
+        elif kind == "anonymous":
+            with nogil:
+                handle._channel = CppChannel.create_anonymous(given)
+        elif kind == "heap":
+            with nogil:
+                handle._channel = CppChannel.create_heap(given)
+        else:
+            fd = target
+            with nogil:
+                handle._channel = CppChannel.adopt_anonymous(fd)
+        self._take_over(handle, timeout)
+        self._policy = <CppBackpressure> policy
+
+    # --- sending -------------------------------------------------------------------------------------------------
+
+    def send(self, data, *, timeout=DEFAULT, meta=None):
+        """Copy `data` into a slot and make it visible to receivers.
+
+        Parameters
+        ----------
+        data : bytes, bytearray, memoryview, numpy.ndarray or any buffer exporter
+            Arrays arrive as arrays: every dtype of fixed width, every shape, C and Fortran order kept; other strides
+            are gathered into C order by the one copy.
+        timeout : float or None, optional
+            Seconds to wait for room with backpressure "block": None for ever, 0 not at all. The handle's by default.
+        meta : dict, optional
+            Metadata: str keys; str, bytes, int, float, bool or None values.
+
+        Returns
+        -------
+        bool
+            True when the message entered the channel, False when a drop policy discarded it.
+
+        Raises
+        ------
+        BufferFullError
+            No slot became free in time.
+        ChannelClosedError
+            This handle is closed or the channel is shut down.
+        MessageTooLargeError
+            Larger than max_message_size.
+        SharedMemoryFullError
+            The slot must grow and the memory is not there; nothing was written.
+        TypeError
+            Not a buffer, or an array with Python objects in it.
+
+        Notes
+        -----
+        Copies once. Blocks with "block" only. Releases the GIL while it waits and while it copies 64 KiB and more of
+        contiguous memory.
+        """
+        return self._send(data, timeout, meta)
+
+    def send_nowait(self, data, *, meta=None):
+        """Same as `send` with timeout=0."""
+        return self._send(data, 0, meta)
+
+    def send_many(self, items, *, timeout=DEFAULT):
+        """Send every item of an iterable, in order.
+
+        Parameters
+        ----------
+        items : iterable
+            Of what `send` takes.
+        timeout : float or None, optional
+            Seconds for all of them together.
+
+        Returns
+        -------
+        int
+            How many entered. Fewer than given when a drop policy discarded some, or when the time was up or the
+            channel full after at least one had entered; of an iterator, the item after these has been drawn and not sent.
+
+        Raises
+        ------
+        BufferFullError
+            Not even the first one entered.
+        """
+        if timeout is DEFAULT:
+            timeout = self._timeout
+        cdef int64_t deadline = deadline_of(timeout)
+        cdef Py_ssize_t entered = 0
+        for item in items:
+            left = None if deadline == kForever else max(0, deadline - monotonic_ns()) / 1e9
+            try:
+                entered += self._send(item, left, None)
+            except BufferFullError:
+                if entered == 0:
+                    raise
+                break
+        return entered
+
+    cdef int send_nogil(self, const void* data, size_t size, long long timeout_ns) except -1 nogil:
+        """Send bytes without the GIL: 1 when they entered, 0 when a drop policy discarded them. `timeout_ns` < 0 waits
+        for ever. Requires: the caller keeps this object alive and open."""
+        if self._cpp == NULL:
+            with gil:
+                require_open(self)
+        cdef int64_t deadline = kForever if timeout_ns < 0 else monotonic_ns() + timeout_ns
+        cdef Outcome outcome = self._cpp.send(data, size, self._policy, deadline)
+        if outcome == OutcomeOk:
+            return 1
+        if outcome == OutcomeDropped:
+            return 0
+        with gil:
+            if outcome == OutcomeClosed:
+                raise self._closed_error()
+            if outcome == OutcomeNotSynced:
+                raise self._not_synced_error()
+            raise self._full_error(timeout_ns / 1e9 if timeout_ns >= 0 else None)
+
+    cdef bint _send(self, object data, object timeout, object meta) except -1:
+        cdef Py_buffer view
+        cdef bytes metadata
+        require_open(self)
+        check_timeout(timeout)
+        if PyBytes_CheckExact(data) and meta is None:
+            return self._send_frame(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), kBytesMessage, None, 0, timeout)
+        if cnp.PyArray_Check(data):
+            return self._send_array(data, timeout, meta)
+        if not PyObject_CheckBuffer(data):
+            raise TypeError(
+                f"cannot send a {type(data).__name__}: send takes bytes-like objects and arrays; encode a str, turn a list "
+                "into an array with numpy.asarray, or serialise other objects yourself")
+        metadata = None if meta is None else encode_meta(meta, None)
+        PyObject_GetBuffer(data, &view, PyBUF_FULL_RO)
+        try:
+            if not (view.ndim == 1 and (view.format == NULL or view.format[0] in b"Bbc" and view.format[1] == 0)):
+                array = array_from_buffer(data)
+                if array is not None:
+                    return self._send_array(array, timeout, meta)
+            if PyBuffer_IsContiguous(&view, b"C"):
+                return self._send_frame(view.buf, view.len, kBytesMessage, metadata, 0, timeout)
+            return self._send_gathered(&view, metadata, timeout)
+        finally:
+            PyBuffer_Release(&view)
+
+    cdef bint _send_frame(self, const void* payload, uint64_t size, int kind, bytes metadata, uint64_t schema,
+                          object timeout) except -1:
+        """One copy from contiguous memory. The caller keeps it alive."""
+        cdef const char* meta = NULL
+        cdef uint32_t meta_bytes = 0
+        cdef Outcome outcome
+        cdef int64_t deadline = -1
+        cdef bint spin = True
+        if metadata is not None:
+            meta = PyBytes_AS_STRING(metadata)
+            meta_bytes = <uint32_t> PyBytes_GET_SIZE(metadata)
+        while True:
+            if size < NOGIL_COPY_BYTES and not self._synced:
+                outcome = self._cpp.try_send(payload, size, kind, meta, meta_bytes, schema, self._policy)
+            else:
+                with nogil:
+                    outcome = self._cpp.try_send(payload, size, kind, meta, meta_bytes, schema, self._policy)
+            if outcome == OutcomeOk:
+                self._handle.sent += 1
+                self._handle.bytes_sent += size
+                return True
+            if outcome == OutcomeDropped:
+                return False
+            if outcome == OutcomeClosed:
+                raise self._closed_error()
+            if outcome == OutcomeNotSynced:
+                raise self._not_synced_error()
+            self._wait_for_space(timeout, &deadline, &spin)
+
+    cdef bint _send_gathered(self, Py_buffer* view, bytes metadata, object timeout) except -1:
+        """One copy from a buffer of any strides into C order."""
+        cdef CppLoan loan
+        if not self._alloc(loan, view.len, metadata, timeout):
+            return False
+        try:
+            PyBuffer_ToContiguous(loan.payload, view, view.len, b"C")
+        except:
+            self._cpp.abort(loan)
+            raise
+        return self._publish(loan, kBytesMessage, 0)
+
+    cdef bint _send_array(self, object array, object timeout, object meta) except -1:
+        if not cnp.PyArray_CheckExact(array) and isinstance(array, MaskedArray):
+            raise TypeError("cannot send a masked array: its mask would be lost; send .filled(), or .data and .mask")
+        cdef cnp.ndarray source = array
+        cdef ArrayLayout layout = self._layout_for(source)
+        cdef bytes metadata = layout.metadata if meta is None else encode_meta(meta, layout)
+        cdef CppLoan loan
+        if cnp.PyArray_IS_C_CONTIGUOUS(source) or (layout.fortran and cnp.PyArray_IS_F_CONTIGUOUS(source)):
+            return self._send_frame(cnp.PyArray_DATA(source), layout.nbytes, kArrayMessage, metadata, layout.hash, timeout)
+        if not self._alloc(loan, layout.nbytes, metadata, timeout):
+            return False
+        try:
+            PyArray_CopyInto(layout.array_at(loan.payload, None, True), source)
+        except:
+            self._cpp.abort(loan)
+            raise
+        return self._publish(loan, kArrayMessage, layout.hash)
+
+    cdef bint _alloc(self, CppLoan& loan, uint64_t size, bytes metadata, object timeout) except -1:
+        """A slot with its metadata written; False when a drop policy said no."""
+        cdef Outcome outcome
+        cdef int64_t deadline = -1
+        cdef bint spin = True
+        cdef uint32_t meta_bytes = 0 if metadata is None else <uint32_t> PyBytes_GET_SIZE(metadata)
+        while True:
+            outcome = self._cpp.try_alloc(size, meta_bytes, self._policy, loan)
+            if outcome == OutcomeOk:
+                if meta_bytes != 0:
+                    memcpy(loan.meta, PyBytes_AS_STRING(metadata), meta_bytes)
+                return True
+            if outcome == OutcomeDropped:
+                return False
+            if outcome == OutcomeClosed:
+                raise self._closed_error()
+            self._wait_for_space(timeout, &deadline, &spin)
+
+    cdef bint _publish(self, CppLoan& loan, int kind, uint64_t schema) except -1:
+        cdef Outcome outcome
+        if self._synced:
+            with nogil:
+                outcome = self._cpp.publish(loan, kind, schema)
+        else:
+            outcome = self._cpp.publish(loan, kind, schema)
+        if outcome == OutcomeNotSynced:
+            raise self._not_synced_error()
+        if outcome != OutcomeOk:
+            raise self._closed_error()
+        self._handle.sent += 1
+        self._handle.bytes_sent += loan.payload_bytes
+        return True
+
+    cdef int _wait_for_space(self, object timeout, int64_t* deadline, bint* spin) except -1:
+        """One slice of waiting for room; raises when the time is up. `deadline` is -1 before the first call."""
+        cdef Outcome outcome
+        cdef int64_t until
+        cdef bint spins = spin[0]
+        if timeout is DEFAULT:
+            timeout = self._timeout
+        if self._policy == BackpressureRaise:
+            raise self._full_error(0)
+        if deadline[0] == -1:
+            deadline[0] = deadline_of(timeout)
+        elif deadline[0] != kForever and monotonic_ns() >= deadline[0]:
+            raise self._full_error(timeout)
+        if timeout is not None and timeout == 0:
+            raise self._full_error(0)
+        until = deadline[0]
+        with nogil:
+            outcome = self._cpp.wait_for_space(until, spins)
+        spin[0] = outcome == OutcomeOk
+        self._between_slices()
+        return 0
+
+    cdef ArrayLayout _layout_for(self, object array):
+        """The layout of an array to be sent; the last one is remembered."""
+        cdef cnp.ndarray source = array
+        cdef ArrayLayout layout = self._sent_layout
+        cdef int ndim = cnp.PyArray_NDIM(source)
+        cdef bint fortran = cnp.PyArray_IS_F_CONTIGUOUS(source) and not cnp.PyArray_IS_C_CONTIGUOUS(source)
+        cdef object dtype = source.dtype
+        cdef CppMetadataBuilder builder
+        cdef int64_t shape[64]
+        cdef int64_t strides[64]
+        cdef int i
+        if (layout is not None and layout.dtype is dtype and (layout.names is None or layout.names == dtype.names)
+                and layout.ndim == ndim and layout.fortran == fortran
+                and memcmp(layout.shape, cnp.PyArray_DIMS(source), ndim * sizeof(Py_ssize_t)) == 0):
+            return layout
+        for i in range(ndim):
+            shape[i] = cnp.PyArray_DIMS(source)[i]
+        layout = ArrayLayout.make(dtype, ndim, shape, fortran, None)
+        for i in range(ndim):
+            strides[i] = layout.strides[i]
+        if fortran:
+            add_layout(builder, dtype, ndim, shape, strides)
+        else:
+            add_layout(builder, dtype, ndim, shape, NULL)
+        layout.metadata = as_bytes(builder.bytes())
+        layout.hash = schema_hash(PyBytes_AS_STRING(layout.metadata), PyBytes_GET_SIZE(layout.metadata))
+        self._sent_layout = layout
+        return layout
+
+    def _full_error(self, timeout):
+        cdef CppChannelStats stats = self._cpp.stats()
+        text = (f"channel '{self._label()}' is full: of its capacity of {self._cpp.capacity()} slots {stats.depth} wait to be "
+                f"received, {stats.pinned_slots} are held by receivers ({self._handle.views} by views of this handle)")
+        way = "drop the views (or take copies: recv_array(copy=True)), " if stats.pinned_slots else ""
+        way += "receive faster, raise capacity, wait longer, or use a drop policy"
+        if not timeout:
+            error = BufferFullError(f"{text}; {way}")
+            error._where = (self._handle, True)
+            return error
+        text += f", and none came free within {timeout:g} s"
+        found = self._handle.blockers(True)
+        if found:
+            text += f": {_report.in_short(found)}"
+        error = BufferFullError(f"{text}; {way}")
+        error._blockers = found
+        return error
+
+    def _not_synced_error(self):
+        return ChannelSystemError(
+            _errno.EIO, f"the message entered channel '{self._label()}' but its file could not be written to the disk")
 
 
 cdef object array_from_buffer(object data):
@@ -1252,3 +1624,26 @@ def channel_directory():
 def list_names():
     """Names in the directory of this user's named channels, sorted."""
     return [name.decode() for name in cpp_list_channels()]
+
+
+def report_of(str path not None):
+    """A channel as it stands, without taking part in it: a `dsline.report.ChannelReport`. Raises as opening does."""
+    cdef string place = _os.fsencode(path)
+    cdef CppReport found
+    with nogil:
+        found = CppChannel.report_of(place)
+    return _report.from_core(found)
+
+
+def remove_channel(str path not None, int64_t age_ns, bint even_with_messages, bint dry):
+    """Remove the file of a channel that nobody has open: 0 done, 1 missing, 2 in use, 3 messages wait, 4 too young."""
+    cdef string place = _os.fsencode(path)
+    cdef int removal
+    with nogil:
+        removal = <int> CppChannel.remove_channel(place, age_ns, even_with_messages, dry)
+    return removal
+
+
+cdef str as_text(const string& text):
+    """Of a name that a peer has written."""
+    return text.decode("utf-8", "replace")

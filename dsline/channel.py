@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-import multiprocessing
-import multiprocessing.context
-import multiprocessing.reduction
-import multiprocessing.util
 import os
 import pathlib
-import threading
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from dsline import _core
+from dsline.endpoint import Endpoint, Stats, descriptor_for_child, teach_multiprocessing
 from dsline.errors import ChannelNotFoundError, FeatureUnavailableError, InvalidArgumentError
+from dsline.groups import Subscriber
 from dsline.options import (
     BACKPRESSURE_CODES,
     CHECKSUM_CODES,
     ON_STALE_CODES,
+    SYNC_CODES,
     Backpressure,
     Checksum,
+    OnDeath,
     OnStale,
+    Start,
     Storage,
+    Sync,
     parse_enum,
 )
 
@@ -29,58 +29,7 @@ __all__ = ["FileChannel", "ShmChannel", "Stats"]
 
 _OPEN_OR_CREATE, _CREATE, _OPEN = range(3)
 _MAX_SIZE = 1 << 44
-
-
-@dataclasses.dataclass(frozen=True)
-class Stats:
-    """Counters of a channel and of this handle, read one after the other without stopping anybody.
-
-    Attributes
-    ----------
-    depth : int
-        Messages that wait to be received.
-    capacity, free_slots, pinned_slots, corrupted_slots : int
-        Slots in all, free, held by receivers, and out of use after a damaged message.
-    next_sequence, head_sequence : int
-        Sequence of the next message to be sent, and of the next to be received.
-    sent, received, bytes_sent, bytes_received : int
-        By this handle.
-    pinned_views : int
-        Received messages that views of this handle still hold.
-    send_waits, recv_waits : int
-        How often this handle had to wait.
-    dropped_newest, dropped_oldest, redelivered, corrupted : int
-        Of the channel, since it was created.
-    reserved_bytes : int
-        Memory that the channel takes.
-    participants : int
-        Open handles.
-    """
-
-    depth: int
-    capacity: int
-    next_sequence: int
-    head_sequence: int
-    sent: int
-    received: int
-    dropped_newest: int
-    dropped_oldest: int
-    redelivered: int
-    send_waits: int
-    recv_waits: int
-    pinned_views: int
-    pinned_slots: int
-    free_slots: int
-    corrupted_slots: int
-    bytes_sent: int
-    bytes_received: int
-    corrupted: int
-    reserved_bytes: int
-    participants: int
-
-    def asdict(self) -> dict[str, int]:
-        """Return the counters as a dict."""
-        return dataclasses.asdict(self)
+_MAX_GROUPS = 22
 
 
 def get_include() -> str:
@@ -88,37 +37,7 @@ def get_include() -> str:
     return str(pathlib.Path(__file__).parent / "include")
 
 
-# --- the end of the process ---------------------------------------------------------------------------------------------
-
-
-def _leave_child() -> None:
-    # The threads of a child are joined only after its finalizers: they may still send.
-    for thread in threading.enumerate():
-        if (
-            not thread.daemon
-            and thread is not threading.current_thread()
-            and thread is not threading.main_thread()
-        ):
-            thread.join()
-    _core.leave_all()
-
-
-def _leave_at_exit_of_child(_: object) -> None:
-    # Children of multiprocessing end by os._exit; what ends by exit() needs no help.
-    multiprocessing.util.Finalize(None, _leave_child, exitpriority=-100)
-
-
-class _Anchor:
-    """register_after_fork() keeps only a weak reference to its object."""
-
-
-_anchor = _Anchor()
-multiprocessing.util.register_after_fork(_anchor, _leave_at_exit_of_child)
-if multiprocessing.parent_process() is not None:
-    _leave_at_exit_of_child(None)
-
-
-def _size(name: str, value: Any, most: int = _MAX_SIZE) -> int | None:
+def _size(name: str, value: Any, most: int = _MAX_SIZE, least: int = 1) -> int | None:
     """Check an optional size or count."""
     if value is None:
         return None
@@ -128,23 +47,31 @@ def _size(name: str, value: Any, most: int = _MAX_SIZE) -> int | None:
         raise TypeError(f"{name} is a {type(value).__name__}, must be an int") from None
     if isinstance(value, bool):
         raise TypeError(f"{name} is a bool, must be an int")
-    if not 1 <= number <= most:
-        raise InvalidArgumentError(f"{name} is {number}, must be 1 to {most}")
+    if not least <= number <= most:
+        raise InvalidArgumentError(f"{name} is {number}, must be {least} to {most}")
     return int(number)
 
 
 def _options(
-    capacity: int | None,
-    slot_size: int | None,
-    max_message_size: int | None,
-    max_handles: int | None,
-    checksum: Checksum | str | None,
-    mode: int,
-    on_stale: OnStale | str,
+    *,
+    capacity: int | None = None,
+    slot_size: int | None = None,
+    max_message_size: int | None = None,
+    checksum: Checksum | str | None = None,
+    mode: int = 0o600,
+    on_stale: OnStale | str = OnStale.RECOVER,
+    max_handles: int | None = None,
+    max_groups: int | None = None,
+    history: int | None = None,
+    max_deliveries: int | None = None,
+    dead_letters: int | None = None,
+    sync: Sync | str | None = None,
 ) -> dict[str, Any]:
     """Check what a creator may choose, in the form that `_core` takes."""
     if type(mode) is not int or not 0o600 <= mode <= 0o666 or mode & 0o111:
         raise InvalidArgumentError(f"mode is {mode!r}, must be permission bits from 0o600 to 0o666")
+    kept = _size("history", history, 1 << 20, least=0)
+    letters = _size("dead_letters", dead_letters, 1 << 20, least=0)
     return {
         "capacity": _size("capacity", capacity, 1 << 20),
         "slot_size": _size("slot_size", slot_size),
@@ -153,56 +80,75 @@ def _options(
         "checksum": -1 if checksum is None else CHECKSUM_CODES[parse_enum(Checksum, checksum, "checksum")],
         "mode": mode,
         "on_stale": ON_STALE_CODES[parse_enum(OnStale, on_stale, "on_stale")],
+        "max_groups": _size("max_groups", max_groups, _MAX_GROUPS),
+        "history": -1 if kept is None else kept,
+        "max_deliveries": _size("max_deliveries", max_deliveries, 15),
+        "dead_letters": -1 if letters is None else letters,
+        "sync": -1 if sync is None else SYNC_CODES[parse_enum(Sync, sync, "sync")],
     }
 
 
-class _Channel(_core.Channel):
-    """What both kinds of channels share."""
+class _Channel(Endpoint, _core.Channel):
+    """What all kinds of channels share."""
 
-    _name: str | None
+    _default_group = True  # what is sent waits for a receiver
     _backpressure: Backpressure
-    _default_timeout: float | None
 
     def _start(
         self, kind: str, target: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any
     ) -> None:
         self._backpressure = parse_enum(Backpressure, policy, "backpressure")
+        options = {**options, "default_group": int(self._default_group)}
         self._open(kind, target, options, mode, BACKPRESSURE_CODES[self._backpressure], timeout)
         self._default_timeout = timeout
-
-    @property
-    def name(self) -> str | None:
-        """Name of the channel; None for an anonymous one."""
-        return self._name
-
-    @property
-    def path(self) -> str | None:
-        """Path of the file that carries the channel; None for an anonymous one."""
-        return self._core_path() or None
-
-    @property
-    def storage(self) -> str:
-        """Where its memory lives: "shm", "memfd", "heap" or "file"."""
-        return self._core_storage()
 
     @property
     def backpressure(self) -> Backpressure:
         """What `send` of this handle does when no slot is free."""
         return self._backpressure
 
-    @property
-    def checksum(self) -> Checksum:
-        """What the CRC32C of a message covers."""
-        return list(CHECKSUM_CODES)[self._core_checksum()]
+    def subscribe(
+        self,
+        group: str | None = None,
+        *,
+        start: Start | str = Start.NEXT,
+        on_death: OnDeath | str = OnDeath.REDELIVER,
+        durable: bool = False,
+        timeout: Any = _core.DEFAULT_TIMEOUT,
+    ) -> Subscriber:
+        """Become a member of a named group: every group gets every message, the members of one group share them.
 
-    @property
-    def timeout(self) -> float | None:
-        """Seconds that calls of this handle wait unless they say otherwise; None for ever."""
-        return self._default_timeout
+        Parameters
+        ----------
+        group : str or None
+            1 to 100 bytes. The group is made when it is not there. None makes one of its own, under a new name.
+        start : Start or str
+            Where a group begins that is made: with the "next" message that is sent, or with the "oldest" or the "latest"
+            that is still in the channel (see `history`).
+        on_death : OnDeath or str
+            What becomes of messages whose receiver dies: "redeliver" or "drop". Members must agree.
+        durable : bool
+            Whether the group stays, and collects messages, while it has no members. Members must agree.
+        timeout : float or None, optional
+            Seconds that calls of the subscriber wait unless they say otherwise. This handle's by default.
 
-    def stats(self) -> Stats:
-        """Return the counters of the channel and of this handle."""
-        return Stats(**self._core_stats())
+        Returns
+        -------
+        Subscriber
+            A handle of its own, to be closed by itself.
+
+        Raises
+        ------
+        TooManyGroupsError
+            The channel has `max_groups` of them.
+        TooManyHandlesError
+            The channel has `max_handles` open handles.
+        ChannelMismatchError
+            The group exists with another `on_death` or `durable`.
+        """
+        if timeout is _core.DEFAULT_TIMEOUT:
+            timeout = self._default_timeout
+        return Subscriber._of(self, group, start, on_death, durable, timeout)
 
     def alloc(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not built yet: raises FeatureUnavailableError."""
@@ -214,12 +160,6 @@ class _Channel(_core.Channel):
         """Not built yet: raises FeatureUnavailableError."""
         self.alloc()
 
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         if self._core_handle() is None:
             return f"<dsline.{type(self).__name__}: never opened>"
@@ -227,8 +167,177 @@ class _Channel(_core.Channel):
         state = "closed" if self.closed else f"{len(self)} of {self.capacity} queued"
         return f"<dsline.{type(self).__name__} {what!r}: {state}>"
 
+    # --- pickling ---
 
-class ShmChannel(_Channel):
+    def __reduce__(self) -> Any:
+        return self._recipe(self._place_of(self))
+
+    def _recipe(self, place: Any) -> Any:
+        return _open_again, (
+            type(self),
+            place,
+            self._core_uuid(),
+            self._backpressure,
+            self._default_timeout,
+        )
+
+    @classmethod
+    def _place_of(cls, endpoint: Endpoint) -> Any:
+        """Where other processes find the channel of a handle."""
+        raise NotImplementedError
+
+    @classmethod
+    def _at_place(cls, place: Any, policy: Backpressure | str, timeout: float | None) -> Self:
+        raise NotImplementedError
+
+    @classmethod
+    def _again(
+        cls,
+        place: Any,
+        uuid: str,
+        policy: Backpressure | str = Backpressure.BLOCK,
+        timeout: float | None = None,
+    ) -> Self:
+        """Open the channel that was pickled."""
+        channel = cls._at_place(place, policy, timeout)
+        if channel._core_uuid() != uuid:
+            channel.close()
+            raise ChannelNotFoundError(
+                2,
+                f"channel {place!r} is not the one that was pickled: that one is gone and another took its name",
+            )
+        return channel
+
+
+class SharedMemoryChannel(_Channel):
+    """What the kinds of channels that live in shared memory have in common."""
+
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        capacity: int | None = None,
+        slot_size: int | None = None,
+        max_message_size: int | None = None,
+        backpressure: Backpressure | str = Backpressure.BLOCK,
+        timeout: float | None = None,
+        checksum: Checksum | str | None = None,
+        storage: Storage | str = Storage.SHM,
+        mode: int = 0o600,
+        on_stale: OnStale | str = OnStale.RECOVER,
+        max_handles: int | None = None,
+        max_groups: int | None = None,
+        history: int | None = None,
+        max_deliveries: int | None = None,
+        dead_letters: int | None = None,
+    ) -> None:
+        options = _options(
+            capacity=capacity,
+            slot_size=slot_size,
+            max_message_size=max_message_size,
+            checksum=checksum,
+            mode=mode,
+            on_stale=on_stale,
+            max_handles=max_handles,
+            max_groups=max_groups,
+            history=history,
+            max_deliveries=max_deliveries,
+            dead_letters=dead_letters,
+        )
+        self._begin(name, options, _OPEN_OR_CREATE, backpressure, timeout, storage)
+
+    def _begin(
+        self, name: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any, storage: Storage | str
+    ) -> None:
+        where = parse_enum(Storage, storage, "storage")
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name is a {type(name).__name__}, must be str or None")
+        if name is not None and where is not Storage.SHM:
+            raise InvalidArgumentError(
+                f"storage={where.value!r} has no name that others could open, but name={name!r} was given; "
+                "use storage='shm' with a name, or name=None"
+            )
+        self._name = name
+        if where is Storage.HEAP:
+            self._start("heap", None, options, mode, policy, timeout)
+        elif name is None:
+            self._start("anonymous", None, options, mode, policy, timeout)
+            teach_multiprocessing(type(self))
+        else:
+            self._start("named", name.encode(), options, mode, policy, timeout)
+
+    @classmethod
+    def create(
+        cls,
+        name: str | None = None,
+        *,
+        capacity: int | None = None,
+        slot_size: int | None = None,
+        max_message_size: int | None = None,
+        backpressure: Backpressure | str = Backpressure.BLOCK,
+        timeout: float | None = None,
+        checksum: Checksum | str | None = None,
+        storage: Storage | str = Storage.SHM,
+        mode: int = 0o600,
+        on_stale: OnStale | str = OnStale.RECOVER,
+        max_handles: int | None = None,
+        max_groups: int | None = None,
+        history: int | None = None,
+        max_deliveries: int | None = None,
+        dead_letters: int | None = None,
+    ) -> Self:
+        """Create a channel; ChannelExistsError when one of that name is in use. Parameters as for the class."""
+        options = _options(
+            capacity=capacity,
+            slot_size=slot_size,
+            max_message_size=max_message_size,
+            checksum=checksum,
+            mode=mode,
+            on_stale=on_stale,
+            max_handles=max_handles,
+            max_groups=max_groups,
+            history=history,
+            max_deliveries=max_deliveries,
+            dead_letters=dead_letters,
+        )
+        channel = cls.__new__(cls)
+        channel._begin(name, options, _CREATE, backpressure, timeout, storage)
+        return channel
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        *,
+        backpressure: Backpressure | str = Backpressure.BLOCK,
+        timeout: float | None = None,
+    ) -> Self:
+        """Open the channel of that name, whatever its geometry; ChannelNotFoundError when there is none."""
+        channel = cls.__new__(cls)
+        if name is None:
+            raise TypeError(
+                "name is None, but an anonymous channel cannot be opened: pass its handle to the process"
+            )
+        options = _options()
+        channel._begin(name, options, _OPEN, backpressure, timeout, Storage.SHM)
+        return channel
+
+    @classmethod
+    def _place_of(cls, endpoint: Endpoint) -> Any:
+        return endpoint._name if endpoint._name is not None else descriptor_for_child(endpoint)
+
+    @classmethod
+    def _at_place(cls, place: Any, policy: Backpressure | str, timeout: float | None) -> Self:
+        if isinstance(place, str):
+            return cls.open(place, backpressure=policy, timeout=timeout)
+        channel = cls.__new__(cls)
+        channel._name = None
+        channel._start("adopt", place.detach(), {}, _OPEN, policy, timeout)
+        teach_multiprocessing(cls)
+        return channel
+
+
+class ShmChannel(SharedMemoryChannel):
     """A channel in shared memory: any number of senders, any number of competing receivers, one handle for both.
 
     Opens the live channel of that name, or creates it. What processes that are all gone have left under the name is
@@ -259,6 +368,15 @@ class ShmChannel(_Channel):
         What to do with a channel whose processes are all gone: "recover", "reset" or "raise".
     max_handles : int, optional
         Open handles at most, 64 when created, up to 256.
+    max_groups : int, optional
+        Named groups at a time, 7 when created, up to 22 (21 with a history). See `subscribe`.
+    history : int, optional
+        Messages that are kept for groups that join later, 0 when created. They take slots, which senders take back when no
+        other is free.
+    max_deliveries : int, optional
+        Deliveries of a message whose receivers die or give it back, before it becomes a dead letter: 3 when created, up to 15.
+    dead_letters : int, optional
+        Dead letters that are kept, in slots of the channel, 16 when created; the oldest goes for a newer one.
 
     Raises
     ------
@@ -283,95 +401,11 @@ class ShmChannel(_Channel):
     b'hello'
     """
 
-    def __init__(
-        self,
-        name: str | None = None,
-        *,
-        capacity: int | None = None,
-        slot_size: int | None = None,
-        max_message_size: int | None = None,
-        backpressure: Backpressure | str = Backpressure.BLOCK,
-        timeout: float | None = None,
-        checksum: Checksum | str | None = None,
-        storage: Storage | str = Storage.SHM,
-        mode: int = 0o600,
-        on_stale: OnStale | str = OnStale.RECOVER,
-        max_handles: int | None = None,
-    ) -> None:
-        options = _options(capacity, slot_size, max_message_size, max_handles, checksum, mode, on_stale)
-        self._begin(name, options, _OPEN_OR_CREATE, backpressure, timeout, storage)
-
-    def _begin(
-        self, name: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any, storage: Storage | str
-    ) -> None:
-        where = parse_enum(Storage, storage, "storage")
-        if name is not None and not isinstance(name, str):
-            raise TypeError(f"name is a {type(name).__name__}, must be str or None")
-        if name is not None and where is not Storage.SHM:
-            raise InvalidArgumentError(
-                f"storage={where.value!r} has no name that others could open, but name={name!r} was given; "
-                "use storage='shm' with a name, or name=None"
-            )
-        self._name = name
-        if where is Storage.HEAP:
-            self._start("heap", None, options, mode, policy, timeout)
-        elif name is None:
-            self._start("anonymous", None, options, mode, policy, timeout)
-            _teach_multiprocessing(type(self))
-        else:
-            self._start("named", name.encode(), options, mode, policy, timeout)
-
-    @classmethod
-    def create(
-        cls,
-        name: str | None = None,
-        *,
-        capacity: int | None = None,
-        slot_size: int | None = None,
-        max_message_size: int | None = None,
-        backpressure: Backpressure | str = Backpressure.BLOCK,
-        timeout: float | None = None,
-        checksum: Checksum | str | None = None,
-        storage: Storage | str = Storage.SHM,
-        mode: int = 0o600,
-        on_stale: OnStale | str = OnStale.RECOVER,
-        max_handles: int | None = None,
-    ) -> ShmChannel:
-        """Create a channel; ChannelExistsError when one of that name is in use. Parameters as for the class."""
-        options = _options(capacity, slot_size, max_message_size, max_handles, checksum, mode, on_stale)
-        channel = cls.__new__(cls)
-        channel._begin(name, options, _CREATE, backpressure, timeout, storage)
-        return channel
-
-    @classmethod
-    def open(
-        cls,
-        name: str,
-        *,
-        backpressure: Backpressure | str = Backpressure.BLOCK,
-        timeout: float | None = None,
-    ) -> ShmChannel:
-        """Open the channel of that name, whatever its geometry; ChannelNotFoundError when there is none."""
-        channel = cls.__new__(cls)
-        if name is None:
-            raise TypeError(
-                "name is None, but an anonymous channel cannot be opened: pass its handle to the process"
-            )
-        options = _options(None, None, None, None, None, 0o600, OnStale.RECOVER)
-        channel._begin(name, options, _OPEN, backpressure, timeout, Storage.SHM)
-        return channel
-
-    def __reduce__(self) -> Any:
-        if self._name is not None:
-            recipe = (type(self), self._name, self._core_uuid(), self._backpressure, self._default_timeout)
-            return _open_again, recipe
-        return _reduce_anonymous(self)
-
 
 class FileChannel(_Channel):
     """A channel in a file: what is queued when its processes close it, or are killed, is there after the next open.
 
-    Made by `FileChannel.create` and `FileChannel.open`. The file survives processes, not a loss of power.
+    Made by `FileChannel.create` and `FileChannel.open`. The file survives processes; with ``sync="data"`` also a loss of power.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -391,12 +425,34 @@ class FileChannel(_Channel):
         mode: int = 0o600,
         on_stale: OnStale | str = OnStale.RECOVER,
         max_handles: int | None = None,
-    ) -> FileChannel:
+        max_groups: int | None = None,
+        history: int | None = None,
+        max_deliveries: int | None = None,
+        dead_letters: int | None = None,
+        sync: Sync | str | None = None,
+    ) -> Self:
         """Create the file; ChannelExistsError when it exists (on_stale="reset" replaces a channel that nobody uses).
 
         Parameters as for `ShmChannel`, with a path for the name. The disk space of all slots is reserved.
+
+        With ``sync="data"`` a message is on the disk when its `send` returns: it survives a loss of power, unless the disk
+        lies. With ``sync="none"`` (when created) it survives the death of any process. `checksum="full"` finds a page that
+        was torn by a loss of power.
         """
-        options = _options(capacity, slot_size, max_message_size, max_handles, checksum, mode, on_stale)
+        options = _options(
+            capacity=capacity,
+            slot_size=slot_size,
+            max_message_size=max_message_size,
+            checksum=checksum,
+            mode=mode,
+            on_stale=on_stale,
+            max_handles=max_handles,
+            max_groups=max_groups,
+            history=history,
+            max_deliveries=max_deliveries,
+            dead_letters=dead_letters,
+            sync=sync,
+        )
         return cls._at(path, options, _CREATE, backpressure, timeout)
 
     @classmethod
@@ -406,13 +462,13 @@ class FileChannel(_Channel):
         *,
         backpressure: Backpressure | str = Backpressure.BLOCK,
         timeout: float | None = None,
-    ) -> FileChannel:
+    ) -> Self:
         """Open the channel in a file; ChannelNotFoundError when there is none."""
-        options = _options(None, None, None, None, None, 0o600, OnStale.RECOVER)
+        options = _options()
         return cls._at(path, options, _OPEN, backpressure, timeout)
 
     @classmethod
-    def _at(cls, path: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any) -> FileChannel:
+    def _at(cls, path: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any) -> Self:
         channel = cls.__new__(cls)
         absolute = os.path.abspath(os.fsdecode(path))
         if "\0" in absolute:
@@ -421,66 +477,22 @@ class FileChannel(_Channel):
         channel._start("file", os.fsencode(absolute), options, mode, policy, timeout)
         return channel
 
-    def __reduce__(self) -> Any:
-        return _open_again, (
-            type(self),
-            self.path,
-            self._core_uuid(),
-            self._backpressure,
-            self._default_timeout,
-        )
+    @property
+    def sync(self) -> Sync:
+        """What `send` waits for: "none", or "data" for the disk."""
+        return Sync.DATA if self._core_synced() else Sync.NONE
+
+    @classmethod
+    def _place_of(cls, endpoint: Endpoint) -> Any:
+        return endpoint.path
+
+    @classmethod
+    def _at_place(cls, place: Any, policy: Backpressure | str, timeout: float | None) -> Self:
+        return cls.open(place, backpressure=policy, timeout=timeout)
 
 
 def _open_again(
-    cls: type[ShmChannel] | type[FileChannel],
-    place: str,
-    uuid: str,
-    policy: Backpressure,
-    timeout: float | None,
-) -> ShmChannel | FileChannel:
-    """Unpickle a handle of a channel that has a name."""
-    channel = cls.open(place, backpressure=policy, timeout=timeout)
-    if channel._core_uuid() != uuid:
-        channel.close()
-        raise ChannelNotFoundError(
-            2,
-            f"channel {place!r} is not the one that was pickled: that one is gone and another took its name",
-        )
-    return channel
-
-
-# --- anonymous channels travel as descriptors ---------------------------------------------------------------------------
-
-
-def _reduce_anonymous(channel: ShmChannel) -> Any:
-    if channel.storage == "heap":
-        raise FeatureUnavailableError(
-            "a heap channel cannot go to another process: its memory is this process's own; use a named or anonymous "
-            "channel"
-        )
-    if multiprocessing.context.get_spawning_popen() is None:
-        raise FeatureUnavailableError(
-            "an anonymous channel can be pickled only while a process is being started, or over a connection of "
-            "multiprocessing; give it a name to pickle it anywhere"
-        )
-    return _reduce_by_descriptor(channel)
-
-
-def _reduce_by_descriptor(channel: ShmChannel) -> Any:
-    if channel._name is not None or channel.storage == "heap":
-        return channel.__reduce__()
-    descriptor = multiprocessing.reduction.DupFd(channel.fileno_shared())
-    return _adopt, (type(channel), descriptor, channel._backpressure, channel._default_timeout)
-
-
-def _adopt(cls: type[ShmChannel], descriptor: Any, policy: Backpressure, timeout: float | None) -> ShmChannel:
-    channel = cls.__new__(cls)
-    channel._name = None
-    channel._start("adopt", descriptor.detach(), {}, _OPEN, policy, timeout)
-    _teach_multiprocessing(cls)
-    return channel
-
-
-def _teach_multiprocessing(cls: type[ShmChannel]) -> None:
-    """Let connections of multiprocessing carry anonymous channels; plain pickle does not."""
-    multiprocessing.reduction.ForkingPickler.register(cls, _reduce_by_descriptor)
+    cls: type[_Channel], place: Any, uuid: str, policy: Backpressure, timeout: float | None
+) -> _Channel:
+    """Unpickle a handle."""
+    return cls._again(place, uuid, policy, timeout)

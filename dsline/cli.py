@@ -7,6 +7,7 @@ Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 it failed
 from __future__ import annotations
 
 import contextlib
+import datetime
 import fcntl
 import json
 import os
@@ -24,11 +25,14 @@ from click.shell_completion import get_completion_class
 
 import dsline
 from dsline import bench as _bench
+from dsline import status as _status
 from dsline.errors import DslineError
 
 SHM_ROOT = Path("/dev/shm")
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_AGE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([smhd])?", re.IGNORECASE)
 _SIZE = re.compile(r"([0-9]+)\s*(?:b|([kmg]i?)b?)?", re.IGNORECASE)
 
 
@@ -53,6 +57,20 @@ class _Size(click.ParamType):  # type: ignore[type-arg, unused-ignore]
                 f"{value!r} is {size} bytes; it must be from 1 to {_bench.MAX_MESSAGE_SIZE}", param, ctx
             )
         return size
+
+
+class _Age(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """A time span in seconds: 90, 90s, 15m, 1h, 2d."""
+
+    name = "age"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        match = _AGE.fullmatch(value.strip())
+        if match is None:
+            self.fail(f"{value!r} is not a time span; give seconds or a number with s, m, h or d", param, ctx)
+        return float(match[1]) * _SECONDS[(match[2] or "s").lower()]
 
 
 class _Group(click.Group):
@@ -132,6 +150,168 @@ def info(as_json: bool) -> None:
         click.echo(f"{label + ':':<15}{value}")
     for channel in report["channels"]:
         click.echo(f"  {channel['name']}: {channel['state']}, {_human(channel['reserved_bytes'])} reserved")
+
+
+@cli.group(name="shm")
+def shm_group() -> None:
+    """Look at the channels of this machine, and clean up after the dead."""
+
+
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@shm_group.command(name="list")
+@_as_json
+def shm_list(as_json: bool) -> None:
+    """List this user's channels."""
+    found = _status.list_channels()
+    if as_json:
+        click.echo(json.dumps([channel.asdict() for channel in found], indent=2))
+        return
+    rows = [("NAME", "STATE", "WAITING", "HANDLES", "GROUPS", "MEMORY")]
+    for channel in found:
+        if channel.problem is not None:
+            rows.append((channel.name, channel.state, "", "", "", channel.problem))
+            continue
+        handles = f"{channel.alive} alive" + (f", {channel.dead} dead" if channel.dead else "")
+        rows.append(
+            (
+                channel.name,
+                channel.state,
+                f"{channel.waiting} of {channel.capacity}",
+                handles,
+                ", ".join(map(_printable, channel.groups)) or "-",
+                _human(channel.reserved_bytes),
+            )
+        )
+    _table(rows)
+
+
+@shm_group.command(name="inspect")
+@click.argument("name")
+@_as_json
+def shm_inspect(name: str, as_json: bool) -> None:
+    """Show who is attached to a channel, its groups, and who holds what since when."""
+    report = _status.inspect(name)
+    if as_json:
+        click.echo(json.dumps(report.asdict(), indent=2))
+        return
+    counts = ("dropped_newest", "unheard", "corrupted", "buried", "letters_dropped", "deaths")
+    kind = "" if report.default_group else ", a Broadcast"
+    rows = [
+        ("channel", f"{report.path} ({report.storage}{kind}{', shut down' if report.shut_down else ''})"),
+        ("created", f"{_when(report.created_ns)} by pid {report.creator_pid}, uuid {report.uuid}"),
+        (
+            "slots",
+            f"{report.capacity}: {report.free_slots} free, {report.writing_slots} being written, "
+            f"{report.committed_slots} with a message ({report.pinned_slots} held), {report.corrupted_slots} damaged",
+        ),
+        (
+            "messages",
+            f"{report.depth} wait in the default group, {report.dead_letters} dead letters, next is "
+            f"{report.next_sequence}",
+        ),
+        (
+            "memory",
+            f"{_human(report.reserved_bytes)}; slots of {_human(report.slot_size)}, messages up to "
+            f"{_human(report.max_message_size)}",
+        ),
+        (
+            "rules",
+            f"{report.max_handles} handles, history {report.history}, {report.max_deliveries} deliveries"
+            f"{', written to the disk' if report.sync else ''}",
+        ),
+        ("counters", ", ".join(f"{name} {getattr(report, name)}" for name in counts)),
+    ]
+    for label, value in rows:
+        click.echo(f"{label + ':':<10}{value}")
+    click.echo("handles:")
+    for peer in report.participants:
+        life = peer.state if peer.alive else "died"
+        what = ["default group" if peer.receives else "sends"]
+        if peer.group:
+            what = [f"group {_printable(peer.group)!r}"]
+        if peer.waiting_for:
+            what.append(f"waits for {'room' if peer.waiting_for == 'room' else 'a message'}")
+        if peer.held:
+            what.append(f"holds {peer.held} for {peer.held_seconds or 0:.3g} s")
+        if peer.writing:
+            what.append(f"writes {peer.writing}")
+        command = f" ({_printable(peer.command)})" if peer.command else ""
+        click.echo(f"  {peer.number}: pid {peer.pid}{command}, {life}, {', '.join(what)}")
+    click.echo("groups:")
+    for group in report.groups:
+        marks = [mark for mark, on in (("durable", group.durable), ("history", group.retention)) if on]
+        if not group.active:
+            marks.append("inactive")
+        click.echo(
+            f"  {group.number}: {_printable(group.name or '(default)')}{''.join(f', {mark}' for mark in marks)}, "
+            f"{group.members} members, lag {group.lag}, {group.held} held, {group.dead_letters} dead letters, "
+            f"{group.dropped_oldest} dropped, {group.redelivered} redelivered, on death {group.on_death}"
+        )
+    click.echo("slots:")
+    for slot in report.slots:
+        line = f"  {slot.number}: {slot.state}"
+        if slot.sequence is not None:
+            line += f" {slot.sequence}"
+        if slot.owner is not None:
+            line += f", written by {slot.owner}"
+        for holder in slot.holders:
+            of = f" for {_printable(holder.group)!r}" if holder.group else ""
+            line += f", held by {holder.participant}{of} for {holder.for_seconds:.3g} s"
+            line += f" (attempt {holder.attempt})" if holder.attempt > 1 else ""
+        click.echo(line)
+
+
+@shm_group.command(name="cleanup")
+@click.option(
+    "--older-than",
+    type=_Age(),
+    metavar="AGE",
+    help="Only channels that did not change for so long (90s, 15m, 1h, 2d), and those with messages as well.",
+)
+@click.option("--yes", is_flag=True, help="Do it; without this, only say what would be done.")
+@_as_json
+def shm_cleanup(older_than: float | None, yes: bool, as_json: bool) -> None:
+    """Remove channels that nobody has open, and recover the dead of those in use.
+
+    Channels in which messages wait are kept, unless --older-than says that they are old enough.
+    """
+    found = _status.cleanup(older_than, dry_run=not yes)
+    if as_json:
+        click.echo(json.dumps({"dry_run": not yes, "channels": [each.asdict() for each in found]}, indent=2))
+        return
+    verbs = {
+        "remove": "removed" if yes else "would remove",
+        "recover": "recovered" if yes else "would recover",
+        "keep": "keep",
+    }
+    for each in found:
+        click.echo(f"{verbs[each.action]} {each.name}: {each.reason}")
+    gone = [each for each in found if each.action == "remove"]
+    freed = _human(sum(each.reserved_bytes for each in gone))
+    click.echo(f"{len(gone)} of {len(found)} channels {verbs['remove']}, {freed}", err=True)
+    if not yes and any(each.action != "keep" for each in found):
+        click.echo("nothing was changed; --yes does it", err=True)
+
+
+@shm_group.command(name="remove")
+@click.argument("name")
+@click.option("--force", is_flag=True, help="Also when messages wait in it.")
+@_as_json
+def shm_remove(name: str, force: bool, as_json: bool) -> None:
+    """Remove a channel that nobody has open."""
+    _status.remove(name, force)
+    click.echo(json.dumps({"removed": name}) if as_json else f"removed {name}")
+
+
+@cli.command()
+@click.argument("name")
+@_as_json
+def why(name: str, as_json: bool) -> None:
+    """Say in one sentence why a channel stands still."""
+    reason = _printable(_status.why(name))
+    click.echo(json.dumps({"name": name, "why": reason}) if as_json else reason)
 
 
 @cli.group(name="bench")
@@ -327,6 +507,21 @@ def _is_locked(descriptor: int) -> bool:
     query = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, query)
     return bool(struct.unpack(layout, answer)[0] != fcntl.F_UNLCK)
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _printable(text: str) -> str:
+    """What a peer has written may hold anything; a terminal obeys control characters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def _when(time_ns: int) -> str:
+    return datetime.datetime.fromtimestamp(time_ns / 1e9).astimezone().isoformat(timespec="seconds")
 
 
 def _human(size: int) -> str:

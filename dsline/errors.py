@@ -5,9 +5,15 @@ All derive from `DslineError`. Where people already catch something for the same
 the way out. `docs/api/errors.md` has the table.
 """
 
+from __future__ import annotations
+
 import builtins
 import errno as _errno
 import queue
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsline.report import Blocker
 
 __all__ = [
     "BufferEmptyError",
@@ -35,6 +41,7 @@ __all__ = [
     "SerializationError",
     "SharedMemoryFullError",
     "TimeoutError",
+    "TooManyGroupsError",
     "TooManyHandlesError",
     "TransportError",
 ]
@@ -81,7 +88,31 @@ class InvalidArgumentError(ChannelError, ValueError):
 
 
 class TimeoutError(ChannelError, builtins.TimeoutError):
-    """The time was up before it could be done."""
+    """The time was up before it could be done.
+
+    Attributes
+    ----------
+    blockers : list of Blocker
+        The processes that were in the way: what they hold, and for how long. Of a `BufferFullError` after a wait, as it was
+        when the error was raised; of others, as it is when this is first read, so that polls with timeout=0 cost nothing.
+        Empty when opening timed out.
+    """
+
+    _where: Any = None  # (handle, whether room was waited for) while nobody has looked
+    _blockers: list[Blocker] | None = None
+
+    @property
+    def blockers(self) -> list[Blocker]:
+        if self._where is not None:
+            (handle, for_room), self._where = self._where, None
+            self._blockers = handle.blockers(for_room)
+        if self._blockers is None:
+            self._blockers = []
+        return self._blockers
+
+    def __reduce__(self) -> Any:
+        self.blockers  # noqa: B018 - the handle does not travel
+        return super().__reduce__()
 
 
 class BufferEmptyError(TimeoutError, queue.Empty):
@@ -122,6 +153,10 @@ class SchemaMismatchError(ChannelError, TypeError):
 
 class TooManyHandlesError(ChannelError):
     """The channel has as many open handles as it was created for."""
+
+
+class TooManyGroupsError(ChannelError):
+    """The channel has as many named groups as it was created for."""
 
 
 class PeerDiedError(DslineError):
@@ -174,6 +209,7 @@ CORE_ERRORS: tuple[type[DslineError], ...] = (
     ChannelSystemError,
     BufferTooSmallError,
     TimeoutError,
+    TooManyGroupsError,
 )
 
 _DEFAULT_ERRNO: dict[type[DslineError], int] = {

@@ -3,7 +3,7 @@
 import enum
 from typing import TypeVar
 
-__all__ = ["Backpressure", "Checksum", "OnStale", "Storage"]
+__all__ = ["Backpressure", "Checksum", "OnDeath", "OnStale", "Start", "Storage", "Sync"]
 
 E = TypeVar("E", bound=enum.Enum)
 
@@ -54,6 +54,35 @@ class OnStale(enum.Enum):
     """Raise ChannelExistsError."""
 
 
+class Start(enum.Enum):
+    """Where a subscriber group begins that does not exist yet."""
+
+    NEXT = "next"
+    """With the first message sent after it joined."""
+    OLDEST = "oldest"
+    """With the oldest message still in the channel: of the history, or what other groups have not taken."""
+    LATEST = "latest"
+    """With the newest message still in the channel."""
+
+
+class OnDeath(enum.Enum):
+    """What becomes of a message whose receiver died before it was done; a property of the group."""
+
+    REDELIVER = "redeliver"
+    """Another member gets it, marked as redelivered: at least once."""
+    DROP = "drop"
+    """It is released: at most once."""
+
+
+class Sync(enum.Enum):
+    """What `send` of a channel in a file waits for; a property of the channel."""
+
+    NONE = "none"
+    """Nothing: messages survive every death of processes, not a loss of power."""
+    DATA = "data"
+    """The disk: a message whose `send` returned survives a loss of power."""
+
+
 BACKPRESSURE_CODES = {
     Backpressure.BLOCK: 0,
     Backpressure.RAISE: 1,
@@ -61,6 +90,9 @@ BACKPRESSURE_CODES = {
     Backpressure.DROP_OLDEST: 3,
 }
 CHECKSUM_CODES = {Checksum.NONE: 0, Checksum.HEADER: 1, Checksum.FULL: 2}
+START_CODES = {Start.NEXT: 0, Start.OLDEST: 1, Start.LATEST: 2}
+ON_DEATH_CODES = {OnDeath.REDELIVER: 0, OnDeath.DROP: 1}
+SYNC_CODES = {Sync.NONE: 0, Sync.DATA: 1}
 ON_STALE_CODES = {OnStale.RECOVER: 0, OnStale.RESET: 1, OnStale.RAISE: 2}
 
 

@@ -101,6 +101,23 @@ def make_any(request, tmp_path):
     _close(made)
 
 
+@pytest.fixture(params=["shm", "memfd", "heap"])
+def make_broadcast(request):
+    """Make a Broadcast, for every storage that it can have."""
+    made = []
+
+    def make(**options):
+        if request.param == "shm":
+            channel = dsline.Broadcast(unique_name(), **options)
+        else:
+            channel = dsline.Broadcast(storage=request.param, **options)
+        made.append(channel)
+        return channel
+
+    yield make
+    _close(made)
+
+
 def _close(channels):
     for channel in channels:
         if channel.path is not None:

@@ -46,15 +46,24 @@ NEVER_IN_CPP = re.compile(r"^(Python\.h|numpy/|pybind11/|structmember\.h)")
 # Python: what a module of dsline/ may import from dsline, and which installed packages it may use. "dsline" is the
 # public API, by its top-level names.
 PYTHON_LAYERS: dict[str, frozenset[str]] = {
-    "errors": frozenset(),
+    "_interpreter": frozenset(),
+    "report": frozenset(),
+    "errors": frozenset({"report"}),
     "options": frozenset({"errors"}),
     "dtypes": frozenset({"errors"}),
-    "_core": frozenset({"errors", "dtypes"}),
-    "channel": frozenset({"_core", "dtypes", "errors", "options"}),
-    "__init__": frozenset({"_core", "channel", "errors", "options"}),
+    "_core": frozenset({"errors", "dtypes", "report"}),
+    "endpoint": frozenset({"_core", "errors", "options", "report"}),
+    "groups": frozenset({"endpoint", "errors", "options"}),
+    "channel": frozenset({"_core", "endpoint", "errors", "groups", "options"}),
+    "broadcast": frozenset({"channel"}),
+    "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report"}),
+    "__init__": frozenset(
+        {"_interpreter", "_core", "broadcast", "channel", "errors", "groups", "latest", "options", "report"}
+    ),
+    "status": frozenset({"_core", "errors", "report"}),
     "testing": frozenset({"dsline", "_core", "errors"}),
     "bench": frozenset({"dsline", "errors"}),
-    "cli": frozenset({"dsline", "bench", "errors"}),
+    "cli": frozenset({"dsline", "bench", "errors", "status"}),
     "__main__": frozenset({"cli"}),
 }
 PACKAGES: dict[str, frozenset[str]] = {

@@ -169,6 +169,77 @@ def queue_and_end(path, count, how):
         wait_for_ever()
 
 
+def subscribe_and_do_nothing(kind, name, group, durable=False):
+    subscriber = getattr(dsline, kind).open(name).subscribe(group, durable=durable)
+    report(subscriber.group)
+    wait_for_ever()
+
+
+def subscribe_and_hold(kind, name, group, count, on_death="redeliver"):
+    """Take messages of a group and keep them."""
+    subscriber = (
+        getattr(dsline, kind).open(name).subscribe(group, start="oldest", on_death=on_death, timeout=30)
+    )
+    report("ready")
+    messages = [subscriber.recv_message() for _ in range(count)]
+    report([message.sequence for message in messages])
+    wait_for_ever()
+
+
+def view_when_told(name, group):
+    """At each word, report the sequences of what is there, and what was lost so far."""
+    with dsline.Broadcast.open(name) as channel, channel.subscribe(group) as subscriber:
+        report("ready")
+        while read_word():
+            sequences = []
+            while True:
+                try:
+                    sequences.append(subscriber.recv_with_seq(timeout=0)[0])
+                except dsline.BufferEmptyError:
+                    break
+            report([sequences, subscriber.lost])
+
+
+def view_all(name, group):
+    """Receive until the channel ends; report the proofs and whether any came again."""
+    with (
+        dsline.Broadcast.open(name, timeout=30) as channel,
+        channel.subscribe(group, start="oldest") as viewer,
+    ):
+        report("ready")
+        got = []
+        while True:
+            try:
+                message = viewer.recv_message()
+            except dsline.ChannelClosedError:
+                break
+            with message:
+                got.append([*check_proof(message.array()), message.redelivered])
+        report(got)
+
+
+def view_and_log(name, group, log):
+    """Receive until killed; append what was received before giving it back."""
+    with open(log, "ab", buffering=0) as file, dsline.Broadcast.open(name) as channel:
+        subscriber = channel.subscribe(group, start="oldest", durable=True)
+        report("ready")
+        while True:
+            message = subscriber.recv_message()
+            _, number = check_proof(message.array())
+            file.write(struct.pack("<QB", number, message.redelivered))
+            message.release()
+
+
+def set_for_ever(name, words):
+    """Overwrite a cell until killed."""
+    with dsline.Latest(name) as cell:
+        report("ready")
+        number = 0
+        while True:
+            cell.set(proof(1, number, words))
+            number += 1
+
+
 # --- targets of multiprocessing ---------------------------------------------------------------------------------
 
 
@@ -178,6 +249,21 @@ def double_what_comes(inbox, outbox):
     del view
     inbox.close()
     outbox.close()
+
+
+def receive_of_group(subscriber, connection):
+    connection.send("ready")
+    connection.send([check_proof(view) for view in subscriber])
+    connection.close()
+    subscriber.close()
+
+
+def set_and_wait(cell, connection):
+    """Answer each value of a cell by one more."""
+    value, sequence = cell.wait_newer(timeout=30)
+    cell.set(np.asarray(value) + 1)
+    connection.send(sequence)
+    connection.close()
 
 
 def send_numbers(channel, first, count):

@@ -226,3 +226,169 @@ def test_completion_completes():
     }
     done = run(env=environment)
     assert [line.split(",")[1] for line in done.stdout.split()] == ["recv_array", "recv_bytes", "recv_into"]
+
+
+# --- channels ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def channel():
+    """A channel with a group whose name has a control character, which no terminal may get to see."""
+    name = f"cli-{os.getpid()}-{secrets.token_hex(4)}"
+    with (
+        dsline.ShmChannel.create(name, capacity=4, slot_size=64) as channel,
+        channel.subscribe("red\x1b[31m", start="oldest") as subscriber,
+    ):
+        channel.send_many([b"1", b"2"])
+        held = subscriber.recv()
+        yield channel
+        del held
+        channel.unlink()
+
+
+@pytest.fixture
+def only(monkeypatch):
+    """Let the commands see the channels of these names only."""
+    return lambda *names: monkeypatch.setattr(dsline._core, "list_names", lambda: list(names))
+
+
+def leave(name, messages=1):
+    """A channel whose process has ended without a word."""
+    source = f"""
+import os
+import dsline
+channel = dsline.ShmChannel({name!r})
+for _ in range({messages}):
+    channel.send(b"x")
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", source], check=True, timeout=60)
+
+
+def test_shm_list(channel, only):
+    done = run("shm", "list", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = {each["name"]: each for each in json.loads(done.stdout)}[channel.name]
+    assert (found["state"], found["waiting"], found["alive"], found["dead"]) == ("in use", 2, 2, 0)
+    only(channel.name)
+    heading, line = invoke("shm", "list").stdout.splitlines()
+    assert heading.split() == ["NAME", "STATE", "WAITING", "HANDLES", "GROUPS", "MEMORY"]
+    assert line.startswith(f"{channel.name}  in use  2 of 4")
+    assert "2 alive" in line
+    assert "red?[31m" in line
+    only()
+    assert len(invoke("shm", "list").stdout.splitlines()) == 1
+
+
+def test_shm_list_shows_what_is_unreadable(channel, only):
+    broken = SEGMENTS / f"{channel.name}-broken"
+    broken.write_bytes(b"no channel")
+    try:
+        only(broken.name)
+        assert "unreadable" in invoke("shm", "list").stdout
+    finally:
+        broken.unlink()
+
+
+def test_shm_inspect(channel):
+    done = run("shm", "inspect", channel.name, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    assert (report["name"], report["capacity"], report["free_slots"]) == (channel.name, 4, 2)
+    assert [peer["held"] for peer in report["participants"]] == [0, 1]
+    assert report["slots"][0]["holders"][0]["group"] == "red\x1b[31m"
+    text = invoke("shm", "inspect", channel.name).stdout
+    assert "\x1b" not in text
+    for words in (
+        f"channel:  {channel.path} (shm)",
+        "slots:    4: 2 free, 0 being written, 2 with a message (1 held), 0 damaged",
+        f"pid {os.getpid()} (",
+        "group 'red?[31m', holds 1 for",
+        "1: red?[31m, 1 members, lag 1, 1 held",
+        "PINNED 0, written by 0, held by 1 for 'red?[31m' for",
+        "COMMITTED 1",
+    ):
+        assert words in text
+
+
+def test_shm_inspect_takes_a_path(tmp_path):
+    with dsline.FileChannel.create(tmp_path / "queue", capacity=2, sync="data"):
+        text = invoke("shm", "inspect", str(tmp_path / "queue")).stdout
+    assert "(file)" in text
+    assert "written to the disk" in text
+
+
+def test_why(channel):
+    done = run("why", channel.name)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"channel '{channel.name}' goes on: 2 messages wait")
+    assert json.loads(invoke("why", channel.name, "--json").stdout)["name"] == channel.name
+
+
+def test_shm_cleanup_is_a_dry_run_without_yes(channel, only):
+    left, full = f"{channel.name}-left", f"{channel.name}-full"
+    leave(left, messages=0)
+    leave(full)
+    only(channel.name, left, full)
+    done = invoke("shm", "cleanup")
+    assert done.exit_code == 0
+    lines = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert set(lines) == {f"keep {channel.name}", f"would remove {left}", f"keep {full}"}
+    assert "--yes" in done.stderr
+    assert (SEGMENTS / left).exists()
+    report = json.loads(invoke("shm", "cleanup", "--json").stdout)
+    assert report["dry_run"] is True
+    assert {each["name"]: each["action"] for each in report["channels"]}[left] == "remove"
+    assert (SEGMENTS / left).exists()
+
+    assert f"removed {left}:" in invoke("shm", "cleanup", "--yes").stdout
+    assert not (SEGMENTS / left).exists()
+    only(channel.name, full)
+    assert f"keep {full}" in invoke("shm", "cleanup", "--older-than", "1h", "--yes").stdout
+    assert f"removed {full}" in invoke("shm", "cleanup", "--older-than", "0s", "--yes").stdout
+    assert not (SEGMENTS / full).exists()
+    assert channel.recv_bytes(timeout=0) == b"1", "what is in use is left alone"
+
+
+def test_shm_cleanup_recovers_the_dead_of_what_is_in_use(channel, only):
+    only(channel.name)
+    leave(channel.name, messages=0)
+    assert f"would recover {channel.name}" in invoke("shm", "cleanup").stdout
+    assert channel.inspect().dead == 1
+    assert f"recovered {channel.name}" in invoke("shm", "cleanup", "--yes").stdout
+    assert channel.inspect().dead == 0
+
+
+def test_shm_remove(channel):
+    left = f"{channel.name}-left"
+    leave(left)
+    done = run("shm", "remove", left)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("dsline: error: 1 message waits in channel")
+    assert len(done.stderr.splitlines()) == 1
+    assert invoke("shm", "remove", left, "--force").stdout == f"removed {left}\n"
+    done = run("shm", "remove", channel.name, "--force")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"in use by pid {os.getpid()}" in done.stderr
+    assert (SEGMENTS / channel.name).exists()
+    leave(left)
+    assert json.loads(invoke("shm", "remove", left, "--force", "--json").stdout) == {"removed": left}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("shm", "inspect"), ("shm", "remove"), ("why",)],
+)
+def test_an_absent_channel_is_one_line(arguments):
+    done = run(*arguments, "absent-channel")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("dsline: error: ")
+    assert "absent-channel" in done.stderr
+
+
+@pytest.mark.parametrize("age", ["soon", "-1", "1w"])
+def test_a_wrong_age_is_wrong_usage(age):
+    done = invoke("shm", "cleanup", "--older-than", age)
+    assert done.exit_code == 2
+    assert "is not a time span" in done.stderr

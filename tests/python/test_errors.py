@@ -30,6 +30,7 @@ PARENTS = {
     "CorruptedMessageError": (errors.ChannelError,),
     "SchemaMismatchError": (errors.ChannelError, TypeError),
     "TooManyHandlesError": (errors.ChannelError,),
+    "TooManyGroupsError": (errors.ChannelError,),
     "PeerDiedError": (errors.DslineError,),
     "SerializationError": (errors.DslineError,),
     "FeatureUnavailableError": (errors.DslineError,),
@@ -133,6 +134,9 @@ def test_messages_name_the_channel(make_channel):
         (dsline.Checksum, ["none", "header", "full"]),
         (dsline.Storage, ["shm", "memfd", "heap"]),
         (dsline.OnStale, ["recover", "reset", "raise"]),
+        (dsline.Start, ["next", "oldest", "latest"]),
+        (dsline.OnDeath, ["redeliver", "drop"]),
+        (dsline.Sync, ["none", "data"]),
     ],
 )
 def test_options_are_enums_with_the_strings_as_values(enum, values):

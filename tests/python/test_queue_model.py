@@ -33,14 +33,17 @@ def content(payload):
     return payload if isinstance(payload, bytes) else payload.tobytes("A")
 
 
+# No message becomes a dead letter here.
+MAX_DELIVERIES = 15
+
+
 class Model:
     """What is queued, held, and has happened."""
 
     def __init__(self, capacity):
         self.capacity = capacity
-        self.queue = (
-            deque()
-        )  # (sequence, payload, meta, attempt), oldest first; what was given back comes before all
+        # (sequence, payload, meta, attempt, returned), oldest first; what has returned comes before all.
+        self.queue = deque()
         self.held = {}
         self.next_sequence = 0
         self.dropped_newest = self.dropped_oldest = 0
@@ -65,6 +68,7 @@ class ChannelMachine(RuleBasedStateMachine):
         self.policy = policy
         self.number = 0
         options = {"capacity": capacity, "slot_size": 64, "backpressure": policy, "timeout": 0}
+        options["max_deliveries"] = MAX_DELIVERIES
         if storage == "named":
             name = unique_name()
             self.handles = [dsline.ShmChannel(name, **options) for _ in range(handles)]
@@ -90,10 +94,11 @@ class ChannelMachine(RuleBasedStateMachine):
                 assert channel.send(payload, meta=meta) is False
                 model.dropped_newest += 1
                 return
-            model.queue.popleft()
+            # The oldest that nobody has had yet; what has returned is the last to go.
+            del model.queue[next((i for i, one in enumerate(model.queue) if not one[4]), 0)]
             model.dropped_oldest += 1
         assert channel.send(payload, meta=meta) is True
-        model.queue.append((model.next_sequence, payload, meta or {}, 1))
+        model.queue.append((model.next_sequence, payload, meta or {}, 1, False))
         model.next_sequence += 1
 
     @rule(index=st.integers(0, 2), target=held)
@@ -104,7 +109,7 @@ class ChannelMachine(RuleBasedStateMachine):
                 channel.recv_message()
             return multiple()
         expected = model.queue.popleft()
-        sequence, _, meta, attempt = expected
+        sequence, _, meta, attempt, _ = expected
         message = channel.recv_message()
         assert (message.sequence, message.meta, message.attempt) == (sequence, meta, attempt)
         assert message.redelivered == (attempt > 1)
@@ -113,7 +118,7 @@ class ChannelMachine(RuleBasedStateMachine):
         return sequence
 
     def look_at(self, sequence):
-        message, (_, payload, _, _) = self.model.held[sequence]
+        message, (_, payload, *_) = self.model.held[sequence]
         if isinstance(payload, bytes):
             assert bytes(message.payload) == payload
         else:
@@ -136,17 +141,19 @@ class ChannelMachine(RuleBasedStateMachine):
         self.look_at(sequence)
         del self.model.held[sequence]
 
+    @precondition(lambda self: all(one[3] < MAX_DELIVERIES for _, one in self.model.held.values()))
     @rule(sequence=consumes(held))
     def give_back(self, sequence):
-        message, (_, payload, meta, attempt) = self.model.held.pop(sequence)
+        message, (_, payload, meta, attempt, _) = self.model.held.pop(sequence)
         with pytest.raises(ZeroDivisionError), message:
             1 / 0  # noqa: B018
         if self.model.is_over:
             return  # nobody will ever receive it: it is discarded as what was queued
-        given_back = [one for one in self.model.queue if one[3] > 1]
-        fresh = [one for one in self.model.queue if one[3] == 1]
-        given_back.append((sequence, payload, meta, min(attempt + 1, 16)))
-        self.model.queue = deque(sorted(given_back, key=lambda one: one[0]) + fresh)
+        assert attempt < MAX_DELIVERIES, "more steps than deliveries"
+        returned = [one for one in self.model.queue if one[4]]
+        fresh = [one for one in self.model.queue if not one[4]]
+        returned.append((sequence, payload, meta, attempt + 1, True))
+        self.model.queue = deque(sorted(returned, key=lambda one: one[0]) + fresh)
 
     @rule(index=st.integers(0, 2))
     def recv_bytes(self, index):
@@ -162,13 +169,13 @@ class ChannelMachine(RuleBasedStateMachine):
         channel, model = self.handle(index), self.model
         if not model.queue:
             return
-        sequence, payload, meta, attempt = model.queue[0]
+        sequence, payload, meta, attempt, _ = model.queue[0]
         expected = content(payload)
         buffer = bytearray(size)
         if len(expected) > size:
             with pytest.raises(dsline.BufferTooSmallError):
                 channel.recv_into(buffer)
-            model.queue[0] = (sequence, payload, meta, min(attempt + 1, 16))
+            model.queue[0] = (sequence, payload, meta, attempt, True)
         else:
             assert channel.recv_into(buffer) == len(expected)
             assert buffer[: len(expected)] == expected
