@@ -147,7 +147,11 @@ def throughput(shape: Shape, size: int, count: int) -> float:
 
 
 def measure(
-    *, shapes: tuple[Shape, ...] = SHAPES, sizes: tuple[int, ...] = SIZES, rounds: int = 5, seconds: float = 0.4
+    *,
+    shapes: tuple[Shape, ...] = SHAPES,
+    sizes: tuple[int, ...] = SIZES,
+    rounds: int = 5,
+    seconds: float = 0.4,
 ) -> list[dict[str, Any]]:
     """Return one row per shape and size, in the form of `peers.runner.compare`."""
     rows = []
@@ -161,7 +165,9 @@ def measure(
                     counts[shape.name] = max(LEAST, min(int(rate * seconds), MOST_BYTES // size, 2_000_000))
                 else:
                     runs[shape.name].append(rate)
-                print(f"{size:>8} B  round {turn}  {shape.name:<24} {rate:>12,.0f} messages/s", file=sys.stderr)
+                print(
+                    f"{size:>8} B  round {turn}  {shape.name:<24} {rate:>12,.0f} messages/s", file=sys.stderr
+                )
         for shape in shapes:
             median = statistics.median(runs[shape.name])
             rows.append(

@@ -31,7 +31,9 @@ def measure(picture):
     grey = picture.astype(np.float32).mean(axis=2)
     down, right = np.gradient(grey)
     edges = np.hypot(down, right)
-    return np.array([grey.mean(dtype=np.float64), *np.percentile(grey, (5, 50, 95)), edges.mean(dtype=np.float64)])
+    return np.array(
+        [grey.mean(dtype=np.float64), *np.percentile(grey, (5, 50, 95)), edges.mean(dtype=np.float64)]
+    )
 
 
 def work(pictures, results):
@@ -148,7 +150,10 @@ def main():
     parser.add_argument("--seconds", type=float, default=15, help="how long pictures are sent (%(default)s)")
     parser.add_argument("--workers", type=int, default=3, help="how many work at a time (%(default)s)")
     parser.add_argument(
-        "--max-deliveries", type=int, default=2, help="workers that a picture may cost before it is set aside (%(default)s)"
+        "--max-deliveries",
+        type=int,
+        default=2,
+        help="workers that a picture may cost before it is set aside (%(default)s)",
     )
     parser.add_argument("--seed", type=int, default=1, help="of the choice of victims (%(default)s)")
     options = parser.parse_args()
@@ -166,15 +171,27 @@ def main():
     seconds = time.monotonic() - start
 
     missing = [number for number in range(sent) if number not in results]
-    wrong = [number for number, (name, figures) in results.items() if not np.array_equal(figures, expected[name])]
+    wrong = [
+        number for number, (name, figures) in results.items() if not np.array_equal(figures, expected[name])
+    ]
     print(f"{sent} pictures sent, {len(results)} processed by {options.workers} workers in {seconds:.1f} s")
-    print(f"  {killed} workers killed (SIGKILL), {counted['deaths']} handles found dead by the kernel locks they held")
+    print(
+        f"  {killed} workers killed (SIGKILL), {counted['deaths']} handles found dead by the kernel locks they held"
+    )
     print(f"  {counted['repeated']} pictures went to another worker after one had died")
-    print(f"  {counted['letters']} times a picture had lost {options.max_deliveries} workers and was set aside and revived")
-    print(f"  {counted['twice']} results came twice: their workers died between the answer and the end of the picture")
-    print(f"  {len(missing)} pictures missing, {len(wrong)} results differ from those computed without workers")
+    print(
+        f"  {counted['letters']} times a picture had lost {options.max_deliveries} workers and was set aside and revived"
+    )
+    print(
+        f"  {counted['twice']} results came twice: their workers died between the answer and the end of the picture"
+    )
+    print(
+        f"  {len(missing)} pictures missing, {len(wrong)} results differ from those computed without workers"
+    )
     if missing or wrong or not killed:
-        sys.exit("the promise was broken" if missing or wrong else "nobody was killed; give it more --seconds")
+        sys.exit(
+            "the promise was broken" if missing or wrong else "nobody was killed; give it more --seconds"
+        )
 
 
 if __name__ == "__main__":

@@ -44,14 +44,19 @@ def run(script, *arguments, environment):
 
 
 def test_images(environment):
-    assert "all results are equal" in run("images/images.py", "--frames", "21", "--rounds", "1", environment=environment)
+    assert "all results are equal" in run(
+        "images/images.py", "--frames", "21", "--rounds", "1", environment=environment
+    )
 
 
 def test_two_terminals(environment):
     """producer.py and consumer.py meet by name."""
     start = time.monotonic()
     with subprocess.Popen(
-        [sys.executable, str(EXAMPLES / "images/consumer.py")], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, str(EXAMPLES / "images/consumer.py")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     ) as consumer:
         try:
             run("images/producer.py", environment=environment)
@@ -65,7 +70,8 @@ def test_two_terminals(environment):
 def test_workers(environment, max_deliveries):
     """All pictures are processed, whether those of dead workers are revived or only delivered again."""
     out = run(
-        *("workers/workers.py", "--seconds", "3", "--max-deliveries", str(max_deliveries)), environment=environment
+        *("workers/workers.py", "--seconds", "3", "--max-deliveries", str(max_deliveries)),
+        environment=environment,
     )
     sent, processed = map(int, re.match(r"(\d+) pictures sent, (\d+) processed", out).groups())
     assert sent == processed > 20
