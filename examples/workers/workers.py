@@ -27,8 +27,8 @@ LIMIT = 60  # seconds after the last picture was sent; far more than is needed
 
 
 def measure(picture):
-    """Return brightness, contrast and the energy of the edges: some hundredths of a second of work."""
-    grey = picture.astype(np.float32).mean(axis=2)
+    """Return brightness, contrast and the energy of the edges of a preview: about a hundredth of a second of work."""
+    grey = picture[::2, ::2].astype(np.float32).mean(axis=2)
     down, right = np.gradient(grey)
     edges = np.hypot(down, right)
     return np.array(
