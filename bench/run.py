@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peers import runner
-from python import idle_cpu, one_to_one_latency, one_to_one_send_throughput
+from python import idle_cpu, one_to_one_latency, one_to_one_send_throughput, topologies
 
 from dsline.bench import environment
 
@@ -35,6 +35,9 @@ def measure(quick: bool, cpp_loop: Path | None, futex: Path | None) -> dict[str,
             rounds=rounds,
             seconds=seconds,
             touch="read",
+        ),
+        "topologies": topologies.measure(
+            sizes=(64, 1 << 20) if quick else topologies.SIZES, rounds=rounds, seconds=seconds
         ),
         "latency": one_to_one_latency.measure(
             count=500 if quick else 20_000,
@@ -71,6 +74,8 @@ def markdown(report: dict[str, Any]) -> str:
         "In GB/s, where the receiver reads every byte once:",
         runner.table(read, gigabytes=True),
         runner.paths(peers),
+        "## One channel between several processes",
+        topologies.sections(report["topologies"]),
         "## Round trip",
         one_to_one_latency.table(report["latency"]),
         "8 B, both sides as they come, the median of each figure over the rounds:",

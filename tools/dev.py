@@ -46,6 +46,7 @@ SANITIZERS = {"cpp": "none", "asan": "address,undefined", "tsan": "thread"}
 GROUPS = (*SANITIZERS, "verify", "python", "processes", "source", "lint", "sdist", "downstream")
 PIP = ("-m", "pip", "--disable-pip-version-check")
 INSTALLING: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+EXAMPLES = {"images": "examples/images/images.py", "workers": "examples/workers/workers.py"}
 IN_EVERY_WHEEL = ("py.typed", "_core.pyi", "_core.pxd", "include/dsline/error.hpp")
 
 
@@ -780,7 +781,7 @@ def command_line() -> argparse.ArgumentParser:
     proof.add_argument("--only", metavar="NAME,...", help="only these programs")
     proof.add_argument("--long", action="store_true", help="the long form: hours")
     proof.add_argument("--record", action="store_true", help="write the counts to docs/verification")
-    for name, text in (("example", "the image example"), ("bench", "the benchmarks")):
+    for name, text in (("example", f"an example: {' or '.join(EXAMPLES)}"), ("bench", "the benchmarks")):
         commands.add_parser(name, help=f"{text}; further arguments are passed on")
     commands.add_parser("lint", help="format, spelling, types, layers")
     commands.add_parser("format", help="rewrite Python and C++ sources in the project's format")
@@ -797,7 +798,10 @@ def main() -> int:
     if sys.version_info < (3, 11):  # noqa: UP036 - this file may be started by any python3
         parser.error(f"needs Python 3.11 or newer, this is {sys.version.split()[0]}")
     if options.command == "example":
-        return run_script("example", "examples", "examples/images/images.py", passed_on)
+        which = passed_on.pop(0) if passed_on and not passed_on[0].startswith("-") else "images"
+        if which not in EXAMPLES:
+            parser.error(f"there is no example {which!r}; there are {', '.join(EXAMPLES)}")
+        return run_script("example", "examples", EXAMPLES[which], passed_on)
     if options.command == "bench":
         return run_script("bench", "bench", "bench/run.py", passed_on)
     if options.command == "format":

@@ -128,7 +128,7 @@ def _pin(spec: Spec, role: int) -> None:
         os.sched_setaffinity(0, {spec.cpus[role]})
 
 
-class _Crew:
+class Crew:
     """The processes of one run; none of them outlives the with block."""
 
     def __init__(self, context: Any) -> None:
@@ -156,7 +156,7 @@ class _Crew:
         except EOFError:
             raise RuntimeError("a process of the run failed") from None
 
-    def __enter__(self) -> _Crew:
+    def __enter__(self) -> Crew:
         return self
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
@@ -171,11 +171,11 @@ def throughput(peer: Peer | Limit, spec: Spec) -> float:
     """Run once and return messages per second."""
     context = multiprocessing.get_context("spawn")
     if isinstance(peer, Limit):
-        with _Crew(context) as crew:
+        with Crew(context) as crew:
             return spec.count / float(crew.hear(crew.start(_limit_main, peer, spec)))
     link, remove = peer.link(context, spec)
     try:
-        with _Crew(context) as crew:
+        with Crew(context) as crew:
             receiver = crew.start(_receive_main, peer, link, spec)
             sender = crew.start(_send_main, peer, link, spec)
             crew.hear(sender)
@@ -196,7 +196,7 @@ def round_trips(peer: Peer, spec: Spec) -> RoundTrip:
     try:
         back, remove_back = peer.link(context, spec)
         try:
-            with _Crew(context) as crew:
+            with Crew(context) as crew:
                 pong = crew.start(_pong_main, peer, (there, back), spec)
                 ping = crew.start(_ping_main, peer, (there, back), spec)
                 samples = crew.hear(ping)

@@ -388,6 +388,7 @@ Attachment attach_path(const std::string& path, const std::string& label, memory
     DSLINE_POINT("create.before_link");
     if (link_storage(out.region->storage(), path)) {
       DSLINE_POINT("create.linked");
+      if (out.region->rules().sync != 0) sync_name(out.region->storage(), path);
       return out;
     }
     out.participant = Attachment::kNoParticipant;  // the region goes, unseen

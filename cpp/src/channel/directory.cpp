@@ -187,6 +187,17 @@ bool link_storage(const memory::Storage& storage, const std::string& path) {
   fail(ErrorCode::System, path + " cannot be given its name", errno);
 }
 
+void sync_name(const memory::Storage& storage, const std::string& path) {
+  int fd = open(parent_of(path).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  // Some file systems have nothing to write for a directory and say EINVAL.
+  const bool synced = fd >= 0 && (fsync(fd) == 0 || errno == EINVAL);
+  const int failure = errno;
+  if (fd >= 0) close(fd);
+  if (synced) return;
+  static_cast<void>(try_remove_name(storage, path));
+  fail(ErrorCode::System, "the name of " + path + " cannot be written to the disk", failure);
+}
+
 bool is_named(const memory::Storage& storage, const std::string& path) {
   bool same = false;
   const int failure = compare_with_name(storage, path, same);

@@ -30,6 +30,10 @@ std::unique_ptr<memory::Storage> make_unnamed_storage(const std::string& path, m
 /// Gives it its name; false when the name has been taken meanwhile.
 bool link_storage(const memory::Storage& storage, const std::string& path);
 
+/// Writes the name to the disk, so that it survives a loss of power. Removes it and throws where that fails. Requires: the
+/// control lock.
+void sync_name(const memory::Storage& storage, const std::string& path);
+
 /// True when `path` still names the file behind `storage`. Throws Error(System) when the kernel does not say.
 bool is_named(const memory::Storage& storage, const std::string& path);
 

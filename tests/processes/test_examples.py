@@ -1,0 +1,112 @@
+"""The programs of examples/ do what they say, with small pictures in place of those that scikit-image ships."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+PICTURES = """
+import numpy as np
+
+def __getattr__(name):
+    rng = np.random.default_rng(len(name))
+    return lambda: rng.integers(0, 256, (120 + 10 * len(name), 160, 3), dtype=np.uint8)
+"""
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """Variables with which `from skimage import data` gives pictures."""
+    package = tmp_path / "skimage"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "data.py").write_text(PICTURES)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+
+
+def run(script, *arguments, environment):
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=environment,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    return done.stdout
+
+
+def test_images(environment):
+    assert "all results are equal" in run(
+        "images/images.py", "--frames", "21", "--rounds", "1", environment=environment
+    )
+
+
+def test_two_terminals(environment):
+    """producer.py and consumer.py meet by name."""
+    start = time.monotonic()
+    with subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "images/consumer.py")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as consumer:
+        try:
+            run("images/producer.py", environment=environment)
+            out, _ = consumer.communicate(timeout=max(1, start + 60 - time.monotonic()))
+        finally:
+            consumer.kill()
+    assert [line.split()[0] for line in out.splitlines()] == ["astronaut", "coffee", "rocket", "retina"]
+
+
+@pytest.mark.parametrize("max_deliveries", [1, 15])
+def test_workers(environment, max_deliveries):
+    """All pictures are processed, whether those of dead workers are revived or only delivered again."""
+    out = run(
+        *("workers/workers.py", "--seconds", "3", "--max-deliveries", str(max_deliveries)),
+        environment=environment,
+    )
+    sent, processed = map(int, re.match(r"(\d+) pictures sent, (\d+) processed", out).groups())
+    assert sent == processed > 20
+    assert int(re.search(r"(\d+) workers killed", out)[1]) >= 3
+    assert "0 pictures missing, 0 results differ" in out
+
+
+def test_workers_end_with_the_program(environment):
+    """Killed itself, it leaves neither workers nor names."""
+    with subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "workers/workers.py"), "--seconds", "60"],
+        env={**environment, "DSLINE_TEST_MARK": str(os.getpid())},
+        start_new_session=True,
+    ) as program:
+        try:
+            deadline = time.monotonic() + 30
+            while len(marked()) < 5 and time.monotonic() < deadline:  # itself, the fork server, three workers
+                time.sleep(0.05)
+            assert len(marked()) >= 5
+        finally:
+            program.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while marked() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert marked() == []
+
+
+def marked():
+    """Processes that the program of the last test started."""
+    mark = f"DSLINE_TEST_MARK={os.getpid()}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (folder / "environ").read_bytes().split(b"\0") and int(folder.name) != os.getpid():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
