@@ -86,8 +86,13 @@ class Member {
         break;
     }
     life_.leaving_ns = base::monotonic_ns();
-    while (!held_.empty()) let_go();
     if (life_.role == Role::Viewer) life_.lost = channel_->stats().lost;
+    // What is still held outlives the handle, and its group.
+    if (!held_.empty() && random_.one_in(2)) {
+      channel_->close();
+      nap(random_, 2000);
+    }
+    while (!held_.empty()) let_go();
     channel_->close();
     channel_.reset();
     base_.reset();

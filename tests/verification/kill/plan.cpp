@@ -162,6 +162,8 @@ Plan make_plan(std::uint64_t seed, std::uint64_t round, std::uint32_t only) {
       plan.delay_one_in = random.between(5, 60);
       break;
   }
+  const std::uint32_t viewers = plan.wanted[static_cast<std::uint32_t>(Role::Viewer)];
+  if (viewers != 0) plan.options.max_groups = plan.durable + viewers + random.between(1, 3);
   return plan;
 }
 
