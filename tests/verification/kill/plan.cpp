@@ -57,7 +57,9 @@ Plan make_plan(std::uint64_t seed, std::uint64_t round, std::uint32_t only) {
   choose_channel(plan, random);
 
   plan.policy = Backpressure::Block;
-  const auto want = [&plan](Role role, std::uint32_t n) { plan.wanted[static_cast<std::uint32_t>(role)] = n; };
+  const auto want = [&plan](Role role, std::uint32_t n) {
+    plan.wanted[static_cast<std::uint32_t>(role)] = n;
+  };
   want(Role::Producer, 1);
   want(Role::Consumer, 1);
   plan.most_held = random.between(1, 4);
