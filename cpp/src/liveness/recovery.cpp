@@ -198,7 +198,6 @@ void sweep_ended_groups(memory::Region& region, std::uint32_t me, bool has_contr
   Membership membership(region, pool);
   if (!membership.anything_stale()) return;
   if (!has_control && !region.storage().try_lock(memory::kControlLock)) return;
-  DSLINE_POINT("recover.before_sweep");
   membership.remove_abandoned(Membership::kNoGroup, me);
   membership.sweep(me);
   if (!has_control) region.storage().unlock(memory::kControlLock);

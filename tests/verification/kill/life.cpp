@@ -23,7 +23,8 @@ constexpr std::int64_t kPatienceNs = 100'000'000;
 
 std::uint32_t group_number(const std::string& name) {
   const std::size_t dash = name.find('-');
-  return dash == std::string::npos ? kDefaultGroup : static_cast<std::uint32_t>(atoi(name.c_str() + dash + 1));
+  return dash == std::string::npos ? kDefaultGroup
+                                   : static_cast<std::uint32_t>(atoi(name.c_str() + dash + 1));
 }
 
 class Torn : public std::runtime_error {
@@ -39,8 +40,9 @@ void nap(Random& random, std::uint32_t most_us) {
 
 std::string describe(const Received& message, const Stamp& stamp) {
   char text[200];
-  std::snprintf(text, sizeof text, "slot %u position %llu bytes %llu, stamp: producer %u sequence %u bytes %llu",
-                message.slot, static_cast<unsigned long long>(message.sequence),
+  std::snprintf(text, sizeof text,
+                "slot %u position %llu bytes %llu, stamp: producer %u sequence %u bytes %llu", message.slot,
+                static_cast<unsigned long long>(message.sequence),
                 static_cast<unsigned long long>(message.payload_bytes), stamp.producer, stamp.sequence,
                 static_cast<unsigned long long>(stamp.bytes));
   return text;
@@ -86,8 +88,13 @@ class Member {
         break;
     }
     life_.leaving_ns = base::monotonic_ns();
-    while (!held_.empty()) let_go();
     if (life_.role == Role::Viewer) life_.lost = channel_->stats().lost;
+    // What is still held outlives the handle, and its group.
+    if (!held_.empty() && random_.one_in(2)) {
+      channel_->close();
+      nap(random_, 2000);
+    }
+    while (!held_.empty()) let_go();
     channel_->close();
     channel_.reset();
     base_.reset();
@@ -147,7 +154,8 @@ class Member {
     Held held;
     const std::int64_t patience = until_empty ? 0 : random_.one_in(2) ? kPatienceNs : 2'000'000;
     const Outcome outcome = channel_->recv(held.message, base::monotonic_ns() + patience);
-    if (outcome == Outcome::Closed) throw std::runtime_error("recv() says closed, and nobody has closed anything");
+    if (outcome == Outcome::Closed)
+      throw std::runtime_error("recv() says closed, and nobody has closed anything");
     if (outcome == Outcome::Corrupted) throw Torn(std::string("corrupted: ") + held.message.fault);
     if (outcome == Outcome::Ok) {
       check(held, "when received");
@@ -169,8 +177,8 @@ class Member {
   };
 
   void note(const Held& held, What what) {
-    life_.note({base::monotonic_ns(), held.message.sequence, held.stamp.producer, held.stamp.sequence, held.group,
-                static_cast<std::uint8_t>(held.message.attempts), held.is_letter, what});
+    life_.note({base::monotonic_ns(), held.message.sequence, held.stamp.producer, held.stamp.sequence,
+                held.group, static_cast<std::uint8_t>(held.message.attempts), held.is_letter, what});
   }
 
   bool bury_one() {
@@ -208,7 +216,8 @@ class Member {
     std::vector<std::byte> copy(message.payload, message.payload + message.payload_bytes);
     if (!channel_->is_unchanged(message)) return true;
     Stamp stamp{};
-    if (!read_payload(copy.data(), copy.size(), stamp)) throw Torn("torn newest: " + describe(message, stamp));
+    if (!read_payload(copy.data(), copy.size(), stamp))
+      throw Torn("torn newest: " + describe(message, stamp));
     if (has_looked_ && slots::distance(message.sequence & slots::kPositionMask, newest_) <= 0) {
       throw std::runtime_error("the newest message is older than the one before");
     }
@@ -268,9 +277,14 @@ Outcome finish(Channel& channel, Life& life, Received& message, std::uint32_t gr
   if (!read_payload(message.payload, message.payload_bytes, stamp)) {
     throw Torn("torn at the end: " + describe(message, stamp));
   }
-  Event event{base::monotonic_ns(), message.sequence, stamp.producer,
-              stamp.sequence,       group,            static_cast<std::uint8_t>(message.attempts),
-              is_letter,            What::Got};
+  Event event{base::monotonic_ns(),
+              message.sequence,
+              stamp.producer,
+              stamp.sequence,
+              group,
+              static_cast<std::uint8_t>(message.attempts),
+              is_letter,
+              What::Got};
   life.note(event);
   channel.release(message.slot, message.process, message.group);
   event.what = What::Released;

@@ -27,10 +27,10 @@ struct Send {
 };
 
 enum class What : std::uint8_t {
-  Got,         ///< a message, or a dead letter
+  Got,  ///< a message, or a dead letter
   Released,
   GivingBack,
-  Reviving,    ///< a dead letter goes to its group again
+  Reviving,  ///< a dead letter goes to its group again
 };
 
 /// Groups as the harness counts them: 0 the default group, from 1 the durable ones, and one per viewer.
@@ -167,7 +167,7 @@ struct Tally {
   Times recovery_by_newcomers;
   Times recovery_by_waiters;
   Times recovery_in_stream;  // the same where messages keep coming, so that no wait lasts long
-  Times redelivery;  // from a death to its message in other hands
+  Times redelivery;          // from a death to its message in other hands
   std::uint32_t violations;
   char violation[kMostViolations][400];
 };

@@ -31,7 +31,8 @@ constexpr std::int64_t kSilenceNs = 60'000'000'000;
 
 template <class T>
 T* share() {
-  void* at = mmap(nullptr, sizeof(T), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* at =
+      mmap(nullptr, sizeof(T), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (at == MAP_FAILED) {
     std::perror("mmap");
     std::exit(2);
@@ -39,13 +40,17 @@ T* share() {
   return static_cast<T*>(at);
 }
 
-// The harness itself was killed: its children follow by their own death signals, names are removed here.
+char folder[] = "/tmp/dsline-kill-XXXXXX";
+
+// The harness itself was killed: its children follow by their own death signals, names are removed here, and the folder
+// by the last lane.
 extern "C" void on_orphaned(int) {
   if (path_to_remove[0] != 0) unlink(path_to_remove);
+  rmdir(folder);
   _exit(1);
 }
 
-[[noreturn]] void run_lane(const Options& options, const std::string& folder, Shared& shared, Tally& tally) {
+[[noreturn]] void run_lane(const Options& options, Shared& shared, Tally& tally) {
   signal(SIGTERM, on_orphaned);
   prctl(PR_SET_PDEATHSIG, SIGTERM);
   sigset_t child_ended;
@@ -67,10 +72,11 @@ extern "C" void on_orphaned(int) {
 }
 
 [[noreturn]] void usage(const char* why) {
-  std::fprintf(stderr,
-               "%s\nkill_harness [--kills N] [--seed S] [--lanes L] [--seconds T] [--shape NUMBER] [--round R] "
-               "[--json FILE]\n",
-               why);
+  std::fprintf(
+      stderr,
+      "%s\nkill_harness [--kills N] [--seed S] [--lanes L] [--seconds T] [--shape NUMBER] [--round R] "
+      "[--json FILE]\n",
+      why);
   for (std::uint32_t s = 0; s < kShapes; ++s) std::fprintf(stderr, "  shape %u: %s\n", s, shape_name(s));
   std::exit(2);
 }
@@ -106,7 +112,6 @@ Options parse(int argc, char** argv) {
 int run(const Options& options) {
   std::printf("seed %" PRIu64 ", %" PRIu64 " kills, %u lanes\n", options.seed, options.kills, options.lanes);
   std::fflush(stdout);
-  char folder[] = "/tmp/dsline-kill-XXXXXX";
   if (mkdtemp(folder) == nullptr) {
     std::perror("mkdtemp");
     return 2;
@@ -117,7 +122,7 @@ int run(const Options& options) {
   for (std::uint32_t i = 0; i < options.lanes; ++i) {
     tallies.push_back(share<Tally>());
     const pid_t pid = fork();
-    if (pid == 0) run_lane(options, folder, *shared, *tallies.back());
+    if (pid == 0) run_lane(options, *shared, *tallies.back());
     lanes.push_back(pid);
   }
 

@@ -41,12 +41,13 @@ std::string text_of(Key key, const Message& message) {
   std::string text = line;
   for (const auto& [group, deliveries] : message.by_group) {
     for (const Delivery& d : deliveries) {
-      std::snprintf(line, sizeof line, "; life %u of group %u got %sposition %llu attempts %u%s%s", d.life, group,
-                    d.got->is_letter ? "letter " : "", static_cast<unsigned long long>(d.got->position),
-                    d.got->attempts, d.released ? " released" : "",
-                    d.given_back == nullptr                   ? ""
+      std::snprintf(line, sizeof line, "; life %u of group %u got %sposition %llu attempts %u%s%s", d.life,
+                    group, d.got->is_letter ? "letter " : "",
+                    static_cast<unsigned long long>(d.got->position), d.got->attempts,
+                    d.released ? " released" : "",
+                    d.given_back == nullptr                ? ""
                     : d.given_back->what == What::Reviving ? " revived"
-                                                              : " given back");
+                                                           : " given back");
       text += line;
     }
   }
@@ -95,8 +96,9 @@ class Judge {
       const Event& event = life.seen[i];
       auto found = messages_.find(key_of(event));
       if (found == messages_.end()) {
-        complain_(Fault::Torn, "life " + std::to_string(index) + " got a message that nobody sent: producer " +
-                                   std::to_string(event.producer) + " sequence " + std::to_string(event.sequence));
+        complain_(Fault::Torn,
+                  "life " + std::to_string(index) + " got a message that nobody sent: producer " +
+                      std::to_string(event.producer) + " sequence " + std::to_string(event.sequence));
         continue;
       }
       auto& deliveries = found->second.by_group[event.group];
@@ -110,7 +112,8 @@ class Judge {
         auto last = last_position.find(event.group);
         if (last != last_position.end() && event.position <= last->second) {
           complain_(Fault::Disordered, "life " + std::to_string(index) + " got position " +
-                                           std::to_string(event.position) + " after " + std::to_string(last->second));
+                                           std::to_string(event.position) + " after " +
+                                           std::to_string(last->second));
         }
         last_position[event.group] = event.position;
         continue;
@@ -184,7 +187,8 @@ class Judge {
     if (after.got->at_ns < let_go_ns) {
       complain_(Fault::Duplicated, "two holders at a time: " + text_of(key, message));
     }
-    if (plan_.drops && before.given_back == nullptr && before.got->group != kDefaultGroup && !before.got->is_letter) {
+    if (plan_.drops && before.given_back == nullptr && before.got->group != kDefaultGroup &&
+        !before.got->is_letter) {
       complain_(Fault::Duplicated, "again where the dead's messages are dropped: " + text_of(key, message));
     }
     // How long it took, for the waiting: as long as somebody was there who was not being stopped.
@@ -219,18 +223,20 @@ class Judge {
       most = dropped + deaths_;
       if (dropped > missing + deaths_ + intended) {
         complain_(Fault::Other, "group " + std::to_string(group) + ": " + std::to_string(missing) +
-                                    " messages are missing, " + std::to_string(dropped) + " are counted as dropped");
+                                    " messages are missing, " + std::to_string(dropped) +
+                                    " are counted as dropped");
       }
     } else if (plan_.shape == Shape::DeadLetters) {
       most = counts_.letters_dropped == 0 && deaths_ == 0 ? 0 : counts_.letters_dropped + dropped + deaths_;
     } else if (plan_.drops && group != kDefaultGroup) {
       for (const Life& life : log_.life) {
-        if (life.end == End::Killed && life.role == Role::Consumer && life.group == group) most += plan_.most_held + 1;
+        if (life.end == End::Killed && life.role == Role::Consumer && life.group == group)
+          most += plan_.most_held + 1;
       }
     }
     if (missing <= most) return;
-    complain_(Fault::Lost, "group " + std::to_string(group) + " lacks " + std::to_string(missing) + " messages, " +
-                               std::to_string(most) + " may be; send() had returned for " +
+    complain_(Fault::Lost, "group " + std::to_string(group) + " lacks " + std::to_string(missing) +
+                               " messages, " + std::to_string(most) + " may be; send() had returned for " +
                                text_of(example_key, *example));
   }
 
@@ -243,7 +249,8 @@ class Judge {
     std::uint64_t uncertain = 0;  // messages whose senders may have looked at the groups before it joined
     for (const auto& [key, message] : messages_) {
       const Send& send = *message.send;
-      uncertain += send.intended_ns <= life.joined_ns && (send.returned_ns == 0 || send.returned_ns >= life.asked_ns);
+      uncertain +=
+          send.intended_ns <= life.joined_ns && (send.returned_ns == 0 || send.returned_ns >= life.asked_ns);
       auto found = message.by_group.find(life.group);
       if (found == message.by_group.end() || found->second.empty()) continue;
       positions.push_back(message.position);
@@ -269,8 +276,9 @@ class Judge {
     }
     if (gaps > most) {
       complain_(Fault::Lost, "viewer " + std::to_string(index) + " got " + std::to_string(positions.size()) +
-                                 " messages with " + std::to_string(gaps) + " gaps after it had joined, counted " +
-                                 std::to_string(life.lost) + ", uncertain " + std::to_string(uncertain));
+                                 " messages with " + std::to_string(gaps) +
+                                 " gaps after it had joined, counted " + std::to_string(life.lost) +
+                                 ", uncertain " + std::to_string(uncertain));
     }
   }
 
@@ -284,8 +292,9 @@ class Judge {
       if (!message.has_position) continue;
       const std::uint64_t position = message.position;
       if (!at.emplace(position, key).second) {
-        complain_(Fault::Disordered, "position " + std::to_string(position) + " has two messages: " +
-                                         text_of(key, message) + " and " + text_of(at[position], messages_[at[position]]));
+        complain_(Fault::Disordered, "position " + std::to_string(position) +
+                                         " has two messages: " + text_of(key, message) + " and " +
+                                         text_of(at[position], messages_[at[position]]));
       }
       if (key >> 32 == producer && position <= last) {
         complain_(Fault::Disordered, "overtaken by a later one of its producer: " + text_of(key, message));
@@ -306,7 +315,8 @@ class Judge {
 
 }  // namespace
 
-void judge_messages(const Plan& plan, const Log& log, const Counts& counts, Tally& tally, const Complain& complain) {
+void judge_messages(const Plan& plan, const Log& log, const Counts& counts, Tally& tally,
+                    const Complain& complain) {
   Judge(plan, log, counts, tally, complain).run();
 }
 
@@ -320,24 +330,27 @@ std::uint32_t kept_messages(const memory::Region& region) {
   return kept;
 }
 
-void judge_region(const memory::Region& region, std::uint32_t handles, std::uint32_t durable, std::uint32_t history,
-                  const Complain& complain) {
+void judge_region(const memory::Region& region, std::uint32_t handles, std::uint32_t durable,
+                  std::uint32_t history, const Complain& complain) {
   const memory::Geometry& g = region.geometry();
   const std::uint32_t retained = region.keeps_history() ? 1u << region.retention_group() : 0;
   bool clean = true;
   for (std::uint32_t s = 0; s < g.slots; ++s) {
     const SlotWord word{region.slot(s).word.load()};
-    const bool is_history = word.is(slots::SlotPhase::Committed) && word.pending() == retained && retained != 0;
+    const bool is_history =
+        word.is(slots::SlotPhase::Committed) && word.pending() == retained && retained != 0;
     clean = clean && (word.is_free() || is_history);
   }
-  if (!clean || kept_messages(region) > history) complain(Fault::Leaked, "slots are not free: " + dump_region(region));
+  if (!clean || kept_messages(region) > history)
+    complain(Fault::Leaked, "slots are not free: " + dump_region(region));
   std::uint32_t used = 0;
   for (std::uint32_t i = 0; i < g.participants; ++i) used += (region.participant(i).word.load() & 0xFF) != 0;
   if (used != handles) {
     complain(Fault::Leaked, std::to_string(used) + " participants, " + std::to_string(handles) + " handles");
   }
   const auto groups = static_cast<std::uint32_t>(region.header().active.load()) & region.group_bits();
-  const std::uint32_t wanted = (region.rules().default_group != 0 ? 1 : 0) + (retained != 0 ? 1 : 0) + durable;
+  const std::uint32_t wanted =
+      (region.rules().default_group != 0 ? 1 : 0) + (retained != 0 ? 1 : 0) + durable;
   if (static_cast<std::uint32_t>(std::popcount(groups)) != wanted) {
     complain(Fault::Leaked, "groups of the dead: " + dump_region(region));
   }

@@ -57,7 +57,9 @@ Plan make_plan(std::uint64_t seed, std::uint64_t round, std::uint32_t only) {
   choose_channel(plan, random);
 
   plan.policy = Backpressure::Block;
-  const auto want = [&plan](Role role, std::uint32_t n) { plan.wanted[static_cast<std::uint32_t>(role)] = n; };
+  const auto want = [&plan](Role role, std::uint32_t n) {
+    plan.wanted[static_cast<std::uint32_t>(role)] = n;
+  };
   want(Role::Producer, 1);
   want(Role::Consumer, 1);
   plan.most_held = random.between(1, 4);
@@ -162,6 +164,8 @@ Plan make_plan(std::uint64_t seed, std::uint64_t round, std::uint32_t only) {
       plan.delay_one_in = random.between(5, 60);
       break;
   }
+  const std::uint32_t viewers = plan.wanted[static_cast<std::uint32_t>(Role::Viewer)];
+  if (viewers != 0) plan.options.max_groups = plan.durable + viewers + random.between(1, 3);
   return plan;
 }
 

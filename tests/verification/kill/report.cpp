@@ -61,7 +61,9 @@ void print_times(const char* what, const Times& times) {
 }
 
 void write_times(FILE* file, const char* name, const Times& times, const char* end) {
-  std::fprintf(file, "  \"%s\": {\"count\": %" PRIu64 ", \"p50_ms\": %.2f, \"p99_ms\": %.2f, \"longest_ms\": %.2f}%s\n",
+  std::fprintf(file,
+               "  \"%s\": {\"count\": %" PRIu64
+               ", \"p50_ms\": %.2f, \"p99_ms\": %.2f, \"longest_ms\": %.2f}%s\n",
                name, times.count, times.quantile_ms(0.5), times.quantile_ms(0.99),
                static_cast<double>(times.longest_ns) / 1e6, end);
 }
@@ -70,30 +72,33 @@ std::uint64_t violations_of(const Tally& sum) {
   return sum.lost + sum.torn + sum.duplicated + sum.disordered + sum.leaked + sum.stuck + sum.other;
 }
 
-bool write_json(const Options& options, const Tally& sum, std::uint64_t kills, std::uint32_t unhit, double seconds,
-                bool good) {
+bool write_json(const Options& options, const Tally& sum, std::uint64_t kills, std::uint32_t unhit,
+                double seconds, bool good) {
   FILE* file = std::fopen(options.json.c_str(), "we");
   if (file == nullptr) {
     std::perror(options.json.c_str());
     return false;
   }
-  std::fprintf(file, "{\n  \"seed\": %" PRIu64 ",\n  \"seconds\": %.1f,\n  \"good\": %s,\n  \"kills\": %" PRIu64 ",\n",
-               options.seed, seconds, good ? "true" : "false", kills);
-  std::fprintf(file, "  \"violations\": %" PRIu64 ",\n  \"labels_with_a_death\": %u,\n  \"labels_without\": %u,\n",
+  std::fprintf(
+      file, "{\n  \"seed\": %" PRIu64 ",\n  \"seconds\": %.1f,\n  \"good\": %s,\n  \"kills\": %" PRIu64 ",\n",
+      options.seed, seconds, good ? "true" : "false", kills);
+  std::fprintf(file,
+               "  \"violations\": %" PRIu64 ",\n  \"labels_with_a_death\": %u,\n  \"labels_without\": %u,\n",
                violations_of(sum), point_count() - unhit, unhit);
   std::fprintf(file, "  \"recovery_p99_ms\": %.1f,\n  \"redelivery_p99_ms\": %.1f,\n",
                sum.recovery_by_waiters.quantile_ms(0.99), sum.redelivery.quantile_ms(0.99));
   std::fprintf(file,
                "  \"kills_at_random_times\": %" PRIu64 ",\n  \"stops\": %" PRIu64 ",\n  \"sent\": %" PRIu64
                ",\n  \"received\": %" PRIu64 ",\n  \"redelivered\": %" PRIu64 ",\n  \"given_back\": %" PRIu64
-               ",\n  \"rolled_forward\": %" PRIu64 ",\n  \"dropped\": %" PRIu64 ",\n  \"dead_letters\": %" PRIu64
-               ",\n  \"older_messages\": %" PRIu64 ",\n  \"looks\": %" PRIu64 ",\n  \"refused\": %" PRIu64 ",\n",
+               ",\n  \"rolled_forward\": %" PRIu64 ",\n  \"dropped\": %" PRIu64
+               ",\n  \"dead_letters\": %" PRIu64 ",\n  \"older_messages\": %" PRIu64
+               ",\n  \"looks\": %" PRIu64 ",\n  \"refused\": %" PRIu64 ",\n",
                sum.killed_at_random, sum.stops, sum.sent, sum.received, sum.redelivered, sum.given_back,
                sum.rolled_forward, sum.dropped, sum.letters, sum.old_messages, sum.looks, sum.refused);
   std::fprintf(file,
-               "  \"violations_by_kind\": {\"lost\": %" PRIu64 ", \"torn\": %" PRIu64 ", \"duplicated\": %" PRIu64
-               ", \"disordered\": %" PRIu64 ", \"leaked\": %" PRIu64 ", \"stuck\": %" PRIu64 ", \"other\": %" PRIu64
-               "},\n",
+               "  \"violations_by_kind\": {\"lost\": %" PRIu64 ", \"torn\": %" PRIu64
+               ", \"duplicated\": %" PRIu64 ", \"disordered\": %" PRIu64 ", \"leaked\": %" PRIu64
+               ", \"stuck\": %" PRIu64 ", \"other\": %" PRIu64 "},\n",
                sum.lost, sum.torn, sum.duplicated, sum.disordered, sum.leaked, sum.stuck, sum.other);
   write_times(file, "recovery_by_newcomers", sum.recovery_by_newcomers, ",");
   write_times(file, "recovery_by_waiters", sum.recovery_by_waiters, ",");
@@ -125,7 +130,8 @@ bool report(const Options& options, const std::vector<const Tally*>& lanes, doub
   for (std::uint32_t s = 0; s < kShapes; ++s) {
     std::uint64_t lives = 0;
     for (std::uint32_t r = 0; r < kRoles; ++r) lives += sum->lives[s][r];
-    std::printf("%-20s %8" PRIu64 " %9" PRIu64 " %9" PRIu64 "\n", shape_name(s), sum->rounds[s], sum->kills[s], lives);
+    std::printf("%-20s %8" PRIu64 " %9" PRIu64 " %9" PRIu64 "\n", shape_name(s), sum->rounds[s],
+                sum->kills[s], lives);
     kills += sum->kills[s];
   }
 
@@ -144,15 +150,16 @@ bool report(const Options& options, const std::vector<const Tally*>& lanes, doub
   print_times("recovery by those who were there", sum->recovery_by_waiters);
   print_times("  of these in a steady stream", sum->recovery_in_stream);
   print_times("redelivery", sum->redelivery);
-  std::printf("\n%" PRIu64 " kills and %" PRIu64 " stops in %.1f s: %" PRIu64 " sent, %" PRIu64 " received, %" PRIu64
-              " of them again, %" PRIu64 " given back, %" PRIu64 " delivered for a dead sender, %" PRIu64 " dropped\n",
+  std::printf("\n%" PRIu64 " kills and %" PRIu64 " stops in %.1f s: %" PRIu64 " sent, %" PRIu64
+              " received, %" PRIu64 " of them again, %" PRIu64 " given back, %" PRIu64
+              " delivered for a dead sender, %" PRIu64 " dropped\n",
               kills, sum->stops, seconds, sum->sent, sum->received, sum->redelivered, sum->given_back,
               sum->rolled_forward, sum->dropped);
   std::printf("%" PRIu64 " dead letters taken, %" PRIu64 " older messages received by viewers, %" PRIu64
               " looks at the newest message, %" PRIu64 " viewers found no number left\n",
               sum->letters, sum->old_messages, sum->looks, sum->refused);
-  std::printf("lost %" PRIu64 ", torn %" PRIu64 ", duplicated %" PRIu64 ", out of order %" PRIu64 ", leaked %" PRIu64
-              ", stuck %" PRIu64 ", other %" PRIu64 "\n",
+  std::printf("lost %" PRIu64 ", torn %" PRIu64 ", duplicated %" PRIu64 ", out of order %" PRIu64
+              ", leaked %" PRIu64 ", stuck %" PRIu64 ", other %" PRIu64 "\n",
               sum->lost, sum->torn, sum->duplicated, sum->disordered, sum->leaked, sum->stuck, sum->other);
 
   if (violations_of(*sum) != 0) good = false;
@@ -169,8 +176,8 @@ bool report(const Options& options, const std::vector<const Tally*>& lanes, doub
       std::printf("FAILED: %u labels without a death\n", unhit);
       good = false;
     }
-    for (const Times* times : {&sum->recovery_by_newcomers, &sum->recovery_by_waiters, &sum->recovery_in_stream,
-                               &sum->redelivery}) {
+    for (const Times* times : {&sum->recovery_by_newcomers, &sum->recovery_by_waiters,
+                               &sum->recovery_in_stream, &sum->redelivery}) {
       if (times->count < 20) {
         std::printf("FAILED: too few recoveries were measured\n");
         good = false;

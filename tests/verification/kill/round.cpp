@@ -43,7 +43,8 @@ Round::Round(const Plan& plan, const std::string& folder, Log& log, Tally& tally
   site_.log = &log_;
   if (plan_.place == Place::Shm) {
     site_.where = "kill-" + std::to_string(getpid());
-    std::snprintf(path_to_remove, sizeof path_to_remove, "%s/%s", channel_directory().c_str(), site_.where.c_str());
+    std::snprintf(path_to_remove, sizeof path_to_remove, "%s/%s", channel_directory().c_str(),
+                  site_.where.c_str());
   } else if (plan_.place == Place::File) {
     site_.where = folder + "/channel-" + std::to_string(getpid());
     std::snprintf(path_to_remove, sizeof path_to_remove, "%s", site_.where.c_str());
@@ -76,21 +77,22 @@ void Round::complain(Fault fault, const std::string& text) {
   }
   if (tally_.violations == kMostViolations) return;
   std::snprintf(tally_.violation[tally_.violations++], sizeof tally_.violation[0], "round %llu (%s, %s): %s",
-                static_cast<unsigned long long>(plan_.round), shape_name(static_cast<std::uint32_t>(plan_.shape)),
-                place_name(plan_.place), text.c_str());
+                static_cast<unsigned long long>(plan_.round),
+                shape_name(static_cast<std::uint32_t>(plan_.shape)), place_name(plan_.place), text.c_str());
   std::fprintf(stderr, "VIOLATION in round %llu (%s, %s, capacity %u): %s\n",
-               static_cast<unsigned long long>(plan_.round), shape_name(static_cast<std::uint32_t>(plan_.shape)),
-               place_name(plan_.place), plan_.options.capacity, text.c_str());
+               static_cast<unsigned long long>(plan_.round),
+               shape_name(static_cast<std::uint32_t>(plan_.shape)), place_name(plan_.place),
+               plan_.options.capacity, text.c_str());
 }
 
 void Round::create() {
   if (path_to_remove[0] != 0) ::unlink(path_to_remove);
   if (plan_.shape == Shape::Creators) return;
   std::shared_ptr<Channel> first = plan_.place == Place::Memfd ? Channel::create_anonymous(plan_.options)
-                                                              : open_channel(site_, OpenMode::Create);
+                                                               : open_channel(site_, OpenMode::Create);
   site_.fd = dup(first->descriptor());
-  watch_ = memory::Region::attach(
-      memory::make_file_storage(dup(site_.fd), memory::StorageKind::File, "the channel as its watcher sees it"));
+  watch_ = memory::Region::attach(memory::make_file_storage(dup(site_.fd), memory::StorageKind::File,
+                                                            "the channel as its watcher sees it"));
   for (std::uint32_t g = 1; g <= plan_.durable; ++g) first->subscribe(subscription(plan_, g))->close();
   if (plan_.has_keeper) {
     site_.keeper = first;
@@ -161,7 +163,8 @@ void Round::spawn(Role role) {
   Child child{index, pid, 0, 0, 0};
   // Whoever has a label to die at gets more time to come there.
   const std::uint32_t patience = life.wanted_point >= 0 ? 3 : 1;
-  child.kill_at_ns = now + (plan_.life_us / 4 + std::int64_t{random_.below(plan_.life_us * 2)} * patience) * 1000;
+  child.kill_at_ns =
+      now + (plan_.life_us / 4 + std::int64_t{random_.below(plan_.life_us * 2)} * patience) * 1000;
   if (plan_.stops && random_.one_in(3)) child.stop_at_ns = now + random_.below(10) * kMs;
   children_.push_back(child);
   last_spawn_ns_ = now;
@@ -182,7 +185,8 @@ void Round::spawn_missing() {
 void Round::reap() {
   int status = 0;
   for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG | WUNTRACED)) > 0;) {
-    auto child = std::find_if(children_.begin(), children_.end(), [pid](const Child& c) { return c.pid == pid; });
+    auto child =
+        std::find_if(children_.begin(), children_.end(), [pid](const Child& c) { return c.pid == pid; });
     if (child == children_.end()) continue;
     const std::int64_t now = base::monotonic_ns();
     Life& life = log_.life[child->index];
@@ -208,7 +212,8 @@ void Round::reap() {
       ++tally_.refused;
     } else {
       life.end = End::Failed;
-      const bool torn = std::strstr(life.error, "torn") != nullptr || std::strstr(life.error, "corrupted") != nullptr;
+      const bool torn =
+          std::strstr(life.error, "torn") != nullptr || std::strstr(life.error, "corrupted") != nullptr;
       char text[300];
       std::snprintf(text, sizeof text, "life %u ended with status %x: %s", child->index, status, life.error);
       complain(torn ? Fault::Torn : Fault::Other, text);
@@ -252,7 +257,8 @@ void Round::watch_recovery() {
   const std::int64_t now = base::monotonic_ns();
   const bool somebody = std::any_of(children_.begin(), children_.end(), [this](const Child& child) {
     const Life& life = log_.life[child.index];
-    const bool receives = life.role == Role::Consumer || life.role == Role::Viewer || life.role == Role::Undertaker;
+    const bool receives =
+        life.role == Role::Consumer || life.role == Role::Viewer || life.role == Role::Undertaker;
     return receives && child.go_on_at_ns == 0 && child.kill_at_ns != INT64_MAX && life.joined_ns != 0;
   });
   if (!somebody) {
@@ -263,13 +269,16 @@ void Round::watch_recovery() {
   std::erase_if(unrecovered_, [&](const Dead& dead) {
     for (std::uint32_t i = 0; i < watch_->geometry().participants; ++i) {
       const memory::ParticipantState& entry = watch_->participant(i);
-      if ((entry.word.load() & 0xFF) != 0 && entry.pid.load() == static_cast<std::uint32_t>(dead.pid)) return false;
+      if ((entry.word.load() & 0xFF) != 0 && entry.pid.load() == static_cast<std::uint32_t>(dead.pid))
+        return false;
     }
     if (somebody_since_ns_ != 0 && !plan_.stops && !is_ending_) {
-      Times& times = last_spawn_ns_ > dead.since_ns ? tally_.recovery_by_newcomers : tally_.recovery_by_waiters;
+      Times& times =
+          last_spawn_ns_ > dead.since_ns ? tally_.recovery_by_newcomers : tally_.recovery_by_waiters;
       const std::int64_t took = now - std::max(dead.since_ns, somebody_since_ns_);
       times.add(took);
-      if (plan_.shape == Shape::Steady && last_spawn_ns_ <= dead.since_ns) tally_.recovery_in_stream.add(took);
+      if (plan_.shape == Shape::Steady && last_spawn_ns_ <= dead.since_ns)
+        tally_.recovery_in_stream.add(took);
     }
     return true;
   });
@@ -364,7 +373,8 @@ void Round::judge_late_joiner(Channel& channel, const memory::Region& region) {
   Received message;
   while (late->try_recv(message) == Outcome::Ok) {
     Stamp stamp{};
-    if (!read_payload(message.payload, message.payload_bytes, stamp)) complain(Fault::Torn, "torn in the history");
+    if (!read_payload(message.payload, message.payload_bytes, stamp))
+      complain(Fault::Torn, "torn in the history");
     late->release(message.slot, message.process, message.group);
     ++got;
   }
@@ -413,11 +423,13 @@ void Round::final_look() {
   }
   for (const Loan& loan : loans) channel->abort(loan);
   if (history != 0) {
-    for (std::uint32_t i = 0; i < 2; ++i) channel->try_send("", 0, kBytesMessage, nullptr, 0, 0, Backpressure::Raise);
+    for (std::uint32_t i = 0; i < 2; ++i)
+      channel->try_send("", 0, kBytesMessage, nullptr, 0, 0, Backpressure::Raise);
     for (std::uint32_t g = plan_.options.default_group == 0 ? 1 : 0; g <= plan_.durable; ++g) {
       auto member = g == kDefaultGroup ? channel : channel->subscribe(subscription(plan_, g));
       Received message;
-      while (member->try_recv(message) == Outcome::Ok) member->release(message.slot, message.process, message.group);
+      while (member->try_recv(message) == Outcome::Ok)
+        member->release(message.slot, message.process, message.group);
       if (g != kDefaultGroup) member->close();
     }
     judge_region(*region, 1, plan_.durable, history, complain_here);

@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <bit>
 #include <map>
-#include <set>
 #include <memory>
+#include <set>
 #include <stdexcept>
 
 #include "memory/region.hpp"
@@ -60,7 +60,8 @@ std::string compare(const std::vector<Got>& got, std::vector<Item>& items, bool 
   std::map<std::pair<std::string, std::uint64_t>, int> seen;
   std::map<std::string, std::uint64_t> last;
   for (const Got& g : got) {
-    const std::string name = "message " + std::to_string(g.id) + (g.group.empty() ? "" : " of group " + g.group);
+    const std::string name =
+        "message " + std::to_string(g.id) + (g.group.empty() ? "" : " of group " + g.group);
     if (!seen.emplace(std::pair(g.group, g.id), g.attempts).second) return name + " came twice";
     auto item = std::find_if(items.begin(), items.end(),
                              [&g](const Item& i) { return i.id == g.id && i.group == g.group; });
@@ -80,7 +81,8 @@ std::string compare(const std::vector<Got>& got, std::vector<Item>& items, bool 
     const int state = found == seen.end() ? kAbsent : found->second;
     auto at = std::find(item.path.begin() + static_cast<std::ptrdiff_t>(item.at), item.path.end(), state);
     if (at == item.path.end()) {
-      return "message " + std::to_string(item.id) + (item.group.empty() ? "" : " of group " + item.group) + " is " +
+      return "message " + std::to_string(item.id) + (item.group.empty() ? "" : " of group " + item.group) +
+             " is " +
              (state == kAbsent   ? "lost"
               : state == kLetter ? "a dead letter"
                                  : "delivered after " + std::to_string(state) + " other deliveries") +
@@ -92,22 +94,24 @@ std::string compare(const std::vector<Got>& got, std::vector<Item>& items, bool 
 }
 
 std::string leftovers(int fd, std::uint32_t handles, const Scene& scene) {
-  auto region = memory::Region::attach(memory::make_file_storage(dup(fd), memory::StorageKind::File, "the scene"));
+  auto region =
+      memory::Region::attach(memory::make_file_storage(dup(fd), memory::StorageKind::File, "the scene"));
   const memory::Geometry& g = region->geometry();
   for (std::uint32_t s = 0; s < g.slots; ++s) {
     slots::SlotWord word{region->slot(s).word.load()};
     const bool is_history = scene.has_history() && word.is(slots::SlotPhase::Committed) &&
                             word.pending() == 1u << region->retention_group();
     if (!word.is_free() && !is_history) {
-      return "slot " + std::to_string(s) + " is not free: phase " + std::to_string(static_cast<int>(word.phase())) +
-             ", pending " + std::to_string(word.pending());
+      return "slot " + std::to_string(s) + " is not free: phase " +
+             std::to_string(static_cast<int>(word.phase())) + ", pending " + std::to_string(word.pending());
     }
   }
   std::uint32_t used = 0;
   for (std::uint32_t i = 0; i < g.participants; ++i) used += (region->participant(i).word.load() & 0xFF) != 0;
   if (used != handles) return std::to_string(used) + " participants, " + std::to_string(handles) + " handles";
   const auto groups = static_cast<std::uint32_t>(region->header().active.load()) & region->group_bits();
-  if (std::popcount(groups) != 1 + scene.has_group() + scene.has_history()) return "a group of the dead is left";
+  if (std::popcount(groups) != 1 + scene.has_group() + scene.has_history())
+    return "a group of the dead is left";
   std::uint64_t bits = 0;
   for (const auto& word : region->header().space.waiters) bits |= word.load();
   for (std::uint32_t i = 0; i < g.groups; ++i) {
@@ -139,7 +143,8 @@ std::string use(Channel& channel, const Scene& scene) {
 
 }  // namespace
 
-std::string judge(int fd, std::vector<Item>& items, const std::function<void()>& bystander_dies, const Scene& scene) {
+std::string judge(int fd, std::vector<Item>& items, const std::function<void()>& bystander_dies,
+                  const Scene& scene) {
   try {
     auto survivor = Channel::adopt_anonymous(dup(fd));
     std::string wrong = compare(drain_all(*survivor, scene), items, true);
@@ -168,7 +173,8 @@ std::string judge_copy(const std::vector<std::byte>& bytes, std::vector<Item>& i
   if (bystander >= 0 && !life->try_lock(memory::participant_lock(static_cast<std::uint32_t>(bystander)))) {
     return "the bystander's lock cannot be taken";
   }
-  std::string wrong = judge(fd, items, [&life] { life->drop_locks(); }, scene);
+  std::string wrong = judge(
+      fd, items, [&life] { life->drop_locks(); }, scene);
   close(fd);
   return wrong;
 }
@@ -184,7 +190,8 @@ std::string judge_end(const std::vector<Item>& items) {
       return "the act is over, but message " + std::to_string(item.id) + " is still as before";
     }
   }
-  if (any_may_go && gone.size() != 1) return std::to_string(gone.size()) + " messages were dropped instead of one";
+  if (any_may_go && gone.size() != 1)
+    return std::to_string(gone.size()) + " messages were dropped instead of one";
   return "";
 }
 

@@ -89,7 +89,8 @@ void kill_really(Row& row, std::uint64_t step) {
   scene.kill_mover();
   ++row.kills;
   std::vector<Item> items = scene.items();
-  std::string wrong = judge(scene.descriptor(), items, [&scene] { scene.kill_bystander(); }, scene);
+  std::string wrong = judge(
+      scene.descriptor(), items, [&scene] { scene.kill_bystander(); }, scene);
   if (!wrong.empty()) complain(row, step, "SIGKILL", wrong);
 }
 
@@ -100,15 +101,17 @@ bool write_json(const std::string& path, const std::vector<Row>& rows, const Row
     return false;
   }
   std::fprintf(file,
-               "{\n  \"seconds\": %.1f,\n  \"cases\": %zu,\n  \"instructions\": %" PRIu64 ",\n  \"states\": %" PRIu64
-               ",\n  \"kills\": %" PRIu64 ",\n  \"violations\": %" PRIu64 ",\n  \"by_case\": [",
+               "{\n  \"seconds\": %.1f,\n  \"cases\": %zu,\n  \"instructions\": %" PRIu64
+               ",\n  \"states\": %" PRIu64 ",\n  \"kills\": %" PRIu64 ",\n  \"violations\": %" PRIu64
+               ",\n  \"by_case\": [",
                seconds, rows.size(), sum.steps, sum.states, sum.kills, sum.violations);
   for (std::size_t i = 0; i < rows.size(); ++i) {
     const Row& r = rows[i];
     std::fprintf(file,
-                 "%s\n    {\"act\": \"%s\", \"start\": \"%s\", \"instructions\": %" PRIu64 ", \"states\": %" PRIu64
-                 ", \"kills\": %" PRIu64 ", \"violations\": %" PRIu64 "}",
-                 i == 0 ? "" : ",", act_name(r.act), start_name(r.start), r.steps, r.states, r.kills, r.violations);
+                 "%s\n    {\"act\": \"%s\", \"start\": \"%s\", \"instructions\": %" PRIu64
+                 ", \"states\": %" PRIu64 ", \"kills\": %" PRIu64 ", \"violations\": %" PRIu64 "}",
+                 i == 0 ? "" : ",", act_name(r.act), start_name(r.start), r.steps, r.states, r.kills,
+                 r.violations);
   }
   std::fprintf(file, "\n  ]\n}\n");
   return std::fclose(file) == 0;
@@ -151,7 +154,8 @@ int run(const Options& options) {
   const std::int64_t begin = base::monotonic_ns();
   std::vector<Row> rows;
   Row sum{};
-  std::printf("%-17s %-15s %12s %8s %8s %10s\n", "act", "start", "instructions", "states", "SIGKILLs", "violations");
+  std::printf("%-17s %-15s %12s %8s %8s %10s\n", "act", "start", "instructions", "states", "SIGKILLs",
+              "violations");
   for (std::uint32_t a = 0; a < kActs; ++a) {
     for (std::uint32_t s = 0; s < kStarts; ++s) {
       Row row{static_cast<Act>(a), static_cast<Start>(s)};
@@ -161,7 +165,8 @@ int run(const Options& options) {
       try {
         walk_through(row);
         const std::uint64_t wanted = options.is_long ? 40 : row.steps < 4000 ? 4 : 1;
-        for (std::uint64_t k = 0; k < wanted && row.steps > 0; ++k) kill_really(row, 1 + random() % row.steps);
+        for (std::uint64_t k = 0; k < wanted && row.steps > 0; ++k)
+          kill_really(row, 1 + random() % row.steps);
       } catch (const std::exception& error) {
         complain(row, 0, "the scene failed", error.what());
       }

@@ -20,14 +20,33 @@ namespace {
 
 constexpr std::uint32_t kCapacity = 3;
 constexpr std::uint64_t kPayloadWords = 3;
-constexpr const char* kStartNames[kStarts] = {"empty",     "queued", "full",         "wrapped",      "pinned",
-                                              "given back", "waited", "dead holding", "dead writing", "dead committed",
-                                              "dead entered", "dead waiting", "dead viewer", "dead leaving",
-                                              "dead joining", "grouped", "grouped full", "historic", "lettered"};
-constexpr const char* kActNames[kActs] = {
-    "send",        "abort",     "receive",   "release",          "give back", "join",      "leave",        "wait",
-    "check",       "drop oldest", "shut down", "subscribe",      "subscribe oldest", "enter", "end group",
-    "remove group", "bury",     "take letter", "release letter", "return letter", "revive", "look"};
+constexpr const char* kStartNames[kStarts] = {
+    "empty",        "queued",       "full",         "wrapped",      "pinned",
+    "given back",   "waited",       "dead holding", "dead writing", "dead committed",
+    "dead entered", "dead waiting", "dead viewer",  "dead leaving", "dead joining",
+    "grouped",      "grouped full", "historic",     "lettered"};
+constexpr const char* kActNames[kActs] = {"send",
+                                          "abort",
+                                          "receive",
+                                          "release",
+                                          "give back",
+                                          "join",
+                                          "leave",
+                                          "wait",
+                                          "check",
+                                          "drop oldest",
+                                          "shut down",
+                                          "subscribe",
+                                          "subscribe oldest",
+                                          "enter",
+                                          "end group",
+                                          "remove group",
+                                          "bury",
+                                          "take letter",
+                                          "release letter",
+                                          "return letter",
+                                          "revive",
+                                          "look"};
 
 ChannelOptions options_for(Start start) {
   ChannelOptions options;
@@ -46,9 +65,7 @@ ChannelOptions options_for(Start start) {
   return options;
 }
 
-bool is_dead(Start start) {
-  return start >= Start::DeadHolding && start <= Start::DeadJoining;
-}
+bool is_dead(Start start) { return start >= Start::DeadHolding && start <= Start::DeadJoining; }
 
 /// Forks; the child stops itself when it is ready and runs `work`. It dies with this process.
 template <class Work>
@@ -73,7 +90,8 @@ pid_t start_child(bool traced, Work&& work) {
 void await_stop(pid_t pid) {
   int status = 0;
   if (waitpid(pid, &status, WUNTRACED) != pid || !WIFSTOPPED(status) || WSTOPSIG(status) != SIGSTOP) {
-    throw std::runtime_error("a process of the scene did not come to its place, status " + std::to_string(status));
+    throw std::runtime_error("a process of the scene did not come to its place, status " +
+                             std::to_string(status));
   }
 }
 
@@ -92,7 +110,8 @@ const char* start_name(Start start) noexcept { return kStartNames[static_cast<st
 const char* act_name(Act act) noexcept { return kActNames[static_cast<std::uint32_t>(act)]; }
 
 bool fits(Act act, Start start) noexcept {
-  const bool viewer = start == Start::DeadViewer || start == Start::DeadLeaving || start == Start::DeadJoining;
+  const bool viewer =
+      start == Start::DeadViewer || start == Start::DeadLeaving || start == Start::DeadJoining;
   if (start == Start::Lettered) {
     return act == Act::Send || act == Act::Join || act == Act::Leave || act == Act::SubscribeOldest ||
            (act >= Act::Bury && act <= Act::Revive);
@@ -104,7 +123,8 @@ bool fits(Act act, Start start) noexcept {
     case Act::Receive:
       if (start == Start::Historic) return false;
       if (viewer || start == Start::Grouped || start == Start::GroupedFull) return true;
-      return start != Start::Empty && start != Start::Waited && (!is_dead(start) || start == Start::DeadEntered);
+      return start != Start::Empty && start != Start::Waited &&
+             (!is_dead(start) || start == Start::DeadEntered);
     case Act::Release:
     case Act::GiveBack:
       if (viewer || start == Start::Historic || start == Start::GroupedFull) return false;
@@ -115,7 +135,8 @@ bool fits(Act act, Start start) noexcept {
       return is_dead(start);
     case Act::DropOldest:
       if (start == Start::GroupedFull) return true;
-      return start == Start::Full || start == Start::Wrapped || start == Start::Pinned || start == Start::GivenBack;
+      return start == Start::Full || start == Start::Wrapped || start == Start::Pinned ||
+             start == Start::GivenBack;
     case Act::Join:
     case Act::Leave:
     case Act::ShutDown:
@@ -147,7 +168,8 @@ std::uint64_t id_of(const Received& message) {
   if (message.payload_bytes != sizeof payload) throw std::runtime_error("torn: its length is another");
   std::memcpy(payload, message.payload, sizeof payload);
   for (std::uint64_t i = 0; i < kPayloadWords; ++i) {
-    if (payload[i] != payload[0] * (i + 1)) throw std::runtime_error("torn: its words do not belong together");
+    if (payload[i] != payload[0] * (i + 1))
+      throw std::runtime_error("torn: its words do not belong together");
   }
   return payload[0];
 }
@@ -187,14 +209,14 @@ std::uint64_t take_letter(Channel& channel, Received& message, std::string& grou
   return id_of(message);
 }
 
-std::shared_ptr<Channel> subscribe(Channel& channel, const std::string& group, bool durable, dsline::Start start) {
+std::shared_ptr<Channel> subscribe(Channel& channel, const std::string& group, bool durable,
+                                   dsline::Start start) {
   SubscribeOptions options;
   options.group = group;
   options.durable = durable;
   options.start = start;
   return channel.subscribe(options);
 }
-
 
 Scene::Scene(Act act, Start start) : act_(act), start_(start) {
   std::shared_ptr<Channel> channel = Channel::create_anonymous(options_for(start));
@@ -288,15 +310,18 @@ void Scene::set_stage(Channel& channel) {
       channel.give_back(message);
     }
   }
-  if (start_ == Start::Full || act_ == Act::DropOldest) more = kCapacity - static_cast<std::uint32_t>(items_.size());
+  if (start_ == Start::Full || act_ == Act::DropOldest)
+    more = kCapacity - static_cast<std::uint32_t>(items_.size());
   if (act_ == Act::Receive && start_ == Start::Pinned) more = 1;
   for (std::uint32_t i = 0; i < more; ++i) put(channel);
 }
 
 int Scene::number_of(pid_t pid) const {
-  auto region = memory::Region::attach(memory::make_file_storage(dup(fd_), memory::StorageKind::File, "the scene"));
+  auto region =
+      memory::Region::attach(memory::make_file_storage(dup(fd_), memory::StorageKind::File, "the scene"));
   for (std::uint32_t i = 0; i < region->geometry().participants; ++i) {
-    if ((region->participant(i).word.load() & 0xFF) != 0 && region->participant(i).pid.load() == static_cast<std::uint32_t>(pid)) {
+    if ((region->participant(i).word.load() & 0xFF) != 0 &&
+        region->participant(i).pid.load() == static_cast<std::uint32_t>(pid)) {
       return static_cast<int>(i);
     }
   }
@@ -306,7 +331,8 @@ int Scene::number_of(pid_t pid) const {
 void Scene::place_bystander(bool waits) {
   bystander_ = start_child(false, [this, waits] { be_bystander(waits); });
   if (waits) {
-    auto region = memory::Region::attach(memory::make_file_storage(dup(fd_), memory::StorageKind::File, "the scene"));
+    auto region =
+        memory::Region::attach(memory::make_file_storage(dup(fd_), memory::StorageKind::File, "the scene"));
     while (region->group(0).messages.waiters[0].load() == 0) sched_yield();
     kill(bystander_, SIGSTOP);
   }

@@ -29,7 +29,8 @@ std::string why_no_stepping() {
     why = std::string("ptrace(PTRACE_SINGLESTEP): ") + strerror(errno);
   } else {
     waitpid(pid, &status, 0);
-    if (!WIFSTOPPED(status) || WSTOPSIG(status) != SIGTRAP) why = "the processor does not stop after an instruction";
+    if (!WIFSTOPPED(status) || WSTOPSIG(status) != SIGTRAP)
+      why = "the processor does not stop after an instruction";
   }
   kill(pid, SIGKILL);
   while (waitpid(pid, &status, 0) == pid && !WIFSIGNALED(status) && !WIFEXITED(status)) {
