@@ -392,6 +392,8 @@ void Simulation::on_claim(std::uint32_t s, std::uint32_t g, std::uint64_t before
       const bool unseen = holder - 1 == current && after.attempts() == before.attempts();
       const bool revived = holder - 1 == current && letter;
       if (!counted && !unseen && !revived) return violate("N2: a delivery is not counted");
+      if (holder - 1 != current && (region_->group(g).state.load() & memory::kGroupDrops) != 0)
+        return violate("N2: a group that drops gets a message again");
       status = Status::Back;
     }
     holder = 0;
@@ -831,6 +833,30 @@ void Simulation::check_after_all_died() {
   if (!run_alone(kSurgeon, work, this, kMostAlone)) violate("recovery or draining goes on for ever");
 }
 
+// A group that is not durable goes with its last member.
+void Simulation::check_groups(std::uint32_t active) {
+  for (std::uint32_t g = 1; g < setup_.groups; ++g) {
+    if ((active >> g & 1) == 0 || (region_->group(g).state.load() & memory::kGroupDurable) != 0) continue;
+    bool has_members = false;
+    for (std::uint32_t i = 0; i < region_->geometry().participants; ++i) {
+      has_members = has_members || (Participants(*region_).entry(i).state() == liveness::EntryState::Used &&
+                                    region_->participant(i).group.load() == g + 1);
+    }
+    if (!has_members) violate("N4: a group without members stays");
+  }
+}
+
+// As long as its rule says, while nobody died between publishing and cutting it.
+void Simulation::check_history() {
+  if (!region_->keeps_history() || slices_end()) return;
+  std::uint32_t kept = 0;
+  for (std::uint32_t s = 0; s < setup_.slots; ++s) {
+    const SlotWord word = pool_->word(s);
+    kept += word.is(SlotPhase::Committed) && (word.pending() >> region_->retention_group() & 1) != 0;
+  }
+  if (kept > setup_.history) violate("N4: the history is longer than its rule");
+}
+
 // Every living process goes on alone, one operation after another, until nothing can change any more.
 void Simulation::go_on_to_the_end() {
   struct Turn {
@@ -865,7 +891,10 @@ void Simulation::go_on_to_the_end() {
   if (is_violated()) return;
   listening = static_cast<std::uint32_t>(region_->header().active.load()) & region_->group_bits();
   if (region_->keeps_history()) listening &= ~(1u << region_->retention_group());
-  if ((listening & ~served) != 0 || anybody_to_bury()) return;
+  if (anybody_to_bury()) return;
+  check_groups(listening);
+  if (is_violated() || (listening & ~served) != 0) return;
+  check_history();
   for (int p = 0; p < processes(); ++p) {
     if (role(p).kind == Kind::Producer && is_alive(p) && choices(p) > 0)
       return violate("N4: a producer stands still though everything was taken");

@@ -124,6 +124,8 @@ class Simulation final : public Subject {
   void check_everything_delivered(std::uint32_t groups);
   void check_everything_free(int p);
   void check_sending(int p);
+  void check_groups(std::uint32_t active);
+  void check_history();
 
   int message_of(int p, int count) const { return first_message_[p] + count; }
 
