@@ -380,6 +380,11 @@ void Simulation::on_claim(std::uint32_t s, std::uint32_t g, std::uint64_t before
   std::uint8_t& holder = ledger.holder[message][g];
   if (after.position_low() != before.position_low()) return violate("N2: a claim changes its position");
   if (after.who() == Claim::kRedeliver || after.who() == Claim::kDead) {
+    if (status == Status::Waiting && before.who() == Claim::kNobody && after.who() == Claim::kRedeliver &&
+        after.attempts() == 0) {  // offered again because the cursor had passed it
+      status = Status::Back;
+      return;
+    }
     if (status != Status::Held) return violate("N2: a message that nobody holds is given back");
     if (holder - 1 != current && is_alive(holder - 1))
       return violate("N2: a message is taken away from its living holder");
@@ -460,7 +465,7 @@ int Simulation::choices(int p) const {
       return process.phase == kHolding || process.done < role.messages ? 1 : 0;
     case Kind::Consumer:
       if (process.phase == kHolding) return role.keeps ? 0 : process.left != 0 ? 2 : 1;
-      return role.gives_up && process.phase == kIdle ? 2 : 1;
+      return process.phase == kIdle && (role.gives_up || role.offers) ? 2 : 1;
     case Kind::Recoverer:
       return anybody_to_bury() ? 1 : 0;
     case Kind::Reader:
@@ -586,7 +591,10 @@ void Simulation::sleep_for_space(int p) {
   if (wake == waiting::Wake::TimedOut) end_slice(p);
 }
 
-void Simulation::end_slice(int p) { liveness::recover_the_dead(*region_, number(p), false); }
+void Simulation::end_slice(int p) {
+  liveness::recover_the_dead(*region_, number(p), false);
+  if (world.process[p].member != 0) Group(*region_, world.process[p].member - 1u).offer_what_was_passed();
+}
 
 // As Channel::Impl::try_alloc() and take_slot_when_full() do.
 std::uint32_t Simulation::alloc(int p) {
@@ -671,7 +679,11 @@ void Simulation::let_go(int p) {
 void Simulation::release(int p) {
   Process& me = world.process[p];
   if (world.ledger.content[me.slot - 1] != me.word) violate("N3: the payload changed under its holder");
-  pool_->clear_pending(me.slot - 1u, 1u << (me.group - 1));
+  const std::uint32_t s = me.slot - 1u, group = me.group - 1u;
+  const SlotWord word = pool_->word(s);
+  if (Group(*region_, group).claim(s).who() != Claim::holder(number(p)))
+    return violate("N2: a living holder has lost its claim");
+  pool_->clear_pending_of(s, word, 1u << group);
   let_go(p);
 }
 
@@ -706,6 +718,7 @@ void Simulation::consume(int p, int choice) {
   if (me.phase == kIdle) {
     const std::uint32_t group = me.member - 1u;
     if (leaves) return leave_group(p);
+    if (choice == 1 && role.offers) return Group(*region_, group).offer_what_was_passed();
     if (choice == 1) {
       // Gives up: a wake-up that it may have got goes on to another.
       if (Group(*region_, group).anything_waiting()) Group(*region_, group).messages().wake_one_if_anyone();

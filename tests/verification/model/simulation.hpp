@@ -36,6 +36,7 @@ struct Role {
   int nacks = 0;                   ///< it may give back so many messages
   bool sleeps = false;             ///< waits in a futex instead of asking again
   bool gives_up = false;           ///< may stop waiting at any time, woken or not
+  bool offers = false;             ///< looks for messages that its group's cursor has passed, at any time
   bool keeps = false;              ///< the one message that it takes
   bool goes = false;               ///< its last give-back is the last that it does
   bool succeeds = false;           ///< joins when somebody has died, under whatever number is free
