@@ -26,16 +26,16 @@ MUTANTS = [
         1,
         "alloc leaves the old position",
         "slots/slot_pool.hpp",
-        "region_->slot(s).position.store(kNoPosition, std::memory_order_relaxed);\n    // Looked",
-        "if (!MUTANT(1)) region_->slot(s).position.store(kNoPosition, std::memory_order_relaxed);\n    // Looked",
+        "region_->slot(s).position.store(kNoPosition, std::memory_order_relaxed);\n    return true;",
+        "if (!MUTANT(1)) region_->slot(s).position.store(kNoPosition, std::memory_order_relaxed);\n    return true;",
         ("lap",),
     ),
     Mutant(
         2,
-        "alloc leaves the old claims",
+        "commit leaves the old claims",
         "slots/slot_pool.hpp",
-        "if (claim.load(std::memory_order_relaxed) != Claim::none().bits) {",
-        "if (!MUTANT(2) && claim.load(std::memory_order_relaxed) != Claim::none().bits) {",
+        "    for (std::uint32_t left = groups; left != 0; left &= left - 1) {\n",
+        "    for (std::uint32_t left = MUTANT(2) ? 0 : groups; left != 0; left &= left - 1) {\n",
         ("lap",),
     ),
     Mutant(
@@ -61,7 +61,7 @@ MUTANTS = [
         "order/group.hpp",
         "    // SYNC claim: pairs with enter() (position and frame) and with recovery's hand-over.\n",
         "    if (MUTANT(5) && region_->claim(s, number_).load() == unclaimed.bits) {\n"
-        "      region_->claim(s, number_).store(unclaimed.with(0, slots::Claim::holder(me)).bits);\n"
+        "      region_->claim(s, number_).store(unclaimed.with(0, who).bits);\n"
         "      return true;\n"
         "    }\n"
         "    // SYNC claim: pairs with enter() (position and frame) and with recovery's hand-over.\n",
@@ -73,7 +73,7 @@ MUTANTS = [
         "order/group.hpp",
         "    // SYNC claim: pairs with enter() (position and frame) and with recovery's hand-over.\n",
         "    if (MUTANT(6)) {\n"
-        "      region_->claim(s, number_).store(unclaimed.with(0, slots::Claim::holder(me)).bits);\n"
+        "      region_->claim(s, number_).store(unclaimed.with(0, who).bits);\n"
         "      return true;\n"
         "    }\n"
         "    // SYNC claim: pairs with enter() (position and frame) and with recovery's hand-over.\n",
@@ -174,8 +174,8 @@ MUTANTS = [
         18,
         "the dead one's entry is freed before its slots are recovered",
         "liveness/recovery.cpp",
-        "    recover(region, d);\n    participants.bury(d);\n",
-        "    if (MUTANT(18)) participants.bury(d);\n    recover(region, d);\n    if (!MUTANT(18)) participants.bury(d);\n",
+        "    recover(region, d);\n",
+        "    if (MUTANT(18)) participants.bury(d);\n    recover(region, d);\n",
         ("two-recoverers",),
     ),
     Mutant(
@@ -193,7 +193,7 @@ MUTANTS = [
         "      slots::Claim wanted = oldest_claim;\n",
         "      if (MUTANT(20)) {\n"
         "        region_->claim(oldest, number_).store(\n"
-        "            oldest_claim.with(oldest_claim.attempts(), slots::Claim::holder(me)).bits);\n"
+        "            oldest_claim.with(oldest_claim.attempts(), who).bits);\n"
         "        held = Held{oldest, oldest_position, oldest_claim.attempts()};\n"
         "        return true;\n"
         "      }\n"
@@ -204,8 +204,9 @@ MUTANTS = [
         21,
         "T1: an empty cell is stepped over",
         "order/group.hpp",
-        "      if (ahead < 0) return false;\n",
-        "      if (ahead < 0 && MUTANT(21)) advance(p, 0);\n      if (ahead < 0) return false;\n",
+        "    if (ahead < 0) return {Look::Empty, 0, p};\n",
+        "    if (ahead < 0 && MUTANT(21)) return {Look::Nothing, 0, p + 1};\n"
+        "    if (ahead < 0) return {Look::Empty, 0, p};\n",
         ("one-to-one",),
     ),
     Mutant(
@@ -255,6 +256,176 @@ MUTANTS = [
         "  return (position & kPositionMask) == kNoPositionLow ? position + 1 : position;\n",
         "  return (position & kPositionMask) == kNoPositionLow && !MUTANT(27) ? position + 1 : position;\n",
         ("wrap-64",),
+    ),
+    Mutant(
+        28,
+        "join: active before the cursor",
+        "liveness/membership.cpp",
+        "    const std::uint64_t tail = ring.tail_guess();\n    group.cursor",
+        "    if (MUTANT(28)) region_->header().active.fetch_or(std::uint64_t{1} << g);\n"
+        "    const std::uint64_t tail = ring.tail_guess();\n    group.cursor",
+        ("late-group",),
+    ),
+    Mutant(
+        29,
+        "join: a number is given away while a word has its bit",
+        "liveness/membership.cpp",
+        "    if (is_in_use(g)) {",
+        "    if (!MUTANT(29) && is_in_use(g)) {",
+        ("group-returns-holding",),
+    ),
+    Mutant(
+        30,
+        "sweep: a message that is still entering is released",
+        "liveness/membership.cpp",
+        "      if (!word.is(SlotPhase::Committed) || (word.pending() & slots::kEnqueueing) != 0 ||\n"
+        "          (word.pending() >> g & 1) == 0 ||",
+        "      if (!word.is(SlotPhase::Committed) || (!MUTANT(30) && (word.pending() & slots::kEnqueueing) != 0) ||\n"
+        "          (word.pending() >> g & 1) == 0 ||",
+        ("only-group-leaves",),
+    ),
+    Mutant(
+        31,
+        "sweep: a message that somebody holds is released",
+        "liveness/membership.cpp",
+        "!(claim.is_open() || claim.who() == Claim::kDiscard)",
+        "!(MUTANT(31) || claim.is_open() || claim.who() == Claim::kDiscard)",
+        ("group-leaves-holding",),
+    ),
+    Mutant(
+        32,
+        "sweep: the bit is cleared without the claim",
+        "liveness/membership.cpp",
+        "      if (!region_->claim(s, g).compare_exchange_strong(claim.bits, taken.bits, std::memory_order_acq_rel))\n",
+        "      if (!MUTANT(32) &&\n"
+        "          !region_->claim(s, g).compare_exchange_strong(claim.bits, taken.bits, std::memory_order_acq_rel))\n",
+        ("group-leaves-holding", "drop-oldest-leave"),
+    ),
+    Mutant(
+        33,
+        "late join: the bit is added to whatever word is there",
+        "liveness/membership.cpp",
+        "      const std::uint32_t generation = word.generation();\n",
+        "      const std::uint32_t generation = word.generation();\n"
+        "      if (MUTANT(33)) {\n"
+        "        region_->slot(s).word.fetch_or(std::uint64_t{1} << group);\n"
+        "        break;\n"
+        "      }\n",
+        ("join-oldest",),
+    ),
+    Mutant(
+        34,
+        "late join: the bit comes without a claim",
+        "liveness/membership.cpp",
+        "    if (!claim.compare_exchange_strong(before.bits, open.bits, std::memory_order_acq_rel)) continue;\n",
+        "    if (!MUTANT(34) && !claim.compare_exchange_strong(before.bits, open.bits, std::memory_order_acq_rel))\n"
+        "      continue;\n",
+        ("join-oldest",),
+    ),
+    Mutant(
+        35,
+        "late join: the position is loaded a second time",
+        "liveness/membership.cpp",
+        "    const std::int64_t ahead = slots::distance(position & slots::kPositionMask, first);\n"
+        "    if (!found || (start == JoinAt::Oldest ? ahead < 0 : ahead > 0)) first = position;\n",
+        "    const std::int64_t ahead = slots::distance(position & slots::kPositionMask, first);\n"
+        "    if (!found || (start == JoinAt::Oldest ? ahead < 0 : ahead > 0)) first = position;\n"
+        "    if (MUTANT(35) && first == position) first = region_->slot(s).position.load();\n",
+        ("join-oldest",),
+    ),
+    Mutant(
+        36,
+        "take: the slot's position is not looked at",
+        "order/group.hpp",
+        "    if (region_->slot(s).position.load(std::memory_order_acquire) != position) return false;\n",
+        "    if (!MUTANT(36) && region_->slot(s).position.load(std::memory_order_acquire) != position) return false;\n",
+        ("join-latest-history",),
+    ),
+    Mutant(
+        37,
+        "drop oldest: what somebody has is dropped too",
+        "delivery/publication.hpp",
+        "        if (group.try_discard_at(slot, oldest, me)) finish_drop(group, slot);\n",
+        "        if (MUTANT(37) && !group.try_discard_at(slot, oldest, me)) finish_drop(group, slot);\n"
+        "        if (group.try_discard_at(slot, oldest, me)) finish_drop(group, slot);\n",
+        ("drop-oldest", "drop-oldest-groups"),
+    ),
+    Mutant(
+        38,
+        "drop oldest: one group's copy is enough",
+        "delivery/publication.hpp",
+        "      for_each(active, [&](order::Group group) {\n        if (MUTANT(37)",
+        "      for_each(active, [&](order::Group group) {\n        if (MUTANT(38) && group.number() != 0) return false;\n        if (MUTANT(37)",
+        ("drop-oldest-groups",),
+    ),
+    Mutant(
+        39,
+        "recovery leaves what the dead one was about to drop",
+        "liveness/recovery.cpp",
+        "    if (claim.who() == Claim::discarder(d)) {\n",
+        "    if (claim.who() == Claim::discarder(d) && !MUTANT(39)) {\n",
+        ("drop-oldest-kill",),
+    ),
+    Mutant(
+        40,
+        "the history keeps one more",
+        "delivery/publication.hpp",
+        "cursor) < most || !drop_history(me)) return;\n",
+        "cursor) < most + MUTANT(40) || !drop_history(me)) return;\n",
+        ("history-kill",),
+    ),
+    Mutant(
+        41,
+        "a message is delivered more often than the channel allows",
+        "delivery/dead_letters.hpp",
+        "      if (held.attempts < region_->rules().max_deliveries) [[likely]] {\n",
+        "      if (held.attempts < region_->rules().max_deliveries || MUTANT(41)) [[likely]] {\n",
+        ("dead-letters",),
+    ),
+    Mutant(
+        42,
+        "a dead letter that has to go is released without its claim",
+        "delivery/dead_letters.hpp",
+        "      if (!try_claim(oldest, slots::Claim::discarder(me))) continue;\n",
+        "      if (!try_claim(oldest, slots::Claim::discarder(me)) && !MUTANT(42)) continue;\n",
+        ("dead-letters-full",),
+    ),
+    Mutant(
+        43,
+        "a reader takes a dead letter by a store",
+        "delivery/dead_letters.hpp",
+        "      if (!try_claim(oldest, slots::Claim::holder(me))) continue;\n",
+        "      if (MUTANT(43)) {\n"
+        "        region_->claim(oldest.slot, oldest.group)\n"
+        "            .store(oldest.claim.with(oldest.claim.attempts(), slots::Claim::holder(me)).bits);\n"
+        "      } else if (!try_claim(oldest, slots::Claim::holder(me))) {\n"
+        "        continue;\n"
+        "      }\n",
+        ("dead-letters-two-readers",),
+    ),
+    Mutant(
+        44,
+        "what a dead member of a dropping group held is delivered again",
+        "liveness/recovery.cpp",
+        "    if ((active >> g & 1) == 0 || drops) {\n",
+        "    if ((active >> g & 1) == 0 || (drops && !MUTANT(44))) {\n",
+        ("drop-policy-two-recoverers",),
+    ),
+    Mutant(
+        45,
+        "V9: the group of a dead viewer stays",
+        "liveness/membership.cpp",
+        "        has_members(g, except))\n      continue;\n",
+        "        has_members(g, except) || MUTANT(45))\n      continue;\n",
+        ("group-dies",),
+    ),
+    Mutant(
+        46,
+        "alloc does not look for slots that the map lacks",
+        "slots/slot_pool.hpp",
+        "      if (try_alloc_at(s, me)) return s;\n      SlotWord seen = word(s);\n",
+        "      if (!MUTANT(46) && try_alloc_at(s, me)) return s;\n      SlotWord seen = word(s);\n",
+        ("one-slot-kill",),
     ),
 ]
 

@@ -33,7 +33,7 @@ def compile_model(build: pathlib.Path, core: pathlib.Path, extra: list[str], job
     """Compiles what is older than its sources."""
     build.mkdir(parents=True, exist_ok=True)
     compiler = shlex.split(os.environ.get("CXX", "g++"))
-    includes = [f"-I{HERE}", f"-I{CORE / 'include'}", f"-I{core}"]
+    includes = [f"-I{HERE}", f"-I{HERE / 'override'}", f"-I{CORE / 'include'}", f"-I{core}"]
 
     def one(source: str) -> pathlib.Path:
         target = build / (source + ".o")
@@ -142,11 +142,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="dsline-model-") as temporary:
         build = arguments.build_dir or pathlib.Path(temporary)
         started = time.monotonic()
-        report: dict = {"setups": [], "mutants": []}
+        report: dict = {}
         good = True
         if not arguments.only_mutants:
             program = compile_model(build / "core", CORE / "src", [], arguments.jobs)
-            report["setups"], good = check_setups(program, arguments)
+            setups, good = check_setups(program, arguments)
+            report["configurations"] = len(setups)
+            report["states"] = sum(result["states"] for result in setups)
+            report["steps"] = sum(result["steps"] for result in setups)
+            report["deaths"] = sum(result["kills"] for result in setups)
+            report["everybody_died"] = sum(result["ends"] for result in setups)
+            report["violations"] = sum(bool(result["violation"]) for result in setups)
+            report["setups"] = setups
         if not arguments.only and not arguments.no_mutants:
             sources = build / "mutated-src"
             mistakes = mutants.applied(CORE / "src", sources)
@@ -154,11 +161,13 @@ def main() -> int:
                 print(mistake, file=sys.stderr)
             extra = ["-DDSLINE_MUTANTS", "-include", str(HERE / "mutant.hpp")]
             program = compile_model(build / "mutants", sources, extra, arguments.jobs)
-            report["mutants"], caught = check_mutants(program, arguments)
+            tried, caught = check_mutants(program, arguments)
+            report["mutants"] = len(tried)
+            report["mutants_caught"] = sum(result["caught"] for result in tried)
+            report["mutant_results"] = tried
             good = good and caught and not mistakes
-        report["states"] = sum(result["states"] for result in report["setups"])
         report["seconds"] = round(time.monotonic() - started, 1)
-        print(f"{report['states']:,} states in {report['seconds']} s: {'good' if good else 'BAD'}")
+        print(f"{report.get('states', 0):,} states, {report['seconds']} s: {'good' if good else 'BAD'}")
         if arguments.json:
             arguments.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0 if good else 1

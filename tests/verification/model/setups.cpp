@@ -42,6 +42,10 @@ Role impatient(Role role) {
   return role;
 }
 Role gives_back_and_goes() { return {.kind = Kind::Consumer, .nacks = 1, .goes = true}; }
+Role offering(Role role) {
+  role.offers = true;
+  return role;
+}
 Role keeper() { return {.kind = Kind::Consumer, .keeps = true}; }
 Role successor(Role role) {
   role.succeeds = true;
@@ -56,14 +60,14 @@ const std::vector<Setup>& setups() {
       {.name = "two-consumers", .what = "1 producer x 2, 2 consumers", .roles = {producer(2), consumer(), consumer()}},
       {.name = "lap",
        .what = "2 producers, one of them laps the order, 1 consumer",
-       .cells = 4,
+       .cells = 2,
        .is_long = true,
-       .roles = {producer(1), producer(5), consumer()}},
+       .roles = {producer(1), producer(3), consumer()}},
       {.name = "lap-held",
        .what = "2 producers, one of them laps the order, 1 consumer, one that keeps a message",
-       .cells = 4,
+       .cells = 2,
        .is_long = true,
-       .roles = {producer(1), producer(5), consumer(), keeper()}},
+       .roles = {producer(1), producer(3), consumer(), keeper()}},
       {.name = "sleep-one", .what = "1 producer x 2, 1 consumer that sleeps", .roles = {producer(2), sleeping(consumer())}},
       {.name = "wrap-64",
        .what = "1 producer x 4 from before the end of 64 bits, 1 consumer",
@@ -73,6 +77,11 @@ const std::vector<Setup>& setups() {
       {.name = "sleep-nack",
        .what = "1 producer, 2 consumers that sleep, one gives back and goes",
        .roles = {producer(1), sleeping(consumer()), sleeping(gives_back_and_goes())}},
+      {.name = "one-slot-kill",
+       .what = "2 producers, 1 consumer, recoverer, one slot, 1 kill",
+       .slots = 1,
+       .kills = 1,
+       .roles = {producer(1), producer(1), consumer(), recoverer()}},
       {.name = "two-to-one", .what = "2 producers, 1 consumer", .roles = {producer(1), producer(1), consumer()}},
       {.name = "two-to-one-kill",
        .what = "2 producers, 1 consumer, recoverer, 1 kill",
@@ -129,6 +138,14 @@ const std::vector<Setup>& setups() {
        .kills = 1,
        .is_long = true,
        .roles = {producer(1), producer(1), consumer(0), consumer('a'), recoverer()}},
+      {.name = "offer",
+       .what = "1 producer x 3, 1 consumer that looks for what was passed at any time",
+       .roles = {producer(3), offering(consumer())}},
+      {.name = "offer-kill",
+       .what = "2 producers, 1 consumer that looks for what was passed, recoverer, one slot, 1 kill",
+       .slots = 1,
+       .kills = 1,
+       .roles = {producer(1), producer(1), offering(consumer()), recoverer()}},
       // --- groups that come and go
       {.name = "late-group",
        .what = "1 producer x 2, 1 consumer, a group that joins",
@@ -197,6 +214,11 @@ const std::vector<Setup>& setups() {
        .is_long = true,
        .roles = {producer(1), with_rules(consumer('a'), memory::kGroupDrops | memory::kGroupDurable),
                  recoverer(), recoverer()}},
+      {.name = "group-returns-holding",
+       .what = "1 producer x 2, a group whose member leaves with a message, another that joins",
+       .groups = 2,
+       .default_group = false,
+       .roles = {producer(2), leaving_with_it(consumer('a'), 1), joining(consumer('b'))}},
       // --- late joiners that want what is there
       {.name = "join-oldest",
        .what = "1 producer x 2, 1 consumer, a group that joins at the oldest message",
@@ -267,6 +289,10 @@ const std::vector<Setup>& setups() {
        .max_deliveries = 1,
        .dead_letters = 0,
        .roles = {producer(2), consumer(0, 1), consumer(0, 1)}},
+      {.name = "dead-letters-two-readers",
+       .what = "1 producer, 1 consumer that gives back, one delivery, 2 readers",
+       .max_deliveries = 1,
+       .roles = {producer(1), consumer(0, 1), reader(), reader()}},
       // --- the tail's hint after many deaths
       {.name = "deaths-in-a-row",
        .what = "6 producers, each dies before the next comes, 1 consumer, one slot, 5 kills",

@@ -380,6 +380,11 @@ void Simulation::on_claim(std::uint32_t s, std::uint32_t g, std::uint64_t before
   std::uint8_t& holder = ledger.holder[message][g];
   if (after.position_low() != before.position_low()) return violate("N2: a claim changes its position");
   if (after.who() == Claim::kRedeliver || after.who() == Claim::kDead) {
+    if (status == Status::Waiting && before.who() == Claim::kNobody && after.who() == Claim::kRedeliver &&
+        after.attempts() == 0) {  // offered again because the cursor had passed it
+      status = Status::Back;
+      return;
+    }
     if (status != Status::Held) return violate("N2: a message that nobody holds is given back");
     if (holder - 1 != current && is_alive(holder - 1))
       return violate("N2: a message is taken away from its living holder");
@@ -392,6 +397,8 @@ void Simulation::on_claim(std::uint32_t s, std::uint32_t g, std::uint64_t before
       const bool unseen = holder - 1 == current && after.attempts() == before.attempts();
       const bool revived = holder - 1 == current && letter;
       if (!counted && !unseen && !revived) return violate("N2: a delivery is not counted");
+      if (holder - 1 != current && (region_->group(g).state.load() & memory::kGroupDrops) != 0)
+        return violate("N2: a group that drops gets a message again");
       status = Status::Back;
     }
     holder = 0;
@@ -458,7 +465,7 @@ int Simulation::choices(int p) const {
       return process.phase == kHolding || process.done < role.messages ? 1 : 0;
     case Kind::Consumer:
       if (process.phase == kHolding) return role.keeps ? 0 : process.left != 0 ? 2 : 1;
-      return role.gives_up && process.phase == kIdle ? 2 : 1;
+      return process.phase == kIdle && (role.gives_up || role.offers) ? 2 : 1;
     case Kind::Recoverer:
       return anybody_to_bury() ? 1 : 0;
     case Kind::Reader:
@@ -584,7 +591,10 @@ void Simulation::sleep_for_space(int p) {
   if (wake == waiting::Wake::TimedOut) end_slice(p);
 }
 
-void Simulation::end_slice(int p) { liveness::recover_the_dead(*region_, number(p), false); }
+void Simulation::end_slice(int p) {
+  liveness::recover_the_dead(*region_, number(p), false);
+  if (world.process[p].member != 0) Group(*region_, world.process[p].member - 1u).offer_what_was_passed();
+}
 
 // As Channel::Impl::try_alloc() and take_slot_when_full() do.
 std::uint32_t Simulation::alloc(int p) {
@@ -669,7 +679,11 @@ void Simulation::let_go(int p) {
 void Simulation::release(int p) {
   Process& me = world.process[p];
   if (world.ledger.content[me.slot - 1] != me.word) violate("N3: the payload changed under its holder");
-  pool_->clear_pending(me.slot - 1u, 1u << (me.group - 1));
+  const std::uint32_t s = me.slot - 1u, group = me.group - 1u;
+  const SlotWord word = pool_->word(s);
+  if (Group(*region_, group).claim(s).who() != Claim::holder(number(p)))
+    return violate("N2: a living holder has lost its claim");
+  pool_->clear_pending_of(s, word, 1u << group);
   let_go(p);
 }
 
@@ -704,6 +718,7 @@ void Simulation::consume(int p, int choice) {
   if (me.phase == kIdle) {
     const std::uint32_t group = me.member - 1u;
     if (leaves) return leave_group(p);
+    if (choice == 1 && role.offers) return Group(*region_, group).offer_what_was_passed();
     if (choice == 1) {
       // Gives up: a wake-up that it may have got goes on to another.
       if (Group(*region_, group).anything_waiting()) Group(*region_, group).messages().wake_one_if_anyone();
@@ -831,6 +846,30 @@ void Simulation::check_after_all_died() {
   if (!run_alone(kSurgeon, work, this, kMostAlone)) violate("recovery or draining goes on for ever");
 }
 
+// A group that is not durable goes with its last member.
+void Simulation::check_groups(std::uint32_t active) {
+  for (std::uint32_t g = 1; g < setup_.groups; ++g) {
+    if ((active >> g & 1) == 0 || (region_->group(g).state.load() & memory::kGroupDurable) != 0) continue;
+    bool has_members = false;
+    for (std::uint32_t i = 0; i < region_->geometry().participants; ++i) {
+      has_members = has_members || (Participants(*region_).entry(i).state() == liveness::EntryState::Used &&
+                                    region_->participant(i).group.load() == g + 1);
+    }
+    if (!has_members) violate("N4: a group without members stays");
+  }
+}
+
+// As long as its rule says, while nobody died between publishing and cutting it.
+void Simulation::check_history() {
+  if (!region_->keeps_history() || slices_end()) return;
+  std::uint32_t kept = 0;
+  for (std::uint32_t s = 0; s < setup_.slots; ++s) {
+    const SlotWord word = pool_->word(s);
+    kept += word.is(SlotPhase::Committed) && (word.pending() >> region_->retention_group() & 1) != 0;
+  }
+  if (kept > setup_.history) violate("N4: the history is longer than its rule");
+}
+
 // Every living process goes on alone, one operation after another, until nothing can change any more.
 void Simulation::go_on_to_the_end() {
   struct Turn {
@@ -865,7 +904,10 @@ void Simulation::go_on_to_the_end() {
   if (is_violated()) return;
   listening = static_cast<std::uint32_t>(region_->header().active.load()) & region_->group_bits();
   if (region_->keeps_history()) listening &= ~(1u << region_->retention_group());
-  if ((listening & ~served) != 0 || anybody_to_bury()) return;
+  if (anybody_to_bury()) return;
+  check_groups(listening);
+  if (is_violated() || (listening & ~served) != 0) return;
+  check_history();
   for (int p = 0; p < processes(); ++p) {
     if (role(p).kind == Kind::Producer && is_alive(p) && choices(p) > 0)
       return violate("N4: a producer stands still though everything was taken");

@@ -36,6 +36,7 @@ struct Role {
   int nacks = 0;                   ///< it may give back so many messages
   bool sleeps = false;             ///< waits in a futex instead of asking again
   bool gives_up = false;           ///< may stop waiting at any time, woken or not
+  bool offers = false;             ///< looks for messages that its group's cursor has passed, at any time
   bool keeps = false;              ///< the one message that it takes
   bool goes = false;               ///< its last give-back is the last that it does
   bool succeeds = false;           ///< joins when somebody has died, under whatever number is free
@@ -124,6 +125,8 @@ class Simulation final : public Subject {
   void check_everything_delivered(std::uint32_t groups);
   void check_everything_free(int p);
   void check_sending(int p);
+  void check_groups(std::uint32_t active);
+  void check_history();
 
   int message_of(int p, int count) const { return first_message_[p] + count; }
 
