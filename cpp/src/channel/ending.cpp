@@ -29,7 +29,9 @@ Channel::Impl::Impl(channel::Attachment attachment, std::unique_ptr<Local> own)
     std::lock_guard lock(base::process_mutex());
     handles().insert(this);
   } catch (...) {
-    attachment.region = std::move(region);  // which leaves it
+    attachment.region = std::move(region);  // which leaves it, by its name
+    attachment.path = std::move(path);
+    attachment.label = std::move(label);
     throw;
   }
 }
