@@ -55,6 +55,7 @@ void recover_published(memory::Region& region, SlotPool& pool, OrderRing& ring, 
   }
   if (!word.is(SlotPhase::Committed) || (word.pending() & slots::kEnqueueing) == 0) return;
   if (is_in_order(region, ring, s, word)) {
+    ring.advance_tail_past(region.slot(s).position.load(std::memory_order_acquire));
     DSLINE_POINT("recover.before_not_enqueueing");
     pool.clear_pending(s, slots::kEnqueueing);
     return;
