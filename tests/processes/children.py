@@ -72,6 +72,13 @@ def hold(name, count=1):
     wait_for_ever()
 
 
+def take_and_wait(name):
+    channel = dsline.ShmChannel.open(name, timeout=30)
+    channel.recv_bytes()
+    report("taken")
+    wait_for_ever()
+
+
 def hold_file(path, count):
     channel = dsline.FileChannel.open(path, timeout=30)
     messages = [channel.recv_message() for _ in range(count)]

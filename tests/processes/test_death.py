@@ -138,8 +138,8 @@ def test_both_sides_die_and_the_next_ones_go_on(name):
 
 
 def test_stale_and_empty_after_a_kill_is_replaced_on_another_geometry(name):
-    with Child("wait_in_recv", name_of_new(name)) as child:
-        assert child.read() == "waiting"
+    with Child("take_and_wait", name_of_new(name)) as child:
+        assert child.read() == "taken"
         child.kill()
     with dsline.ShmChannel(name, capacity=3, slot_size=32) as channel:
         assert (channel.capacity, channel.slot_size, channel.stats().participants) == (3, 32, 1)
