@@ -386,7 +386,13 @@ def build_verification(run: Shell) -> str:
     """The programs of tests/verification, optimised as a wheel is."""
     python = make_venv(run, "tools", base_python(), *TOOL_REQUIREMENTS)
     env = {"PATH": f"{python.parent}:{os.environ['PATH']}"}
-    options = ["--werror", "-Dbuildtype=debugoptimized", "-Dcpp_args=-g1", "-Dpython=disabled", "-Dverification=enabled"]
+    options = [
+        "--werror",
+        "-Dbuildtype=debugoptimized",
+        "-Dcpp_args=-g1",
+        "-Dpython=disabled",
+        "-Dverification=enabled",
+    ]
     again = ["--reconfigure"] if (VERIFY_BUILD / "build.ninja").is_file() else []
     run("meson", "setup", *again, VERIFY_BUILD, *options, env=env)
     run("ninja", "-C", VERIFY_BUILD, "-j", str(JOBS), "-k", "0", env=env)
@@ -591,7 +597,13 @@ def all_steps() -> list[Step]:
     add_package(MAIN_PYTHON)
     for proof in verification.PROOFS:
         needs = (f"wheel-{MAIN_PYTHON}",) if proof.needs_wheel else ()
-        test(f"verify-{proof.name}", "verify", lambda run, proof=proof: verify(run, proof), "build-verify", *needs)
+        test(
+            f"verify-{proof.name}",
+            "verify",
+            lambda run, proof=proof: verify(run, proof),
+            "build-verify",
+            *needs,
+        )
     add_cpp("asan")
     add_cpp("tsan")
     for version in PYTHONS[1:]:
@@ -674,7 +686,9 @@ def verify_now(names: Sequence[str] | None, long: bool, record: bool) -> int:
     if any(proof.needs_wheel for proof in proofs):
         steps.append(Step("sdist", "sdist", build_sdist, "build"))
         wheel = f"wheel-{MAIN_PYTHON}"
-        steps.append(Step(wheel, "build", lambda run: build_wheel(run, MAIN_PYTHON).name, "build", ("sdist",)))
+        steps.append(
+            Step(wheel, "build", lambda run: build_wheel(run, MAIN_PYTHON).name, "build", ("sdist",))
+        )
     for proof in proofs:
         needs = ("build-verify", *((f"wheel-{MAIN_PYTHON}",) if proof.needs_wheel else ()))
 

@@ -124,11 +124,13 @@ def run(seconds: float, seed: int) -> dict[str, object]:
     channel = dsline.ShmChannel.create(name, capacity=32, slot_size=16384, max_deliveries=MAX_DELIVERIES)
     archive = channel.subscribe(GROUP, durable=True)
     roles = [
-        Role(lambda sender=sender: send(log, dsline.ShmChannel.open(name), sender)) for sender in range(SENDERS)
+        Role(lambda sender=sender: send(log, dsline.ShmChannel.open(name), sender))
+        for sender in range(SENDERS)
     ]
     roles += [Role(lambda: receive(log, dsline.ShmChannel.open(name), 0)) for _ in range(2)]
     roles += [
-        Role(lambda: receive(log, dsline.ShmChannel.open(name).subscribe(GROUP, durable=True), 1)) for _ in range(2)
+        Role(lambda: receive(log, dsline.ShmChannel.open(name).subscribe(GROUP, durable=True), 1))
+        for _ in range(2)
     ]
     kills = stops = everybody = 0
     try:
@@ -198,7 +200,9 @@ def run(seconds: float, seed: int) -> dict[str, object]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=15.0)
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4)))
     parser.add_argument("--json")

@@ -31,8 +31,9 @@ enum class OnStale : int { Recover = 0, Reset = 1, Raise = 2 };
 
 /// Where a new group begins.
 enum class Start : int {
-  Next = 0,    ///< with the first message sent after it joined
-  Oldest = 1,  ///< with the oldest one that is still in the channel: the history, or what other groups have not taken
+  Next = 0,  ///< with the first message sent after it joined
+  Oldest =
+      1,  ///< with the oldest one that is still in the channel: the history, or what other groups have not taken
   Latest = 2,  ///< with the newest one that is still in the channel
 };
 
@@ -65,7 +66,7 @@ struct ChannelOptions {
 
 /// Which group a handle takes part in.
 struct SubscribeOptions {
-  std::string group;  ///< 1 to 100 bytes
+  std::string group;          ///< 1 to 100 bytes
   Start start = Start::Next;  ///< of a group that does not exist yet
   OnDeath on_death = OnDeath::Redeliver;
   bool durable = false;  ///< the group stays, and collects messages, while it has no members
@@ -89,7 +90,8 @@ struct Received {
   std::uint64_t sequence = 0;
   std::uint32_t process = 0;  ///< fork generation of the holder
   std::uint32_t group = 0;
-  std::uint64_t word = 0;  ///< of try_read_latest(): the slot's word, to see whether it is still the same message
+  std::uint64_t word =
+      0;  ///< of try_read_latest(): the slot's word, to see whether it is still the same message
   std::uint32_t meta_bytes = 0;
   std::uint64_t payload_bytes = 0;
   std::uint64_t schema_hash = 0;
@@ -134,19 +136,19 @@ struct ChannelStats {
 /// Why a message became a dead letter.
 struct DeadLetter {
   std::string group;
-  std::uint32_t last_pid = 0;    ///< who had it last; 0 where nobody had
+  std::uint32_t last_pid = 0;     ///< who had it last; 0 where nobody had
   bool last_holder_died = false;  ///< false: it gave the message back
 };
 
 /// One participant that was found dead and recovered.
 struct Death {
-  std::uint64_t number = 0;  ///< counts the deaths of the channel, from 0
+  std::uint64_t number = 0;      ///< counts the deaths of the channel, from 0
   std::uint64_t noticed_ns = 0;  ///< CLOCK_REALTIME
   std::uint64_t joined_ns = 0;
   std::uint64_t start_time = 0;  ///< of the process, in clock ticks since boot
   std::uint32_t pid = 0;
   std::uint32_t participant = 0;
-  std::string group;  ///< empty: the default group, or none any more
+  std::string group;          ///< empty: the default group, or none any more
   std::uint32_t writing = 0;  ///< slots that it had not published
   std::uint32_t held = 0;     ///< messages that it had not released
 };
@@ -161,8 +163,8 @@ struct Report {
     std::uint32_t waiting_on = 0;  ///< 0 nothing, 1 room, 2 a message
     std::uint32_t group = 0;       ///< number; kNoGroup: none
     bool alive = false;
-    std::uint32_t writing = 0;  ///< slots that it has not published
-    std::uint32_t held = 0;     ///< messages that it holds
+    std::uint32_t writing = 0;     ///< slots that it has not published
+    std::uint32_t held = 0;        ///< messages that it holds
     std::int64_t held_for_ns = 0;  ///< the longest of them
   };
   struct Group {
@@ -188,10 +190,10 @@ struct Report {
   };
   struct Slot {
     std::uint32_t number = 0;
-    std::string state;  ///< FREE, WRITING, COMMITTED, PINNED, CORRUPTED
-    std::uint32_t owner = 0;    ///< participant; kNoGroup: none
+    std::string state;           ///< FREE, WRITING, COMMITTED, PINNED, CORRUPTED
+    std::uint32_t owner = 0;     ///< participant; kNoGroup: none
     std::uint64_t sequence = 0;  ///< of a committed one
-    std::uint32_t pending = 0;  ///< bits of the groups that have not finished with it
+    std::uint32_t pending = 0;   ///< bits of the groups that have not finished with it
     std::uint64_t reserved_bytes = 0;
     std::vector<Holder> holders;
   };
@@ -341,7 +343,8 @@ class Channel {
   static Report report_of(const std::string& path);
   /// Removes the file of a channel that nobody alive is attached to and whose last change is older than `age_ns`;
   /// with messages in it only if `even_with_messages`. `dry`: only says what it would do.
-  static Removal remove_channel(const std::string& path, std::int64_t age_ns, bool even_with_messages, bool dry);
+  static Removal remove_channel(const std::string& path, std::int64_t age_ns, bool even_with_messages,
+                                bool dry);
 
   std::uint64_t depth() const noexcept;
   bool is_full() const noexcept;

@@ -49,7 +49,8 @@ memory::Rules rules_of(const ChannelOptions& options) {
   rules.default_group = options.default_group == 0 ? 0 : 1;
   rules.sync = options.sync > 0 ? 1 : 0;
   // A page that the disk has only in part is found by the payload's checksum.
-  if (rules.sync != 0 && options.checksum < 0) rules.checksum = static_cast<std::uint32_t>(memory::Checksum::Full);
+  if (rules.sync != 0 && options.checksum < 0)
+    rules.checksum = static_cast<std::uint32_t>(memory::Checksum::Full);
   if (rules.sync != 0 && rules.checksum != static_cast<std::uint32_t>(memory::Checksum::Full)) {
     throw Error(ErrorCode::InvalidArgument,
                 "sync=data needs checksum=full, which finds a payload that the disk has only in part");
@@ -62,7 +63,8 @@ memory::Rules rules_of(const ChannelOptions& options) {
 }
 
 std::uint32_t groups_for(const ChannelOptions& options) noexcept {
-  return 1 + (options.max_groups == 0 ? kDefaultNamedGroups : options.max_groups) + (options.history > 0 ? 1 : 0);
+  return 1 + (options.max_groups == 0 ? kDefaultNamedGroups : options.max_groups) +
+         (options.history > 0 ? 1 : 0);
 }
 
 memory::Geometry plan(const ChannelOptions& options) {
@@ -131,7 +133,8 @@ std::string differences(const memory::Region& region, const ChannelOptions& opti
   compare_given("history", options.history, rules.history, found);
   compare_given("dead_letters", options.dead_letters, rules.dead_letters, found);
   compare_given("sync", options.sync, rules.sync, found);
-  if (options.default_group >= 0 && static_cast<std::uint32_t>(options.default_group) != rules.default_group) {
+  if (options.default_group >= 0 &&
+      static_cast<std::uint32_t>(options.default_group) != rules.default_group) {
     if (!found.empty()) found += ", ";
     found += rules.default_group == 0
                  ? "it is a broadcast, which only subscribers receive from (open it with Broadcast)"
@@ -154,7 +157,8 @@ std::uint32_t join(memory::Region& region, const std::string& label) {
       liveness::recover_leftovers(region, me);
       return me;
     }
-    const bool is_full = Participants(region).alive_guess(Participants::kNobody) == region.geometry().participants;
+    const bool is_full =
+        Participants(region).alive_guess(Participants::kNobody) == region.geometry().participants;
     full = is_full ? full + 1 : 0;
     if (full == kFullLooks) break;
     liveness::recover_the_dead(region, Participants::kNobody, true);
@@ -267,8 +271,8 @@ Verdict try_attach(std::unique_ptr<memory::Storage> storage, const ChannelOption
 }
 
 [[noreturn]] void refuse_group(const std::string& label, const std::string& group, const std::string& has) {
-  throw Error(ErrorCode::ChannelMismatch, "group '" + group + "' of channel '" + label + "' exists with " + has +
-                                              "; subscribe with the same, or choose another name");
+  throw Error(ErrorCode::ChannelMismatch, "group '" + group + "' of channel '" + label + "' exists with " +
+                                              has + "; subscribe with the same, or choose another name");
 }
 
 std::uint32_t enter_group(memory::Region& region, const std::string& label, const SubscribeOptions& options,
@@ -281,9 +285,10 @@ std::uint32_t enter_group(memory::Region& region, const std::string& label, cons
   if (group != liveness::Membership::kNoGroup) {
     const std::uint32_t has = membership.rules(group);
     if (has != rules) {
-      refuse_group(label, options.group,
-                   std::string((has & memory::kGroupDurable) != 0 ? "durable=True" : "durable=False") +
-                       ((has & memory::kGroupDrops) != 0 ? " and on_death='drop'" : " and on_death='redeliver'"));
+      refuse_group(
+          label, options.group,
+          std::string((has & memory::kGroupDurable) != 0 ? "durable=True" : "durable=False") +
+              ((has & memory::kGroupDrops) != 0 ? " and on_death='drop'" : " and on_death='redeliver'"));
     }
     membership.enter(group, me);
     return group;
@@ -294,12 +299,13 @@ std::uint32_t enter_group(memory::Region& region, const std::string& label, cons
   group = membership.make(options.group, rules, start, me);
   if (group == liveness::Membership::kNoGroup) {
     const std::uint32_t named = region.geometry().groups - 1 - (region.keeps_history() ? 1 : 0);
-    throw Error(ErrorCode::TooManyGroups,
-                "channel '" + label + "' has no number left for group '" + options.group + "': at most " +
-                    std::to_string(named) +
-                    " named groups at a time, and one that ended keeps its number while a view holds one of its "
-                    "messages; end some, or create the channel with a larger max_groups (at most " +
-                    std::to_string(memory::kMaxGroups - 2) + ")");
+    throw Error(
+        ErrorCode::TooManyGroups,
+        "channel '" + label + "' has no number left for group '" + options.group + "': at most " +
+            std::to_string(named) +
+            " named groups at a time, and one that ended keeps its number while a view holds one of its "
+            "messages; end some, or create the channel with a larger max_groups (at most " +
+            std::to_string(memory::kMaxGroups - 2) + ")");
   }
   return group;
 }

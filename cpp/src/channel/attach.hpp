@@ -28,7 +28,8 @@ struct Attachment {
 
 /// Frees the entry of `me` and drops every lock; the last one takes the name along when the channel is shut down or
 /// empty. Requires: nothing in the region carries the number any more.
-void leave(memory::Region& region, std::uint32_t me, const std::string& path, const std::string& label) noexcept;
+void leave(memory::Region& region, std::uint32_t me, const std::string& path,
+           const std::string& label) noexcept;
 
 /// Opens the region at `path`, or creates it, as `mode` and `options` say, and joins it.
 Attachment attach_path(const std::string& path, const std::string& label, memory::StorageKind kind,
@@ -45,7 +46,8 @@ Attachment attach_again(const memory::Region& region, const std::string& path, c
 
 /// Registers this process anew in an inherited region; the number it has from now on. `group` becomes kNoGroup when the
 /// group has ended (its number has been given away since it was `joined`).
-std::uint32_t rejoin(memory::Region& region, const std::string& label, std::uint32_t& group, std::uint32_t joined);
+std::uint32_t rejoin(memory::Region& region, const std::string& label, std::uint32_t& group,
+                     std::uint32_t joined);
 
 /// Patience at the end of a handle: without the lock its group and its name stay for the next one, which is harmless.
 inline constexpr std::int64_t kLeavePatienceNs = 500'000'000;

@@ -52,9 +52,10 @@ std::shared_ptr<Channel> Channel::create_heap(const ChannelOptions& options) {
 std::shared_ptr<Channel> Channel::subscribe(const SubscribeOptions& options) {
   if (options.group.empty() || options.group.size() > memory::kMaxGroupName ||
       options.group.find('\0') != std::string::npos) {
-    throw Error(ErrorCode::InvalidArgument, "the name of a group has " + std::to_string(options.group.size()) +
-                                                " bytes, must have 1 to " +
-                                                std::to_string(memory::kMaxGroupName) + ", none of them zero");
+    throw Error(ErrorCode::InvalidArgument,
+                "the name of a group has " + std::to_string(options.group.size()) +
+                    " bytes, must have 1 to " + std::to_string(memory::kMaxGroupName) +
+                    ", none of them zero");
   }
   impl_->require_open();
   return make(

@@ -83,7 +83,8 @@ void Channel::Impl::renew() {
 void Channel::Impl::require_open() {
   enter();
   if (closed.load(std::memory_order_relaxed)) {
-    throw Error(ErrorCode::ChannelClosed, "this handle of channel '" + label + "' is closed; open another one");
+    throw Error(ErrorCode::ChannelClosed,
+                "this handle of channel '" + label + "' is closed; open another one");
   }
 }
 
@@ -164,7 +165,8 @@ void Channel::Impl::leave() noexcept {
   DSLINE_POINT("close.begun");
   pool.return_hints(hints);
   pool.space().remove(me);
-  for (std::uint32_t g = 0; g < region->geometry().groups; ++g) order::Group(*region, g).messages().remove(me);
+  for (std::uint32_t g = 0; g < region->geometry().groups; ++g)
+    order::Group(*region, g).messages().remove(me);
   channel::leave(*region, me, path, label);
 }
 

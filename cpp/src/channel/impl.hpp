@@ -124,7 +124,8 @@ struct Channel::Impl {
   Outcome try_read_latest(bool any, std::uint64_t newer_than, Received& message);
   bool is_unchanged(const Received& message) const noexcept;
   bool claimed_by_me(std::uint32_t s, std::uint32_t g) const noexcept {
-    return slots::Claim{region->claim(s, g).load(std::memory_order_acquire)}.who() == slots::Claim::holder(me);
+    return slots::Claim{region->claim(s, g).load(std::memory_order_acquire)}.who() ==
+           slots::Claim::holder(me);
   }
 
   // --- waiting.cpp ---
@@ -173,7 +174,8 @@ struct Channel::Impl {
   delivery::DeadLetters letters;
   std::uint32_t me;
   slots::HintCache hints;
-  base::Atomic<std::uint32_t> last_slot{slots::kNoSlot};  // hints of wait_for_hot_slot(); a lost update is harmless
+  base::Atomic<std::uint32_t> last_slot{
+      slots::kNoSlot};  // hints of wait_for_hot_slot(); a lost update is harmless
   base::Atomic<std::uint32_t> hot_misses{0};
   std::string path;
   std::string label;

@@ -25,8 +25,9 @@ Outcome Channel::Impl::try_recv(Received& message) {
   enter();
   if (closed.load(std::memory_order_relaxed) || !may_receive()) [[unlikely]] {
     if (group_number == kNoGroup && joined == 0) {
-      throw Error(ErrorCode::InvalidArgument,
-                  "channel '" + label + "' is a broadcast, which only its subscribers receive from: use subscribe()");
+      throw Error(
+          ErrorCode::InvalidArgument,
+          "channel '" + label + "' is a broadcast, which only its subscribers receive from: use subscribe()");
     }
     return Outcome::Closed;
   }
@@ -194,11 +195,12 @@ void Channel::Impl::revive(const Received& message) noexcept {
 }
 
 /// The newest message of the order, if the history still has it and it is newer than `newer_than`.
-bool Channel::Impl::find_latest(bool any, std::uint64_t newer_than, std::uint32_t& slot, std::uint64_t& position,
-                                SlotWord& word) const noexcept {
+bool Channel::Impl::find_latest(bool any, std::uint64_t newer_than, std::uint32_t& slot,
+                                std::uint64_t& position, SlotWord& word) const noexcept {
   for (int look = 0; look < kLooks; ++look) {
     std::uint64_t tail = ring.tail_guess();
-    for (std::uint32_t i = 0; i < region->geometry().order_cells && ring.cell(tail).ahead_of(tail) == 0; ++i) {
+    for (std::uint32_t i = 0; i < region->geometry().order_cells && ring.cell(tail).ahead_of(tail) == 0;
+         ++i) {
       tail = slots::next_position(tail);
     }
     position = tail - 1;
@@ -227,7 +229,8 @@ Outcome Channel::Impl::try_read_latest(bool any, std::uint64_t newer_than, Recei
                 "channel '" + label + "' keeps no history to look at; create it with history=1 or more");
   }
   SlotWord word{};
-  for (int look = 0; look < kLooks && find_latest(any, newer_than, message.slot, message.sequence, word); ++look) {
+  for (int look = 0; look < kLooks && find_latest(any, newer_than, message.slot, message.sequence, word);
+       ++look) {
     message.word = word.bits;
     message.attempts = 0;
     message.group = kNoGroup;
@@ -266,8 +269,12 @@ Outcome Channel::recv(Received& message, std::int64_t deadline_ns) {
 void Channel::release(std::uint32_t slot, std::uint32_t process, std::uint32_t group) noexcept {
   impl_->release(slot, process, group);
 }
-void Channel::give_back(const Received& message) noexcept { impl_->give_back(message, Impl::Undelivered::No); }
-void Channel::put_back(const Received& message) noexcept { impl_->give_back(message, Impl::Undelivered::Yes); }
+void Channel::give_back(const Received& message) noexcept {
+  impl_->give_back(message, Impl::Undelivered::No);
+}
+void Channel::put_back(const Received& message) noexcept {
+  impl_->give_back(message, Impl::Undelivered::Yes);
+}
 Outcome Channel::try_take_dead_letter(Received& message, DeadLetter& why) {
   return impl_->try_take_dead_letter(message, why);
 }

@@ -140,8 +140,7 @@ Report report(memory::Region& region, const std::string& path, std::uint32_t me)
     one.active = true;
     one.durable = g == 0 || (membership.rules(g) & memory::kGroupDurable) != 0;
     one.retention = is_retention(region, g);
-    one.on_death =
-        (membership.rules(g) & memory::kGroupDrops) != 0 ? OnDeath::Drop : OnDeath::Redeliver;
+    one.on_death = (membership.rules(g) & memory::kGroupDrops) != 0 ? OnDeath::Drop : OnDeath::Redeliver;
     for (const Report::Participant& participant : out.participants) one.members += participant.group == g;
     one.cursor = group.state().cursor.load(std::memory_order_relaxed);
     one.lag = group.depth();
@@ -202,7 +201,8 @@ ChannelStats Channel::Impl::stats() const noexcept {
   ChannelStats out =
       channel::count(*region, group.number(), is_inherited() || left ? Participants::kNobody : me);
   out.lost = out.dropped_oldest - dropped_before;
-  if (group_number != 0 && (group_number == kNoGroup || group.state().joined.load(std::memory_order_relaxed) != joined)) {
+  if (group_number != 0 &&
+      (group_number == kNoGroup || group.state().joined.load(std::memory_order_relaxed) != joined)) {
     out.depth = out.dropped_oldest = out.lost = out.redelivered = 0;
     out.head_sequence = out.next_sequence;
   }
@@ -260,12 +260,14 @@ Report Channel::report_of(const std::string& path) {
   return channel::report(*region, path, Participants::kNobody);
 }
 
-Removal Channel::remove_channel(const std::string& path, std::int64_t age_ns, bool even_with_messages, bool dry) {
+Removal Channel::remove_channel(const std::string& path, std::int64_t age_ns, bool even_with_messages,
+                                bool dry) {
   auto storage = channel::open_storage(path, memory::StorageKind::File);
   if (storage == nullptr) return Removal::Missing;
   const memory::Inspection inspection = memory::inspect(*storage);
   if (inspection.found == memory::Found::Foreign) {
-    throw Error(ErrorCode::ChannelLayout, path + " is not a channel: " + inspection.reason + "; remove it by hand");
+    throw Error(ErrorCode::ChannelLayout,
+                path + " is not a channel: " + inspection.reason + "; remove it by hand");
   }
   // Under the control lock nobody joins, and a participant that lives holds the lock of its number.
   if (!storage->try_lock(memory::kControlLock)) return Removal::InUse;

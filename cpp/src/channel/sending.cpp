@@ -66,7 +66,8 @@ std::uint32_t Channel::Impl::wait_for_hot_slot(std::uint64_t payload_bytes) noex
   return kNoSlot;
 }
 
-Outcome Channel::Impl::try_alloc(std::uint64_t payload_bytes, std::uint32_t meta_bytes, Backpressure policy, Loan& loan) {
+Outcome Channel::Impl::try_alloc(std::uint64_t payload_bytes, std::uint32_t meta_bytes, Backpressure policy,
+                                 Loan& loan) {
   enter();
   const memory::Geometry& g = region->geometry();
   std::uint64_t frame = 0;

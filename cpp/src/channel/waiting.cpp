@@ -84,13 +84,14 @@ Outcome Channel::Impl::wait_for_message(std::int64_t deadline_ns, bool spin) {
     const std::uint64_t state = active();
     return (state & memory::kShutDown) != 0 && ((state & memory::kShutDownAtOnce) != 0 || is_drained());
   };
-  const Outcome outcome = wait(group.messages(), local->sleeping_for_message, 2, local->message_spin, ready, ready,
-                               taken.load(std::memory_order_relaxed), deadline_ns, spin);
+  const Outcome outcome = wait(group.messages(), local->sleeping_for_message, 2, local->message_spin, ready,
+                               ready, taken.load(std::memory_order_relaxed), deadline_ns, spin);
   if (outcome == Outcome::Empty) group.offer_what_was_passed();
   return outcome;
 }
 
-Outcome Channel::Impl::wait_for_newer(bool any, std::uint64_t newer_than, std::int64_t deadline_ns, bool spin) {
+Outcome Channel::Impl::wait_for_newer(bool any, std::uint64_t newer_than, std::int64_t deadline_ns,
+                                      bool spin) {
   enter();
   Busy guard(*this);
   if (closed.load(std::memory_order_seq_cst) || !region->keeps_history()) return Outcome::Ok;
@@ -113,7 +114,8 @@ void Channel::Impl::pass_on_wake() noexcept {
 }
 
 bool Channel::Impl::sweep(bool now) noexcept {
-  if (region->storage().kind() == memory::StorageKind::Heap) return false;  // its handles die with this process
+  if (region->storage().kind() == memory::StorageKind::Heap)
+    return false;  // its handles die with this process
   std::unique_lock lock(local->recovery, std::try_to_lock);
   if (!lock.owns_lock() || left) return false;
   const std::int64_t time = base::monotonic_ns();

@@ -120,7 +120,8 @@ class Publication {
     for (std::uint32_t left = groups; left != 0; left &= left - 1) {
       const std::uint32_t g = static_cast<std::uint32_t>(std::countr_zero(left));
       // Its joiner may still add messages behind what a sender would step over.
-      if ((region_->group(g).state.load(std::memory_order_acquire) & memory::kGroupJoining) != 0) groups &= ~(1u << g);
+      if ((region_->group(g).state.load(std::memory_order_acquire) & memory::kGroupJoining) != 0)
+        groups &= ~(1u << g);
     }
     return groups;
   }

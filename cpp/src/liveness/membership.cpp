@@ -28,7 +28,8 @@ constexpr std::size_t kNameWords = sizeof(memory::GroupState::name) / 8;
 
 std::uint64_t name_word(std::string_view name, std::size_t i) noexcept {
   std::uint64_t word = 0;
-  if (name.size() > i * 8) std::memcpy(&word, name.data() + i * 8, std::min<std::size_t>(8, name.size() - i * 8));
+  if (name.size() > i * 8)
+    std::memcpy(&word, name.data() + i * 8, std::min<std::size_t>(8, name.size() - i * 8));
   return word;
 }
 
@@ -241,7 +242,8 @@ void Membership::remove(std::uint32_t group, std::uint32_t me) noexcept {
 
 // SYNC joining: pairs with the acquire load of DROP_OLDEST senders, who leave the group alone until here.
 void Membership::end_joining(std::uint32_t group) noexcept {
-  if (is_named(group)) region_->group(group).state.fetch_and(~memory::kGroupJoining, std::memory_order_release);
+  if (is_named(group))
+    region_->group(group).state.fetch_and(~memory::kGroupJoining, std::memory_order_release);
 }
 
 bool Membership::has_members(std::uint32_t group, std::uint32_t except) const noexcept {

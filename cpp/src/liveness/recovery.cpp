@@ -82,7 +82,8 @@ struct Estate {
 
 /// V6, V7: gives back what `d` held of slot `s`, or releases it where nobody is to get it again. Nobody else touches a
 /// claim that carries the number of a dead participant, and its bit keeps the slot and the group's number.
-void recover_held(memory::Region& region, SlotPool& pool, std::uint32_t s, std::uint32_t d, Estate& estate) noexcept {
+void recover_held(memory::Region& region, SlotPool& pool, std::uint32_t s, std::uint32_t d,
+                  Estate& estate) noexcept {
   const SlotWord word = pool.word(s);
   if (!word.is(SlotPhase::Committed)) return;
   const std::uint64_t active = region.header().active.load(std::memory_order_seq_cst);

@@ -115,7 +115,8 @@ void FileStorage::drop_locks() noexcept {
 
 std::uint64_t FileStorage::size() const {
   struct stat info {};
-  if (fstat(data_fd_.get(), &info) != 0) throw Error(ErrorCode::System, path_ + ": cannot be examined", errno);
+  if (fstat(data_fd_.get(), &info) != 0)
+    throw Error(ErrorCode::System, path_ + ": cannot be examined", errno);
   return static_cast<std::uint64_t>(info.st_size);
 }
 
@@ -164,8 +165,9 @@ void FileStorage::reserve_checked(std::uint64_t offset, std::uint64_t length, co
   {
     SignalsBlocked guard;
     do {
-      failure =
-          fallocate(data_fd_.get(), 0, static_cast<off_t>(offset), static_cast<off_t>(length)) == 0 ? 0 : errno;
+      failure = fallocate(data_fd_.get(), 0, static_cast<off_t>(offset), static_cast<off_t>(length)) == 0
+                    ? 0
+                    : errno;
     } while (failure == EINTR);
   }
   if (failure == EOPNOTSUPP) failure = allocate_by_writing(data_fd_.get(), offset, length);
@@ -190,8 +192,8 @@ void FileStorage::give_back(std::uint64_t offset, std::uint64_t length) noexcept
 
 std::byte* FileStorage::map(std::uint64_t offset, std::uint64_t length, Access access) {
   int protection = access == Access::ReadWrite ? PROT_READ | PROT_WRITE : PROT_READ;
-  void* address =
-      mmap(nullptr, length, protection, MAP_SHARED | MAP_NORESERVE, data_fd_.get(), static_cast<off_t>(offset));
+  void* address = mmap(nullptr, length, protection, MAP_SHARED | MAP_NORESERVE, data_fd_.get(),
+                       static_cast<off_t>(offset));
   if (address == MAP_FAILED) {
     throw Error(ErrorCode::SharedMemoryFull,
                 path_ + ": no address space to map " + std::to_string(length) + " bytes (" + strerror(errno) +

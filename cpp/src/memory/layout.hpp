@@ -82,7 +82,7 @@ bool is_valid(const Rules& rules) noexcept;
 /// One participant that was found dead, for people and callbacks. Writer: its recoverer, under its lock; `sequence`
 /// comes last, so a record whose sequence is not the expected one is not finished, or overwritten.
 struct alignas(64) DeathState {
-  base::Atomic<std::uint64_t> sequence;  // number of the death + 1
+  base::Atomic<std::uint64_t> sequence;    // number of the death + 1
   base::Atomic<std::uint64_t> noticed_ns;  // CLOCK_REALTIME
   base::Atomic<std::uint64_t> start_time;
   base::Atomic<std::uint64_t> joined_ns;
@@ -91,7 +91,8 @@ struct alignas(64) DeathState {
   base::Atomic<std::uint32_t> group;    // number of its group + 1; 0: none
   base::Atomic<std::uint32_t> writing;  // slots that it had not published
   base::Atomic<std::uint32_t> held;     // messages that it had not released
-  base::Atomic<std::uint32_t> group_joined;  // GroupState::joined of its group: the number may be another one's by now
+  base::Atomic<std::uint32_t>
+      group_joined;  // GroupState::joined of its group: the number may be another one's by now
 };
 static_assert(sizeof(DeathState) == 64 && std::is_standard_layout_v<DeathState>);
 inline constexpr std::uint32_t kDeathsKept = 32;
@@ -118,8 +119,8 @@ struct RegionHeader {
   base::Atomic<std::uint64_t> dropped_newest;  // messages discarded by DROP_NEWEST
   base::Atomic<std::uint64_t> unheard;         // messages that no group was there for
   base::Atomic<std::uint64_t> corrupted;       // frames that failed their check, control words that cannot be
-  base::Atomic<std::uint64_t> deaths;          // participants found dead; the next record is deaths mod kDeathsKept
-  base::Atomic<std::uint64_t> buried;          // messages that became dead letters
+  base::Atomic<std::uint64_t> deaths;  // participants found dead; the next record is deaths mod kDeathsKept
+  base::Atomic<std::uint64_t> buried;  // messages that became dead letters
   base::Atomic<std::uint64_t> letters_dropped;  // dead letters that had to go for newer ones
 
   alignas(64) waiting::WaitState space;  // producers that wait for a free slot
@@ -150,8 +151,8 @@ struct alignas(64) ParticipantState {
   base::Atomic<std::uint32_t> pid;
   base::Atomic<std::uint32_t> group;  // number of its group + 1; 0: none
   base::Atomic<std::uint64_t> start_time;
-  base::Atomic<std::uint64_t> waiting_on;  // 0 nothing, 1 space, 2 a message
-  base::Atomic<std::uint64_t> joined_ns;   // CLOCK_REALTIME
+  base::Atomic<std::uint64_t> waiting_on;    // 0 nothing, 1 space, 2 a message
+  base::Atomic<std::uint64_t> joined_ns;     // CLOCK_REALTIME
   base::Atomic<std::uint32_t> left_writing;  // what it was found dead with. Writer: its recoverer
   base::Atomic<std::uint32_t> left_held;
 };
@@ -168,8 +169,9 @@ struct GroupState {
 
   // sequence << 1 | raised. Raised by whoever gives a message back, lowered by a member that scanned and found nothing.
   alignas(64) base::Atomic<std::uint64_t> redeliver;
-  base::Atomic<std::uint32_t> state;   // kGroupDurable and other bits below. Writers: join, leave (control lock)
-  base::Atomic<std::uint32_t> joined;  // how often the number was given to a group; same writers
+  base::Atomic<std::uint32_t>
+      state;  // kGroupDurable and other bits below. Writers: join, leave (control lock)
+  base::Atomic<std::uint32_t> joined;          // how often the number was given to a group; same writers
   base::Atomic<std::uint64_t> dropped_oldest;  // by DROP_OLDEST: senders
   base::Atomic<std::uint64_t> redelivered;
   base::Atomic<std::uint64_t> reserved[3];
@@ -188,7 +190,8 @@ static_assert(sizeof(GroupState) == 320 && std::is_standard_layout_v<GroupState>
 inline constexpr std::uint32_t kGroupNamed = 1;    // has its number; active follows, or is past
 inline constexpr std::uint32_t kGroupDurable = 2;  // stays without members
 inline constexpr std::uint32_t kGroupDrops = 4;    // what a dead member held is released, not delivered again
-inline constexpr std::uint32_t kGroupJoining = 8;  // its first member still adds old messages; senders leave it alone
+inline constexpr std::uint32_t kGroupJoining =
+    8;  // its first member still adds old messages; senders leave it alone
 
 /// The order: its tail, and behind it `order_cells` cells of 64 bits.
 struct OrderState {

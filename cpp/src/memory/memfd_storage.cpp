@@ -20,7 +20,8 @@ constexpr int kSizeSeals = F_SEAL_SHRINK | F_SEAL_GROW;
 // The size is sealed, so no peer can cut the pages away under a mapping.
 class MemfdStorage final : public FileStorage {
  public:
-  explicit MemfdStorage(base::Descriptor fd) : FileStorage(std::move(fd), StorageKind::Memfd, "an anonymous memfd") {}
+  explicit MemfdStorage(base::Descriptor fd)
+      : FileStorage(std::move(fd), StorageKind::Memfd, "an anonymous memfd") {}
 
   void resize(std::uint64_t bytes) override {
     FileStorage::resize(bytes);

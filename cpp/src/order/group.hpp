@@ -226,7 +226,8 @@ class Group {
       const slots::Claim found = claim(s);
       const std::int64_t before_next = slots::distance(found.position_low(), seen.next);
       if (found.who() != slots::Claim::kNobody || found.position_low() == slots::kNoPositionLow ||
-          slots::distance(found.position_low(), p) < 0 || before_next > 0 || (before_next == 0 && seen.next != p))
+          slots::distance(found.position_low(), p) < 0 || before_next > 0 ||
+          (before_next == 0 && seen.next != p))
         continue;
       seen.next += static_cast<std::uint64_t>(before_next);
       seen.slot = s;

@@ -50,7 +50,9 @@ struct Claim {
   constexpr std::uint32_t who() const noexcept { return static_cast<std::uint32_t>(bits) & 0xFFFF; }
 
   /// True for a message that somebody may take or discard: nobody holds it.
-  constexpr bool is_open() const noexcept { return who() == kNobody || who() == kRedeliver || who() == kDead; }
+  constexpr bool is_open() const noexcept {
+    return who() == kNobody || who() == kRedeliver || who() == kDead;
+  }
   constexpr bool is_held() const noexcept { return who() != kNobody && who() < kDiscard; }
 
   constexpr Claim with(std::uint32_t attempts, std::uint32_t who) const noexcept {

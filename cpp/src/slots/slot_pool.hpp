@@ -225,8 +225,8 @@ class SlotPool {
 
   /// False for a word that no step of the protocol makes in this region.
   bool is_possible(SlotWord seen) const noexcept {
-    return seen.is_possible() && (!seen.is(SlotPhase::Committed) ||
-                                  (seen.pending() & kGroupBits & ~group_bits_) == 0);
+    return seen.is_possible() &&
+           (!seen.is(SlotPhase::Committed) || (seen.pending() & kGroupBits & ~group_bits_) == 0);
   }
 
   bool anything_free() const noexcept {

@@ -79,7 +79,9 @@ class Groups : public testing::TestWithParam<Kind> {
 INSTANTIATE_TEST_SUITE_P(Every, Groups,
                          testing::Values(Kind{"heap", &Channel::create_heap},
                                          Kind{"memfd", &Channel::create_anonymous}),
-                         [](const testing::TestParamInfo<Kind>& info) { return std::string(info.param.name); });
+                         [](const testing::TestParamInfo<Kind>& info) {
+                           return std::string(info.param.name);
+                         });
 
 // --- subscribing -----------------------------------------------------------------------------------------------------
 
@@ -183,7 +185,8 @@ TEST_P(Groups, MoreGroupsThanTheLimitAreRefusedAndRoomComesBackByClosing) {
   EXPECT_EQ(channel->stats().participants, 3u);
   auto more = channel->subscribe(to("a"));
   a->close();
-  EXPECT_EQ(code_of([&] { channel->subscribe(to("c")); }), ErrorCode::TooManyGroups) << "it has another member";
+  EXPECT_EQ(code_of([&] { channel->subscribe(to("c")); }), ErrorCode::TooManyGroups)
+      << "it has another member";
   more->close();
   EXPECT_NO_THROW(channel->subscribe(to("c")));
 }
@@ -260,7 +263,8 @@ TEST_P(Groups, AMessageThatAMemberHoldsWhenItLeavesStaysReadableUntilItIsRelease
   sub->close();
   EXPECT_EQ(text_of(message), "held");
   EXPECT_EQ(send(*channel, "x"), Outcome::Full);
-  EXPECT_EQ(code_of([&] { channel->subscribe(to("b")); }), ErrorCode::TooManyGroups) << "its number is still in use";
+  EXPECT_EQ(code_of([&] { channel->subscribe(to("b")); }), ErrorCode::TooManyGroups)
+      << "its number is still in use";
   EXPECT_EQ(channel->stats().participants, 2u);
   sub->release(message);
   EXPECT_EQ(channel->stats().participants, 1u);
@@ -367,7 +371,8 @@ TEST_P(Groups, EachReaderCountsExactlyWhatItLost) {
   make(small(4));
   auto slow = channel->subscribe(to("slow"));
   for (int i = 0; i < 10; ++i) {
-    EXPECT_EQ(send(*channel, std::to_string(i), Backpressure::DropOldest), Outcome::Ok) << "a slow viewer blocks nobody";
+    EXPECT_EQ(send(*channel, std::to_string(i), Backpressure::DropOldest), Outcome::Ok)
+        << "a slow viewer blocks nobody";
     EXPECT_EQ(next(*channel), std::to_string(i));
   }
   EXPECT_EQ(slow->stats().lost, 6u);
@@ -475,23 +480,23 @@ TEST_P(Groups, AShutdownAtOnceReleasesWhatWaitsForAnyGroup) {
 
 TEST_P(Groups, CallsThatAreRefusedAnswerClosedAndTheHandleLeavesWhenItHoldsNothing) {
   for (bool closes_first : {true, false}) {
-  make();
-  auto sub = channel->subscribe(to("a"));
-  send(*channel, "1");
-  Received message = take(*sub);
-  sub->refuse_calls();
-  EXPECT_TRUE(sub->is_closed());
-  EXPECT_EQ(next(*sub), "(closed)");
-  EXPECT_EQ(send(*sub, "2"), Outcome::Closed);
-  Received other;
-  EXPECT_EQ(sub->recv(other, patience()), Outcome::Closed);
-  EXPECT_EQ(sub->send("2", 1, Backpressure::Block, patience()), Outcome::Closed);
-  EXPECT_NE(group_of(channel->report(), "a"), nullptr) << "it is still a member";
-  if (closes_first) sub->close();
-  sub->release(message);
-  sub->close();
-  EXPECT_EQ(group_of(channel->report(), "a"), nullptr);
-  EXPECT_EQ(channel->stats().participants, 1u);
+    make();
+    auto sub = channel->subscribe(to("a"));
+    send(*channel, "1");
+    Received message = take(*sub);
+    sub->refuse_calls();
+    EXPECT_TRUE(sub->is_closed());
+    EXPECT_EQ(next(*sub), "(closed)");
+    EXPECT_EQ(send(*sub, "2"), Outcome::Closed);
+    Received other;
+    EXPECT_EQ(sub->recv(other, patience()), Outcome::Closed);
+    EXPECT_EQ(sub->send("2", 1, Backpressure::Block, patience()), Outcome::Closed);
+    EXPECT_NE(group_of(channel->report(), "a"), nullptr) << "it is still a member";
+    if (closes_first) sub->close();
+    sub->release(message);
+    sub->close();
+    EXPECT_EQ(group_of(channel->report(), "a"), nullptr);
+    EXPECT_EQ(channel->stats().participants, 1u);
   }
 }
 
@@ -699,7 +704,8 @@ TEST_P(Groups, WhoeverWaitsForANewerValueIsWokenByIt) {
   std::string seen;
   std::thread thread([&] {
     Received value;
-    while (watcher->try_read_latest(false, 0, value) == Outcome::Empty) watcher->wait_for_newer(false, 0, patience(), false);
+    while (watcher->try_read_latest(false, 0, value) == Outcome::Empty)
+      watcher->wait_for_newer(false, 0, patience(), false);
     seen = text_of(value);
   });
   while (watcher->stats().recv_waits == 0) std::this_thread::yield();
@@ -815,7 +821,8 @@ TEST_P(Groups, AReportSaysWhoWaits) {
   });
   bool waits = false;
   for (std::int64_t end = patience(); !waits && base::monotonic_ns() < end; std::this_thread::yield()) {
-    for (const Report::Participant& one : channel->report().participants) waits = waits || (one.group == 1 && one.waiting_on == 2);
+    for (const Report::Participant& one : channel->report().participants)
+      waits = waits || (one.group == 1 && one.waiting_on == 2);
   }
   EXPECT_TRUE(waits);
   send(*channel, "1");
@@ -1057,7 +1064,9 @@ TEST(GroupsDeath, AReportTellsTheDeadFromTheLiving) {
 
 // --- from outside ----------------------------------------------------------------------------------------------------
 
-ChannelPtr named(const std::string& name) { return Channel::open_named(name, small(), OpenMode::OpenOrCreate); }
+ChannelPtr named(const std::string& name) {
+  return Channel::open_named(name, small(), OpenMode::OpenOrCreate);
+}
 
 TEST(FromOutside, AReportOfAPathTakesNoPart) {
   Name name;
@@ -1092,7 +1101,8 @@ TEST(FromOutside, OnlyWhatIsProvablyDeadIsRemoved) {
   auto channel = named(name);
   EXPECT_EQ(Channel::remove_channel(name.path(), 0, true, false), Removal::InUse);
   channel.reset();
-  EXPECT_EQ(Channel::remove_channel(name.path(), 0, true, false), Removal::Missing) << "the last one took it along";
+  EXPECT_EQ(Channel::remove_channel(name.path(), 0, true, false), Removal::Missing)
+      << "the last one took it along";
 
   ASSERT_EQ(in_child([&] {
               auto* left = new ChannelPtr(named(name));

@@ -319,8 +319,8 @@ class GroupStress : public testing::TestWithParam<std::tuple<Backpressure, std::
   bool read(const Received& message, Payload& payload) {
     const bool whole = message.payload_bytes == sizeof payload;
     if (whole) std::memcpy(&payload, message.payload, sizeof payload);
-    if (whole && payload.crc == base::crc32c(&payload, offsetof(Payload, crc)) && payload.producer < kSenders &&
-        payload.sequence < count)
+    if (whole && payload.crc == base::crc32c(&payload, offsetof(Payload, crc)) &&
+        payload.producer < kSenders && payload.sequence < count)
       return true;
     ++torn;
     return false;
@@ -373,11 +373,13 @@ class GroupStress : public testing::TestWithParam<std::tuple<Backpressure, std::
     static constexpr Start kStarts[] = {Start::Oldest, Start::Latest, Start::Next};
     Received message;
     while (!ended.load()) {
-      auto mine = channel->subscribe(to(seed == 1 ? "first visitor" : "second visitor", kStarts[random() % 3]));
+      auto mine =
+          channel->subscribe(to(seed == 1 ? "first visitor" : "second visitor", kStarts[random() % 3]));
       std::uint64_t expected = 0;
       std::uint32_t gaps = 0;
       Outcome outcome = Outcome::Ok;
-      for (std::uint32_t n = random() % 40; n > 0 && (outcome = mine->recv(message, patience())) == Outcome::Ok; --n) {
+      for (std::uint32_t n = random() % 40;
+           n > 0 && (outcome = mine->recv(message, patience())) == Outcome::Ok; --n) {
         Payload payload;
         read(message, payload);
         if (expected != 0) {
@@ -424,14 +426,16 @@ class GroupStress : public testing::TestWithParam<std::tuple<Backpressure, std::
   void look_at_latest() {
     Received message;
     std::uint64_t newest = 0;
-    for (Outcome outcome; (outcome = channel->try_read_latest(newest == 0, newest, message)) != Outcome::Closed;) {
+    for (Outcome outcome;
+         (outcome = channel->try_read_latest(newest == 0, newest, message)) != Outcome::Closed;) {
       if (outcome == Outcome::Ok) {
         Payload copy;
         std::memcpy(&copy, message.payload, sizeof copy);
         if (!channel->is_unchanged(message)) continue;
         disorder += message.sequence <= newest;
         newest = message.sequence;
-        torn += message.payload_bytes != sizeof copy || copy.crc != base::crc32c(&copy, offsetof(Payload, crc));
+        torn +=
+            message.payload_bytes != sizeof copy || copy.crc != base::crc32c(&copy, offsetof(Payload, crc));
         looks += 1;
       } else if (outcome != Outcome::Empty) {
         ++torn;

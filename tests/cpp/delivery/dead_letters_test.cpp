@@ -26,7 +26,8 @@ constexpr std::uint64_t kLap = std::uint64_t{1} << 44;
 
 class DeadLettersTest : public testing::TestWithParam<std::uint64_t> {
  protected:
-  void make(std::uint32_t slots, std::uint32_t max_deliveries = 3, std::uint32_t most = 16, std::uint32_t groups = 1) {
+  void make(std::uint32_t slots, std::uint32_t max_deliveries = 3, std::uint32_t most = 16,
+            std::uint32_t groups = 1) {
     support::Shape shape{.slots = slots, .groups = groups};
     shape.first_position = GetParam();
     shape.rules.max_deliveries = max_deliveries;
@@ -316,7 +317,8 @@ TEST_P(DeadLettersTest, ARevivedLetterIsDeliveredAgainAndMayFailAgain) {
     EXPECT_EQ(letters->count(), 0u);
     ASSERT_TRUE(take(held)) << most;
     EXPECT_EQ(held.slot, s);
-    EXPECT_EQ(held.attempts, most == 1 ? 0u : 1u) << "flagged as delivered before where that leaves it a delivery";
+    EXPECT_EQ(held.attempts, most == 1 ? 0u : 1u)
+        << "flagged as delivered before where that leaves it a delivery";
     EXPECT_LT(held.attempts, most);
     while (true) {
       give_back(held);

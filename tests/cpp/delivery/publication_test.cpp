@@ -380,8 +380,10 @@ TEST_P(PublicationTest, ADropThatWasCutAnywhereLosesNothingElseAndNoSlot) {
     Positions all_of{0, 1, 2};
     ASSERT_LE(got_0.size(), 3u);
     ASSERT_LE(got_1.size(), 2u);
-    EXPECT_EQ(got_0, Positions(all_of.end() - static_cast<std::ptrdiff_t>(got_0.size()), all_of.end())) << store;
-    EXPECT_EQ(got_1, Positions(all_of.end() - static_cast<std::ptrdiff_t>(got_1.size()), all_of.end())) << store;
+    EXPECT_EQ(got_0, Positions(all_of.end() - static_cast<std::ptrdiff_t>(got_0.size()), all_of.end()))
+        << store;
+    EXPECT_EQ(got_1, Positions(all_of.end() - static_cast<std::ptrdiff_t>(got_1.size()), all_of.end()))
+        << store;
     EXPECT_LE(3 - got_0.size() - lost_0, 1u) << store;
     EXPECT_LE(2 - got_1.size() - lost_1, 1u) << store;
     ASSERT_EQ(free(), 3u) << "cut before store " << store;

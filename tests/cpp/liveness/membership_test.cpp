@@ -109,7 +109,8 @@ TEST_P(MembershipTest, AGroupIsFoundByExactlyItsName) {
   ASSERT_EQ(g, 1u);
   EXPECT_EQ(groups->find("viewers"), g);
   EXPECT_EQ(groups->name(g), "viewers");
-  for (const char* name : {"viewer", "viewers2", "Viewers", "", "v"}) EXPECT_EQ(groups->find(name), kNoGroup) << name;
+  for (const char* name : {"viewer", "viewers2", "Viewers", "", "v"})
+    EXPECT_EQ(groups->find(name), kNoGroup) << name;
 }
 
 TEST_P(MembershipTest, NamesThatDifferInTheirLastByteAreTwoGroups) {
@@ -134,8 +135,10 @@ TEST_P(MembershipTest, AShorterNameDoesNotKeepTheEndOfTheLongerOneBeforeIt) {
 
 TEST_P(MembershipTest, AGroupHasTheRulesItWasMadeWith) {
   make(2, 4);
-  for (std::uint32_t rules : {0u, memory::kGroupDurable, memory::kGroupDrops, memory::kGroupDurable | memory::kGroupDrops}) {
-    const std::uint32_t g = groups->make("g" + std::to_string(rules), rules, JoinAt::Next, Peer(*region).number);
+  for (std::uint32_t rules :
+       {0u, memory::kGroupDurable, memory::kGroupDrops, memory::kGroupDurable | memory::kGroupDrops}) {
+    const std::uint32_t g =
+        groups->make("g" + std::to_string(rules), rules, JoinAt::Next, Peer(*region).number);
     ASSERT_NE(g, kNoGroup);
     EXPECT_EQ(groups->rules(g), rules);
   }

@@ -105,7 +105,8 @@ Rules rules(Checksum checksum) { return {static_cast<std::uint32_t>(checksum), 0
 TEST(Region, InspectionTellsWhatAFileIs) {
   auto storage = make_memfd_storage();
   int fd = dup(storage->descriptor());
-  auto region = Region::create(std::move(storage), plan_geometry(4, 64, 64, 4, 1), rules(Checksum::Header), 0);
+  auto region =
+      Region::create(std::move(storage), plan_geometry(4, 64, 64, 4, 1), rules(Checksum::Header), 0);
   auto again = make_file_storage(fd, StorageKind::File, "copy");
   EXPECT_EQ(inspect(*again).found, Found::Channel);
   region->header().layout_version = 99;
@@ -136,7 +137,8 @@ TEST(Region, AttachingShowsTheSameStateAndKeepsThePayloadReadOnlyUntilItIsWritte
 }
 
 TEST(Region, ASlotGrowsAndShrinks) {
-  auto region = Region::create(make_memfd_storage(), plan_geometry(4, 4096, 0, 4, 1), rules(Checksum::Header), 0);
+  auto region =
+      Region::create(make_memfd_storage(), plan_geometry(4, 4096, 0, 4, 1), rules(Checksum::Header), 0);
   std::uint64_t room = region->slot(1).room_bytes.load();
   region->reserve_slot(1, room + 100000);
   EXPECT_GE(region->slot(1).room_bytes.load(), room + 100000);

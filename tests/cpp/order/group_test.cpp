@@ -294,7 +294,8 @@ TEST_F(GroupTest, AMessageWhoseCellIsDamagedIsFoundByItsClaim) {
   make(3);
   for (int i = 0; i < 3; ++i) send(*region);
   const Cell good = Cell{region->cell(1).load()};
-  for (Cell bad : {Cell::make(1, 3), Cell::make(1, 0xFFFFF), Cell::make(17, 1), Cell::make(1 + (kLap >> 1) - 1, 1)}) {
+  for (Cell bad :
+       {Cell::make(1, 3), Cell::make(1, 0xFFFFF), Cell::make(17, 1), Cell::make(1 + (kLap >> 1) - 1, 1)}) {
     region->cell(1).store(bad.bits);
     group->state().cursor.store(1);
     ASSERT_TRUE(group->try_take(0, held)) << bad.position_low() << " " << bad.slot();

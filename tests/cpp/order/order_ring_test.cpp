@@ -116,7 +116,7 @@ TEST_P(OrderRingTest, ALapLaterTheSameCellHoldsTheLaterPosition) {
 TEST_P(OrderRingTest, ADamagedCellAheadIsMendedByTheNextMessage) {
   make(2);
   const std::uint64_t first = GetParam();
-  for (std::uint64_t ahead : {std::uint64_t{1}, std::uint64_t{8}, std::uint64_t{1} << 43 }) {
+  for (std::uint64_t ahead : {std::uint64_t{1}, std::uint64_t{8}, std::uint64_t{1} << 43}) {
     const std::uint64_t next = ring->tail_guess();
     region->cell(next).store(Cell::make(next + ahead - 1, 1).bits);
     if (ahead == 1) region->cell(next).store(Cell::make(next + 3, 1).bits);
@@ -135,7 +135,8 @@ TEST_P(OrderRingTest, ADamagedTailIsMendedByTheNextMessage) {
     ring->advance_tail(entered);
     next = ring->tail_guess();
   }
-  for (std::uint64_t behind : {std::uint64_t{1}, std::uint64_t{9}, std::uint64_t{8000}, (std::uint64_t{1} << 43) - 8}) {
+  for (std::uint64_t behind :
+       {std::uint64_t{1}, std::uint64_t{9}, std::uint64_t{8000}, (std::uint64_t{1} << 43) - 8}) {
     region->order().tail.store(next - behind);
     OrderRing::Entered entered = ring->enter(1, 1);
     ring->advance_tail(entered);

@@ -18,7 +18,7 @@ struct Shape {
   std::uint32_t participants = 4;
   std::uint64_t first_position = 0;
   memory::Rules rules = {1, 0, 3, 16, 1, 0};  // as ChannelOptions has them by default
-  std::uint32_t active = ~0u;                 // groups that are there from the start, of those that there can be
+  std::uint32_t active = ~0u;  // groups that are there from the start, of those that there can be
 };
 
 /// A new region over a memfd in the state in which a channel is created, with the groups of `shape` active.
@@ -31,7 +31,8 @@ inline std::unique_ptr<memory::Region> make_region(const Shape& shape) {
   order::OrderRing::initialise(*region, shape.first_position);
   for (std::uint32_t g = 0; g < shape.groups; ++g) {
     region->group(g).cursor.store(shape.first_position);
-    if ((shape.active >> g & 1) != 0) region->group(g).state.store(memory::kGroupNamed | memory::kGroupDurable);
+    if ((shape.active >> g & 1) != 0)
+      region->group(g).state.store(memory::kGroupNamed | memory::kGroupDurable);
   }
   region->header().active.store(((1u << shape.groups) - 1) & shape.active);
   return region;

@@ -137,12 +137,12 @@ int memfd_of(const std::vector<unsigned char>& bytes) {
 
 /// Shared between the program and the child that runs cases.
 struct Progress {
-  std::atomic<std::uint64_t> running;     // number of the case
-  std::atomic<std::int64_t> started_ns;   // of the case
-  std::atomic<const char*> call;          // a literal, at the same address in both processes
+  std::atomic<std::uint64_t> running;    // number of the case
+  std::atomic<std::int64_t> started_ns;  // of the case
+  std::atomic<const char*> call;         // a literal, at the same address in both processes
   std::atomic<std::uint64_t> done;
-  std::uint64_t calls, delivered, corrupted, errors, refused, sent, timeouts, unchanged, frames_caught, letters,
-      latest;
+  std::uint64_t calls, delivered, corrupted, errors, refused, sent, timeouts, unchanged, frames_caught,
+      letters, latest;
   std::int64_t latest_ns;
   std::uint64_t failed_case;
   char failure[400];
@@ -217,8 +217,8 @@ class Sweep {
         if (setting != Setting::Live && field.kind == Field::Kind::Frame && !options_.is_long) continue;
         for (std::uint32_t b = 0; b < field.bytes; ++b) {
           for (std::uint32_t v = 0; v < values; ++v) {
-            const std::uint32_t each = options_.is_long                 ? 1
-                                       : is_rare(setting, field)      ? 7
+            const std::uint32_t each = options_.is_long           ? 1
+                                       : is_rare(setting, field)  ? 7
                                        : setting == Setting::Dead ? 3
                                                                   : 1;
             if ((b + v + f) % each != 0) continue;
@@ -237,9 +237,9 @@ class Sweep {
   /// Sampled in the short mode: what nobody uses, what is for people, and the setting that differs little.
   static bool is_rare(Setting setting, const Field& field) {
     auto begins = [&](const char* with) { return field.name.rfind(with, 0) == 0; };
-    if (setting == Setting::Reboot || begins("death") || field.name.find("waiters") != std::string::npos || begins("group 2") || begins("participant 4") ||
-        begins("participant 5") || begins("participant 3") || field.name.find(" notes ") != std::string::npos ||
-        field.name.find(" claim 2") != std::string::npos) {
+    if (setting == Setting::Reboot || begins("death") || field.name.find("waiters") != std::string::npos ||
+        begins("group 2") || begins("participant 4") || begins("participant 5") || begins("participant 3") ||
+        field.name.find(" notes ") != std::string::npos || field.name.find(" claim 2") != std::string::npos) {
       return true;
     }
     return setting == Setting::Dead && (begins("header") || begins("group"));
@@ -276,8 +276,8 @@ class Sweep {
     return byte != before;
   }
 
-  void newcomer(int fd, std::uint64_t number, Random& random, CallWatch& watch, Tally& tally, Progress& progress,
-                bool checks_payload) {
+  void newcomer(int fd, std::uint64_t number, Random& random, CallWatch& watch, Tally& tally,
+                Progress& progress, bool checks_payload) {
     std::shared_ptr<Channel> channel;
     try {
       watch("attach", 0, [&] { channel = Channel::adopt_anonymous(fd); });
@@ -347,8 +347,8 @@ class Sweep {
     std::memcpy(&payload_bytes, bytes.data() + fields_[c.field].offset + 8, 8);
     std::memcpy(&meta_bytes, bytes.data() + fields_[c.field].offset + 40, 4);
     const std::uint64_t payload = (64 + std::uint64_t{meta_bytes} + 63) & ~std::uint64_t{63};
-    const bool covered = at < 64 || (!in_lengths && at < 64 + meta_bytes) ||
-                         (at >= payload && at < payload + payload_bytes);
+    const bool covered =
+        at < 64 || (!in_lengths && at < 64 + meta_bytes) || (at >= payload && at < payload + payload_bytes);
     if (!queued || !covered) return;
     Tally tally;
     for (std::uint32_t i = 0; i < kSlots && tally.corrupted == 0; ++i) {
@@ -462,8 +462,8 @@ class Runner {
       again += wait_child(child, kWatchdogNs / 1e9) != 0;
     }
     if (again == tries) {
-      report_.fail("case " + std::to_string(number) + " (" + sweep_.describe(sweep_.cases()[number]) + "): " +
-                   what);
+      report_.fail("case " + std::to_string(number) + " (" + sweep_.describe(sweep_.cases()[number]) +
+                   "): " + what);
     } else {
       ++report_["not seen again"];
     }
@@ -520,6 +520,4 @@ int run(const Options& options) {
 }  // namespace
 }  // namespace dsline::robust
 
-int main(int argc, char** argv) {
-  return dsline::robust::run(dsline::robust::parse_options(argc, argv, 0));
-}
+int main(int argc, char** argv) { return dsline::robust::run(dsline::robust::parse_options(argc, argv, 0)); }

@@ -36,7 +36,9 @@ def compiler():
 def has_libfuzzer(clang, folder):
     """Tell whether `clang` links programs with libFuzzer."""
     source = folder / "probe.cpp"
-    source.write_text('extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }\n')
+    source.write_text(
+        'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }\n'
+    )
     command = [clang, "-fsanitize=fuzzer,address", str(source), "-o", str(folder / "probe")]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
@@ -56,7 +58,16 @@ def build(compile_with, folder, libfuzzer):
     for target in TARGETS:
         programs[target] = folder / f"fuzz_{target}"
         sources = [HERE / "fuzz" / f"{target}.cpp", HERE / "fuzz" / main_program]
-        command = [compile_with, *FLAGS, *link, *includes, *map(str, sources), *core, "-o", str(programs[target])]
+        command = [
+            compile_with,
+            *FLAGS,
+            *link,
+            *includes,
+            *map(str, sources),
+            *core,
+            "-o",
+            str(programs[target]),
+        ]
         subprocess.run(command, check=True)
     return programs
 
@@ -105,7 +116,12 @@ def drive(program, corpus, seconds, seed):
     )
     counts = json.loads(result.read_text())
     said = "" if done.returncode == 0 else done.stderr[-4000:]
-    return {"passed": done.returncode == 0, "inputs": counts["inputs"], "corpus": counts["seeds"], "said": said}
+    return {
+        "passed": done.returncode == 0,
+        "inputs": counts["inputs"],
+        "corpus": counts["seeds"],
+        "said": said,
+    }
 
 
 def main():
@@ -129,7 +145,13 @@ def main():
         print(f"{compile_with} with {'libFuzzer' if libfuzzer else 'fuzz/driver.cpp'}", flush=True)
         programs = build(compile_with, folder, libfuzzer)
         corpus = options.corpus or folder / "corpus"
-        record = {"program": "fuzz", "compiler": compile_with, "seed": options.seed, "inputs": 0, "failures": 0}
+        record = {
+            "program": "fuzz",
+            "compiler": compile_with,
+            "seed": options.seed,
+            "inputs": 0,
+            "failures": 0,
+        }
         for target in options.target or TARGETS:
             run = fuzz if libfuzzer else drive
             result = run(programs[target], corpus / target, seconds, options.seed)

@@ -169,9 +169,9 @@ class Peer {
     guarded("stats", 0, [&](std::int64_t) {
       const ChannelStats stats = channel_->stats();
       const std::uint32_t slots = channel_->capacity();
-      watch_.expect(stats.free_slots + stats.writing_slots + stats.committed_slots + stats.corrupted_slots <=
-                        slots,
-                    "stats count more slots than there are");
+      watch_.expect(
+          stats.free_slots + stats.writing_slots + stats.committed_slots + stats.corrupted_slots <= slots,
+          "stats count more slots than there are");
       watch_.expect(stats.participants <= channel_->max_handles(), "stats count too many participants");
       static_cast<void>(channel_->depth());
       static_cast<void>(channel_->is_full());
@@ -183,7 +183,8 @@ class Peer {
   void look_closely() {
     guarded("report", 0, [&](std::int64_t) {
       const dsline::Report report = channel_->report();
-      watch_.expect(report.participants.size() <= channel_->max_handles(), "a report of too many participants");
+      watch_.expect(report.participants.size() <= channel_->max_handles(),
+                    "a report of too many participants");
       watch_.expect(report.slots.size() <= channel_->capacity(), "a report of too many slots");
       for (const auto& group : report.groups) {
         watch_.expect(group.name.size() <= 128, "a report of a group with a long name");
@@ -197,9 +198,8 @@ class Peer {
   void look_at_letters() {
     auto message = std::make_unique<Received>();
     DeadLetter why;
-    const Outcome outcome = guarded("dead letters", 0, [&](std::int64_t) {
-      return channel_->try_take_dead_letter(*message, why);
-    });
+    const Outcome outcome = guarded(
+        "dead letters", 0, [&](std::int64_t) { return channel_->try_take_dead_letter(*message, why); });
     tally_.corrupted += outcome == Outcome::Corrupted;
     if (outcome != Outcome::Ok) return;
     ++tally_.letters;
@@ -217,9 +217,8 @@ class Peer {
   void look_at_history(std::int64_t wait_ns) {
     if (channel_->history() == 0) return;
     auto message = std::make_unique<Received>();
-    const Outcome outcome = guarded("latest", 0, [&](std::int64_t) {
-      return channel_->try_read_latest(true, 0, *message);
-    });
+    const Outcome outcome =
+        guarded("latest", 0, [&](std::int64_t) { return channel_->try_read_latest(true, 0, *message); });
     if (outcome != Outcome::Ok) return;
     ++tally_.latest;
     std::vector<std::byte> copy(message->payload_bytes);
@@ -313,7 +312,7 @@ class Peer {
   std::size_t held() const noexcept { return held_.size(); }
 
  private:
-  static constexpr std::int64_t kLeaveNs = 500'000'000;       // patience with the control lock
+  static constexpr std::int64_t kLeaveNs = 500'000'000;     // patience with the control lock
   static constexpr std::uint64_t kOverhead = 65536 + 8192;  // of a frame
 
   template <class Call>
@@ -414,8 +413,8 @@ inline std::vector<Field> fields_of(const memory::Geometry& g, std::uint32_t gro
   using Kind = Field::Kind;
   std::vector<Field> fields;
   fields.push_back({"header", 0, offsetof(memory::RegionHeader, active), Kind::Plain});
-  for (std::uint64_t at = offsetof(memory::RegionHeader, active);
-       at < offsetof(memory::RegionHeader, space); at += 8) {
+  for (std::uint64_t at = offsetof(memory::RegionHeader, active); at < offsetof(memory::RegionHeader, space);
+       at += 8) {
     fields.push_back({"header word " + std::to_string(at), at, 8, Kind::Plain});
   }
   for (std::uint64_t at = offsetof(memory::RegionHeader, space); at < sizeof(memory::RegionHeader); at += 8) {
@@ -424,14 +423,15 @@ inline std::vector<Field> fields_of(const memory::Geometry& g, std::uint32_t gro
   for (std::uint32_t i = 0; i < 2; ++i) {
     const std::uint64_t base = offsetof(memory::RegionHeader, death) + i * sizeof(memory::DeathState);
     for (std::uint64_t at = 0; at < sizeof(memory::DeathState); at += 8) {
-      fields.push_back({"death " + std::to_string(i) + " word " + std::to_string(at), base + at, 8, Kind::Plain});
+      fields.push_back(
+          {"death " + std::to_string(i) + " word " + std::to_string(at), base + at, 8, Kind::Plain});
     }
   }
   for (std::uint32_t i = 0; i < std::min(participants, g.participants); ++i) {
     const std::uint64_t base = g.participants_offset + i * sizeof(memory::ParticipantState);
     for (std::uint64_t at = 0; at < sizeof(memory::ParticipantState); at += 8) {
-      fields.push_back({"participant " + std::to_string(i) + " word " + std::to_string(at), base + at, 8,
-                        Kind::Plain});
+      fields.push_back(
+          {"participant " + std::to_string(i) + " word " + std::to_string(at), base + at, 8, Kind::Plain});
     }
   }
   for (std::uint32_t i = 0; i < std::min(groups, g.groups); ++i) {
@@ -462,10 +462,10 @@ inline std::vector<Field> fields_of(const memory::Geometry& g, std::uint32_t gro
       fields.push_back({slot + " claim " + std::to_string(i),
                         g.claims_offset + (std::uint64_t{s} * (g.groups - 1) + i - 1) * 8, 8, Kind::Claim});
       for (std::uint64_t at = 0; at < sizeof(memory::ClaimNotes); at += 8) {
-        fields.push_back({slot + " notes " + std::to_string(i) + " word " + std::to_string(at),
-                          g.notes_offset +
-                              (std::uint64_t{s} * (g.groups - 1) + i - 1) * sizeof(memory::ClaimNotes) + at,
-                          8, Kind::Plain});
+        fields.push_back(
+            {slot + " notes " + std::to_string(i) + " word " + std::to_string(at),
+             g.notes_offset + (std::uint64_t{s} * (g.groups - 1) + i - 1) * sizeof(memory::ClaimNotes) + at,
+             8, Kind::Plain});
       }
     }
   }

@@ -28,7 +28,8 @@ struct Shared {
   std::atomic<bool> is_over;
   std::atomic<std::int64_t> beat_ns[kPeers];
   std::atomic<const char*> call[kPeers];
-  std::atomic<std::uint64_t> calls[kPeers], delivered[kPeers], corrupted[kPeers], errors[kPeers], sent[kPeers];
+  std::atomic<std::uint64_t> calls[kPeers], delivered[kPeers], corrupted[kPeers], errors[kPeers],
+      sent[kPeers];
   std::atomic<std::uint64_t> attaches[kPeers], refused[kPeers];
   std::atomic<std::int64_t> latest_ns[kPeers];
   std::atomic<std::uint64_t> other_sent[kPeers], other_received[kPeers];
@@ -97,7 +98,8 @@ class Other {
   std::uint64_t last_[kPeers] = {};
 };
 
-int run_peer(std::uint32_t me, int victim, Other& other, Shared& shared, std::uint64_t seed, std::int64_t end) {
+int run_peer(std::uint32_t me, int victim, Other& other, Shared& shared, std::uint64_t seed,
+             std::int64_t end) {
   Random random(seed);
   CallWatch watch;
   watch.running = &shared.call[me];
@@ -125,7 +127,8 @@ int run_peer(std::uint32_t me, int victim, Other& other, Shared& shared, std::ui
         if (random.below(4) == 0) peer.look_closely();
         if (random.below(4) == 0) {
           const char* const names[] = {"left", "right", "late"};
-          peer.visit_group(names[random.below(3)], static_cast<Start>(random.below(3)), names[random.below(3)]);
+          peer.visit_group(names[random.below(3)], static_cast<Start>(random.below(3)),
+                           names[random.below(3)]);
         }
         if (peer.held() > 2) peer.finish(true);
         watch("calls on the other channel", base::monotonic_ns() + kWaitNs, [&] { other.step(); });
@@ -146,7 +149,8 @@ int run_peer(std::uint32_t me, int victim, Other& other, Shared& shared, std::ui
 
 /// Bursts of writes, with pauses in which the peers get somewhere: from a few writes to a million a second. Now and then
 /// all control words become those of a new channel again, else little would be delivered.
-void scribble(Bytes& bytes, const std::vector<Field>& fields, Shared& shared, Random& random, std::int64_t end) {
+void scribble(Bytes& bytes, const std::vector<Field>& fields, Shared& shared, Random& random,
+              std::int64_t end) {
   const memory::Geometry g = bytes.geometry();
   const std::vector<unsigned char> fresh(bytes.data(), bytes.data() + g.arena_offset);
   const std::uint64_t longest_burst = std::uint64_t{1} << random.below(6);

@@ -45,7 +45,8 @@ class Check {
       call();
       report_.fail(current + ": " + what + " was not refused");
     } catch (const Error& error) {
-      if (error.code() != code) report_.fail(current + ": " + what + " was refused otherwise: " + error.what());
+      if (error.code() != code)
+        report_.fail(current + ": " + what + " was refused otherwise: " + error.what());
     }
   }
   /// Runs `work` in a child as another user; it returns whether the promise held.
@@ -73,7 +74,8 @@ std::shared_ptr<Channel> open_named(const std::string& name, OpenMode mode = Ope
 }
 
 bool send_text(Channel& channel, const std::string& text) {
-  return channel.try_send(text.data(), text.size(), kBytesMessage, nullptr, 0, 0, Backpressure::Raise) == Outcome::Ok;
+  return channel.try_send(text.data(), text.size(), kBytesMessage, nullptr, 0, 0, Backpressure::Raise) ==
+         Outcome::Ok;
 }
 
 mode_t mode_of(const std::string& path) {
@@ -113,10 +115,12 @@ void links_are_not_followed(Check& check) {
   const std::string link = check.path("link");
   check.that(symlink((check.folder() + "/victim").c_str(), link.c_str()) == 0, "making a link");
   for (OpenMode mode : {OpenMode::Open, OpenMode::OpenOrCreate, OpenMode::Create}) {
-    check.refused(ErrorCode::ChannelPermission, "a symbolic link", [&] { open_named(check.name("link"), mode); });
+    check.refused(ErrorCode::ChannelPermission, "a symbolic link",
+                  [&] { open_named(check.name("link"), mode); });
   }
   check.refused(ErrorCode::ChannelPermission, "a symbolic link to a file", [&] {
-    check.that(symlink((check.folder() + "/victim").c_str(), (check.folder() + "/link").c_str()) == 0, "a link");
+    check.that(symlink((check.folder() + "/victim").c_str(), (check.folder() + "/link").c_str()) == 0,
+               "a link");
     Channel::open_file(check.folder() + "/link", small_options(), OpenMode::Open);
   });
   check.that(victim->stats().participants == 1, "nobody reached the channel behind the link");
@@ -132,7 +136,8 @@ void links_are_not_followed(Check& check) {
 void squatted_names_are_left_alone(Check& check) {
   auto keeper = open_named(check.name("keeper"));
   const std::string path = check.path("squat");
-  const std::string text = "somebody's notes, long enough to be read as a header by whoever does not look closely";
+  const std::string text =
+      "somebody's notes, long enough to be read as a header by whoever does not look closely";
   check.that(write_file(path, text), "writing a foreign file");
   for (OpenMode mode : {OpenMode::Open, OpenMode::OpenOrCreate, OpenMode::Create}) {
     check.refused(ErrorCode::ChannelLayout, "a foreign file", [&] { open_named(check.name("squat"), mode); });
@@ -149,9 +154,11 @@ void squatted_names_are_left_alone(Check& check) {
 
 void names_stay_in_their_directory(Check& check) {
   for (const char* name : {"", ".", "..", "../x", "a/b", "/etc/passwd", ".hidden", "a\nb"}) {
-    check.refused(ErrorCode::InvalidArgument, std::string("the name '") + name + "'", [&] { open_named(name); });
+    check.refused(ErrorCode::InvalidArgument, std::string("the name '") + name + "'",
+                  [&] { open_named(name); });
   }
-  check.refused(ErrorCode::InvalidArgument, "a name of 101 bytes", [&] { open_named(std::string(101, 'a')); });
+  check.refused(ErrorCode::InvalidArgument, "a name of 101 bytes",
+                [&] { open_named(std::string(101, 'a')); });
 }
 
 void other_users_are_refused(Check& check) {
@@ -189,7 +196,8 @@ void directories_of_others_are_refused(Check& check) {
     return false;
   };
   rmdir(directory.c_str());
-  check.that(mkdir(directory.c_str(), 0777) == 0 && chmod(directory.c_str(), 0777) == 0, "squatting a directory");
+  check.that(mkdir(directory.c_str(), 0777) == 0 && chmod(directory.c_str(), 0777) == 0,
+             "squatting a directory");
   check.as_other_user("a directory that somebody else made is refused", refuses);
   check.that(chown(directory.c_str(), kOtherUser, kOtherUser) == 0, "giving the directory away");
   check.as_other_user("a directory that others may write to is refused", refuses);
@@ -219,7 +227,8 @@ void geometry_is_copied_once(Check& check) {
     for (int i = 0; i < 20; ++i) {
       check.that(send_text(*sender, "still here"), "sending goes on");
       Received message;
-      check.that(receiver->try_recv(message) == Outcome::Ok && message.payload_bytes == 10, "receiving goes on");
+      check.that(receiver->try_recv(message) == Outcome::Ok && message.payload_bytes == 10,
+                 "receiving goes on");
       receiver->release(message);
     }
     check.refused(ErrorCode::ChannelLayout, "a region with another geometry",
@@ -237,7 +246,8 @@ void numbers_of_slots_are_checked(Check& check) {
     const std::uint64_t at = g.order_offset + sizeof(memory::OrderState) + k * 8;
     bytes.set_word(at, bytes.word(at) | 0xFFFFF);
   }
-  for (std::uint64_t at = g.free_map_offset; at < g.free_map_offset + 8; at += 8) bytes.set_word(at, ~std::uint64_t{0});
+  for (std::uint64_t at = g.free_map_offset; at < g.free_map_offset + 8; at += 8)
+    bytes.set_word(at, ~std::uint64_t{0});
   CallWatch watch;
   Tally tally;
   Peer peer(receiver, watch, tally, 1);
@@ -358,10 +368,10 @@ void memfds_are_sealed(Check& check) {
   check.that(ftruncate(channel->descriptor(), 1 << 30) != 0 && errno == EPERM, "it cannot grow");
   check.that(send_text(*channel, "still here"), "sending goes on");
   const int open_one = memfd_create("dsline-unsealed", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-  check.refused(ErrorCode::ChannelLayout, "a memfd that could be cut", [&] { Channel::adopt_anonymous(open_one); });
-  check.refused(ErrorCode::ChannelLayout, "a descriptor of a file", [&] {
-    Channel::adopt_anonymous(open("/dev/null", O_RDWR | O_CLOEXEC));
-  });
+  check.refused(ErrorCode::ChannelLayout, "a memfd that could be cut",
+                [&] { Channel::adopt_anonymous(open_one); });
+  check.refused(ErrorCode::ChannelLayout, "a descriptor of a file",
+                [&] { Channel::adopt_anonymous(open("/dev/null", O_RDWR | O_CLOEXEC)); });
 }
 
 void descriptors_do_not_pass_exec(Check& check) {
@@ -373,7 +383,8 @@ void descriptors_do_not_pass_exec(Check& check) {
     const int fd = std::atoi(entry->d_name);
     char target[256] = {};
     const std::string link = std::string("/proc/self/fd/") + entry->d_name;
-    if (readlink(link.c_str(), target, sizeof target - 1) <= 0 || std::strstr(target, "dsline") == nullptr) continue;
+    if (readlink(link.c_str(), target, sizeof target - 1) <= 0 || std::strstr(target, "dsline") == nullptr)
+      continue;
     ++ours;
     check.that((fcntl(fd, F_GETFD) & FD_CLOEXEC) != 0, std::string(target) + " is closed by exec");
   }
@@ -440,6 +451,4 @@ int run(const Options& options) {
 }  // namespace
 }  // namespace dsline::robust
 
-int main(int argc, char** argv) {
-  return dsline::robust::run(dsline::robust::parse_options(argc, argv, 0));
-}
+int main(int argc, char** argv) { return dsline::robust::run(dsline::robust::parse_options(argc, argv, 0)); }

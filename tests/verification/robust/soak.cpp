@@ -30,7 +30,8 @@ constexpr std::uint64_t kLargest = 200'000;
 // What the allocator may keep more at the end than after the start: a leak of one small object a second is more.
 constexpr double kMostGrowth = 512 * 1024;
 constexpr double kMostGrowthPerHour = 64.0 * 1024 * 1024;
-constexpr std::uint64_t kMaxNumbers = std::uint64_t{1} << 24;  // messages of one producer that are kept book of
+constexpr std::uint64_t kMaxNumbers = std::uint64_t{1}
+                                      << 24;  // messages of one producer that are kept book of
 
 struct Shared {
   std::atomic<bool> producers_end, all_end;
@@ -105,7 +106,8 @@ int produce(const std::string& name, std::uint32_t me, Shared& shared, std::uint
   std::uint64_t number = 0;
   while (!shared.producers_end.load()) {
     shared.beat_ns[me].store(base::monotonic_ns());
-    if (number < kMaxNumbers && send_one(*channel, payload, random, me, number)) shared.sent[me].store(++number);
+    if (number < kMaxNumbers && send_one(*channel, payload, random, me, number))
+      shared.sent[me].store(++number);
     if (random.below(500) == 0) {  // a handle comes and goes
       channel = Channel::open_named(name, ChannelOptions{}, OpenMode::Open);
     }
@@ -133,7 +135,8 @@ int consume(const std::string& name, std::uint32_t me, Shared& shared, std::uint
           channel->revive(letter);
         } else {
           const Proof proof = read_proof(letter.payload, letter.payload_bytes);
-          if (proof.is_good && proof.writer < kProducers) shared.seen[proof.writer][proof.number].fetch_add(1);
+          if (proof.is_good && proof.writer < kProducers)
+            shared.seen[proof.writer][proof.number].fetch_add(1);
           channel->release(letter);
         }
       }
@@ -192,8 +195,8 @@ int be_a_victim(const std::string& name, Shared& shared, std::uint64_t seed) {
 std::size_t count_names() {
   const std::vector<std::string> names = list_channels();
   const std::string mine = "soak-" + std::to_string(getpid());
-  return static_cast<std::size_t>(
-      std::count_if(names.begin(), names.end(), [&](const std::string& one) { return one.rfind(mine, 0) == 0; }));
+  return static_cast<std::size_t>(std::count_if(
+      names.begin(), names.end(), [&](const std::string& one) { return one.rfind(mine, 0) == 0; }));
 }
 
 /// What is watched of one process over time.
@@ -221,7 +224,8 @@ struct Curve {
 int run(const Options& options_given) {
   Report report("soak", options_given);
   Random random(options_given.seed);
-  void* page = mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* page = mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE,
+                    MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (page == MAP_FAILED) return 2;
   Shared& shared = *static_cast<Shared*>(page);
   const std::string name = "soak-" + std::to_string(getpid());
@@ -256,7 +260,8 @@ int run(const Options& options_given) {
         ++report["kills"];
         if (!WIFSIGNALED(status) || WTERMSIG(status) != SIGKILL) {
           // Too many handles or groups at a moment, as long as the dead are not recovered, are typed errors.
-          ++report[WIFEXITED(status) && WEXITSTATUS(status) == 98 ? "victims refused" : "victims that ended badly"];
+          ++report[WIFEXITED(status) && WEXITSTATUS(status) == 98 ? "victims refused"
+                                                                  : "victims that ended badly"];
         }
       }
       const std::uint64_t seed = random.next();
@@ -311,8 +316,8 @@ int run(const Options& options_given) {
   const ChannelStats last = channel->stats();
   // Dead letters that were dropped for newer ones are gone in order, and counted.
   if (lost > last.letters_dropped) {
-    report.fail(std::to_string(lost) + " messages are lost, of which " + std::to_string(last.letters_dropped) +
-                " as dead letters");
+    report.fail(std::to_string(lost) + " messages are lost, of which " +
+                std::to_string(last.letters_dropped) + " as dead letters");
   }
   shared.all_end.store(true);
   for (std::uint32_t i = 0; i < kStaying; ++i) {
@@ -328,8 +333,8 @@ int run(const Options& options_given) {
     }
     if (descriptors[i].growth() > 1) report.fail(who + ": descriptors grew");
     if (mappings[i].growth() > 1) report.fail(who + ": mappings grew");
-    report["private KiB at most"] = std::max(report["private KiB at most"],
-                                             static_cast<std::uint64_t>(memory[i].largest() / 1024));
+    report["private KiB at most"] =
+        std::max(report["private KiB at most"], static_cast<std::uint64_t>(memory[i].largest() / 1024));
     report["descriptors at most"] =
         std::max(report["descriptors at most"], static_cast<std::uint64_t>(descriptors[i].largest()));
   }
@@ -348,10 +353,10 @@ int run(const Options& options_given) {
   const ChannelStats stats = channel->stats();
   const std::uint64_t kept = channel->history();
   if (stats.free_slots + kept < channel->capacity()) {
-    report.fail("of " + std::to_string(channel->capacity()) + " slots only " + std::to_string(stats.free_slots) +
-                " are free (" + std::to_string(stats.writing_slots) + " being written, " +
-                std::to_string(stats.pinned_slots) + " held, " + std::to_string(stats.corrupted_slots) +
-                " corrupted)");
+    report.fail("of " + std::to_string(channel->capacity()) + " slots only " +
+                std::to_string(stats.free_slots) + " are free (" + std::to_string(stats.writing_slots) +
+                " being written, " + std::to_string(stats.pinned_slots) + " held, " +
+                std::to_string(stats.corrupted_slots) + " corrupted)");
   }
   if (stats.participants != 1) report.fail("somebody who is gone still takes part");
   channel->shutdown(true);

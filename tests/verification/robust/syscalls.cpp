@@ -38,8 +38,8 @@ Injector* injector = nullptr;
 
 bool is_due(const char* name) noexcept {
   ++injector->calls;
-  const bool due = injector->for_good ? injector->calls >= injector->fail_at
-                                      : injector->calls == injector->fail_at;
+  const bool due =
+      injector->for_good ? injector->calls >= injector->fail_at : injector->calls == injector->fail_at;
   if (!due) return false;
   if (injector->failed++ == 0) injector->first_failed = name;
   return true;
@@ -139,7 +139,8 @@ long __wrap_syscall(long number, ...) {
   for (long& one : a) one = va_arg(list, long);
   va_end(list);
   const bool is_futex = number == SYS_futex;
-  if (is_futex ? fails("futex", {ENOMEM, EINTR, EPERM, EIO}) : fails("syscall", {ENOMEM, EPERM, ENOSYS, EIO})) {
+  if (is_futex ? fails("futex", {ENOMEM, EINTR, EPERM, EIO})
+               : fails("syscall", {ENOMEM, EPERM, ENOSYS, EIO})) {
     return -1;
   }
   return __real_syscall(number, a[0], a[1], a[2], a[3], a[4], a[5]);
@@ -188,7 +189,8 @@ DSLINE_WRAP(ssize_t, getrandom, (void* to, std::size_t size, unsigned flags), (t
 
 namespace {
 void* allocate(std::size_t size) {
-  if (injector != nullptr && injector->armed && injector->allocations && dsline::robust::is_due("operator new")) {
+  if (injector != nullptr && injector->armed && injector->allocations &&
+      dsline::robust::is_due("operator new")) {
     throw std::bad_alloc();
   }
   void* at = std::malloc(size == 0 ? 1 : size);
@@ -225,7 +227,8 @@ struct Held {
   std::size_t mappings;
 };
 Held what_is_held() {
-  return {count_descriptors(getpid()), count_mappings(getpid(), "dsline") + count_mappings(getpid(), "robust-file")};
+  return {count_descriptors(getpid()),
+          count_mappings(getpid(), "dsline") + count_mappings(getpid(), "robust-file")};
 }
 
 /// One try of one operation, in its own process.
@@ -428,7 +431,8 @@ void create_anonymous(Trial& t) {
     t.expect_no_leak(t.first(), "after a failed creation");
     t.expect_works("creating again", [&] { channel = Channel::create_anonymous(small_options()); });
   }
-  if (channel) expect_whole(t, *channel, [&] { return Channel::adopt_anonymous(dup(channel->descriptor())); });
+  if (channel)
+    expect_whole(t, *channel, [&] { return Channel::adopt_anonymous(dup(channel->descriptor())); });
   channel.reset();
   t.expect_no_leak(t.first(), "after the last handle");
 }
@@ -457,10 +461,11 @@ void create_heap(Trial& t) {
   if (!t.attempt([&] { channel = Channel::create_heap(small_options()); })) {
     t.expect_works("creating again", [&] { channel = Channel::create_heap(small_options()); });
   }
-  if (channel) t.expect_works("using it", [&] {
-    send_one(*channel);
-    receive_one(*channel);
-  });
+  if (channel)
+    t.expect_works("using it", [&] {
+      send_one(*channel);
+      receive_one(*channel);
+    });
 }
 
 void send_that_grows(Trial& t) {
@@ -620,7 +625,8 @@ void use_after_fork(Trial& t) {
     Trial inner(t.folder());
     const Held before = what_is_held();
     if (!inner.attempt([&] { receive_one(*channel); })) {
-      inner.check(what_is_held().descriptors <= before.descriptors + 1, "a failed registration left a descriptor");
+      inner.check(what_is_held().descriptors <= before.descriptors + 1,
+                  "a failed registration left a descriptor");
       inner.expect_works("using it again", [&] { receive_one(*channel); });
     }
     inner.expect_works("sending", [&] { send_one(*channel); });
@@ -705,7 +711,8 @@ void send_to_disk(Trial& t) {
     t.check(channel->stats().free_slots == 4, "a failed send kept its slot");
     t.expect_works("sending again", [&] { send_one(*channel); });
   } else {
-    t.check(outcome == Outcome::Ok || (outcome == Outcome::NotSynced && t.has_failed()), "a send of another outcome");
+    t.check(outcome == Outcome::Ok || (outcome == Outcome::NotSynced && t.has_failed()),
+            "a send of another outcome");
   }
   t.expect_works("receiving", [&] { receive_one(*channel); });
   channel.reset();
@@ -734,7 +741,8 @@ void remove_left(Trial& t) {
   if (!t.attempt([&] { removal = Channel::remove_channel(Trial::name_path(), 0, true, false); }) ||
       removal != Removal::Removed) {
     t.check(t.has_failed(), "a channel that nobody uses was not removed");
-    t.expect_works("removing again", [&] { static_cast<void>(Channel::remove_channel(Trial::name_path(), 0, true, false)); });
+    t.expect_works("removing again",
+                   [&] { static_cast<void>(Channel::remove_channel(Trial::name_path(), 0, true, false)); });
   }
   t.expect_no_leak(t.first(), "after the removal");
   t.check(!Trial::name_exists(), "a removed name is there");
@@ -814,9 +822,7 @@ class Loop {
     ::unlink(Trial_name_path().c_str());
     ::unlink((folder_ + "/robust-file").c_str());
   }
-  static std::string Trial_name_path() {
-    return channel_directory() + "/robust-" + std::to_string(getpid());
-  }
+  static std::string Trial_name_path() { return channel_directory() + "/robust-" + std::to_string(getpid()); }
 
   Report& report_;
   Shared& shared_;
@@ -857,6 +863,4 @@ int run(const Options& options) {
 }  // namespace
 }  // namespace dsline::robust
 
-int main(int argc, char** argv) {
-  return dsline::robust::run(dsline::robust::parse_options(argc, argv, 0));
-}
+int main(int argc, char** argv) { return dsline::robust::run(dsline::robust::parse_options(argc, argv, 0)); }

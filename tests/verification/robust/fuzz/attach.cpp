@@ -105,7 +105,8 @@ std::vector<std::string> robust::fuzz_seeds() {
       seed += static_cast<char>(7);
       std::uint64_t value;
       std::memcpy(&value, ruin().data() + field.offset, sizeof value);
-      if (field.bytes == 8) value = damaged(field.kind, value, static_cast<std::uint32_t>(random.below(40)), random);
+      if (field.bytes == 8)
+        value = damaged(field.kind, value, static_cast<std::uint32_t>(random.below(40)), random);
       seed.append(reinterpret_cast<const char*>(&value), 8);
       seeds.push_back(seed);
     }

@@ -34,9 +34,12 @@ std::string mutate(const std::vector<std::string>& seeds, Random& random) {
         if (!input.empty()) input[at] = static_cast<char>(random.next());
         break;
       case 2: {  // a number of interest
-        static constexpr std::uint64_t kNumbers[] = {0, 1, 7, 8, 63, 64, 65, 127, 128, 255, 256, 0xFFFF, 65536, 65537,
-                                                     0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1ull << 43, 1ull << 44,
-                                                     0x7FFFFFFFFFFFFFFF, 1ull << 63, ~0ull};
+        static constexpr std::uint64_t kNumbers[] = {0,          1,          7,          8,
+                                                     63,         64,         65,         127,
+                                                     128,        255,        256,        0xFFFF,
+                                                     65536,      65537,      0x7FFFFFFF, 0x80000000,
+                                                     0xFFFFFFFF, 1ull << 43, 1ull << 44, 0x7FFFFFFFFFFFFFFF,
+                                                     1ull << 63, ~0ull};
         const std::uint64_t value = kNumbers[random.below(std::size(kNumbers))];
         const std::size_t width = std::size_t{1} << random.below(4);
         if (at + width <= input.size()) std::memcpy(input.data() + at, &value, width);
@@ -60,7 +63,8 @@ std::string mutate(const std::vector<std::string>& seeds, Random& random) {
         if (!input.empty()) input.resize(at);
         break;
       default:
-        for (std::size_t k = 0; k < 8 && at + k < input.size(); ++k) input[at + k] = static_cast<char>(random.next());
+        for (std::size_t k = 0; k < 8 && at + k < input.size(); ++k)
+          input[at + k] = static_cast<char>(random.next());
     }
   }
   if (input.size() > kLongest) input.resize(kLongest);
@@ -89,8 +93,7 @@ int run(const char* program, const Options& options) {
     const pid_t child = start_child([&] {
       Random random(options.seed * 7919 + child_number);
       for (std::uint64_t i = 0; base::monotonic_ns() < end; ++i) {
-        const std::string input =
-            child_number == 0 && i < seeds.size() ? seeds[i] : mutate(seeds, random);
+        const std::string input = child_number == 0 && i < seeds.size() ? seeds[i] : mutate(seeds, random);
         shared.size = input.size();
         std::memcpy(shared.input, input.data(), input.size());
         shared.started_ns.store(base::monotonic_ns());

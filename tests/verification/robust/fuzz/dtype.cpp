@@ -36,8 +36,8 @@ std::vector<std::string> robust::fuzz_seeds() {
   auto field = [&](std::uint32_t offset, const std::string& name, const std::string& code) {
     return u32(offset) + u32(static_cast<std::uint32_t>(name.size())) + u32(frames::kNoTitle) + name + code;
   };
-  const std::string record = node('r', 0, 0, 12) + u32(2) + field(0, "x", node('f', 1, 0, 4)) +
-                             field(4, "y", node('i', 1, 0, 8));
+  const std::string record =
+      node('r', 0, 0, 12) + u32(2) + field(0, "x", node('f', 1, 0, 4)) + field(4, "y", node('i', 1, 0, 8));
   seeds.push_back(record);
   seeds.push_back(node('r', 0, 1, 12) + u32(1) + field(0, "inner", record));
   return seeds;

@@ -16,7 +16,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const bool mend = input.take<std::uint8_t>() % 2 == 1;
   std::uint64_t room = input.take<std::uint16_t>();
   // Exactly the room, so that a sanitizer sees every byte beyond it.
-  const std::unique_ptr<std::byte[]> slot(new std::byte[room < sizeof(frames::FrameHeader) ? sizeof(frames::FrameHeader) : room]());
+  const std::unique_ptr<std::byte[]> slot(
+      new std::byte[room < sizeof(frames::FrameHeader) ? sizeof(frames::FrameHeader) : room]());
   if (room < sizeof(frames::FrameHeader)) room = sizeof(frames::FrameHeader);
   std::memcpy(slot.get(), input.rest(), input.left() < room ? input.left() : room);
 
@@ -29,8 +30,9 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   std::vector<std::byte> meta(slot.get() + sizeof header, slot.get() + sizeof header + header.meta_bytes);
   if (mend) {
     frames::seal(header, checksum, meta.data(), slot.get() + payload);
-    require(frames::check_sums(header, checksum, meta.data(), slot.get() + payload) == frames::FrameFault::None,
-            "a sealed frame passes its check");
+    require(
+        frames::check_sums(header, checksum, meta.data(), slot.get() + payload) == frames::FrameFault::None,
+        "a sealed frame passes its check");
     if (checksum != base::Checksum::None) {
       header.schema_hash ^= 1;
       require(frames::check_sums(header, checksum, meta.data(), slot.get() + payload) ==
@@ -39,10 +41,12 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
       header.schema_hash ^= 1;
     }
   }
-  if (frames::check_sums(header, checksum, meta.data(), slot.get() + payload) != frames::FrameFault::None) return 0;
+  if (frames::check_sums(header, checksum, meta.data(), slot.get() + payload) != frames::FrameFault::None)
+    return 0;
   frames::Metadata metadata;
   std::string why;
-  if (!frames::parse_metadata(meta.data(), meta.size(), metadata, why)) require(!why.empty(), "a refusal says why");
+  if (!frames::parse_metadata(meta.data(), meta.size(), metadata, why))
+    require(!why.empty(), "a refusal says why");
   return 0;
 }
 
@@ -65,7 +69,8 @@ std::vector<std::string> robust::fuzz_seeds() {
       header.kind = with_array ? frames::FrameKind::Array : frames::FrameKind::Bytes;
       header.payload_bytes = payload.size();
       header.meta_bytes = static_cast<std::uint32_t>(meta.size());
-      frames::seal(header, static_cast<base::Checksum>(checksum), reinterpret_cast<const std::byte*>(meta.data()),
+      frames::seal(header, static_cast<base::Checksum>(checksum),
+                   reinterpret_cast<const std::byte*>(meta.data()),
                    reinterpret_cast<const std::byte*>(payload.data()));
       std::string frame(reinterpret_cast<const char*>(&header), sizeof header);
       frame += meta;

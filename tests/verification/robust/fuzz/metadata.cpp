@@ -37,7 +37,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     }
   }
   if (metadata.has_shape && !is_empty) require(bytes == product, "the size is shape times itemsize");
-  require(metadata.strides.empty() || metadata.strides.size() == metadata.shape.size(), "strides match the shape");
+  require(metadata.strides.empty() || metadata.strides.size() == metadata.shape.size(),
+          "strides match the shape");
   require(metadata.tags.size() <= frames::kMaxUserEntries, "tags are within their limit");
   std::set<std::string> keys;
   for (const frames::Tag& tag : metadata.tags) {
