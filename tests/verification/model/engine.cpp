@@ -66,7 +66,8 @@ std::uint32_t word_index(const void* at) noexcept {
 }
 
 inline std::uint64_t mix(std::uint64_t a, std::uint64_t b) noexcept {
-  unsigned __int128 product = static_cast<unsigned __int128>(a ^ 0x9E3779B97F4A7C15ull) * (b ^ 0xD1B54A32D192ED03ull);
+  unsigned __int128 product =
+      static_cast<unsigned __int128>(a ^ 0x9E3779B97F4A7C15ull) * (b ^ 0xD1B54A32D192ED03ull);
   return static_cast<std::uint64_t>(product) ^ static_cast<std::uint64_t>(product >> 64);
 }
 
@@ -96,7 +97,9 @@ std::uint64_t hash_bytes(const void* begin, std::size_t bytes, std::uint64_t see
   return mix(a, b);
 }
 
-[[gnu::noinline]] void switch_to_scheduler() noexcept { dsline_model_switch(&aside.sp[current], scheduler_sp); }
+[[gnu::noinline]] void switch_to_scheduler() noexcept {
+  dsline_model_switch(&aside.sp[current], scheduler_sp);
+}
 
 void note_use(std::uint32_t i, bool wrote) noexcept {
   WordClass& c = classes[i];
@@ -249,12 +252,15 @@ bool is_able(int p) noexcept {
 // Every choice of this state.
 int list_choices(Choice* out) {
   int n = 0;
-  auto add = [&](int p, int what) { out[n++] = {static_cast<std::uint8_t>(p), static_cast<std::uint8_t>(what)}; };
+  auto add = [&](int p, int what) {
+    out[n++] = {static_cast<std::uint8_t>(p), static_cast<std::uint8_t>(what)};
+  };
   const int count = subject->processes();
   if (world.wakes_to_do != 0) {
     for (int p = 0; p < count; ++p) {
       const Process& process = world.process[p];
-      if (process.alive != 0 && process.asleep != 0 && process.woken == 0 && process.sleeps_on == world.wakes_at)
+      if (process.alive != 0 && process.asleep != 0 && process.woken == 0 &&
+          process.sleeps_on == world.wakes_at)
         add(p, kPick);
     }
     return n;
@@ -563,7 +569,8 @@ bool is_violated() noexcept { return broken != nullptr; }
 void add_range(void* begin, std::size_t bytes) { ranges.push_back({static_cast<std::byte*>(begin), bytes}); }
 
 void ignore_word(const void* at, std::size_t bytes) {
-  for (std::size_t b = 0; b < bytes; b += 4) classes[word_index(static_cast<const std::byte*>(at) + b)].ignored = true;
+  for (std::size_t b = 0; b < bytes; b += 4)
+    classes[word_index(static_cast<const std::byte*>(at) + b)].ignored = true;
 }
 
 void kernel_step(const void* at) noexcept { before_access(at); }

@@ -15,8 +15,9 @@ struct Bounds {
   std::uint64_t max_states = 0;  ///< 0: none
   double max_seconds = 0;
   bool kill_everybody = true;  ///< in every state: all die, one recovers and drains
-  int preemptions = -1;         ///< a process that could go on is interrupted at most so often; -1: no bound
-  bool compare_stacks = true;  ///< identity of a process inside an operation: its stack, or the history of what it read
+  int preemptions = -1;        ///< a process that could go on is interrupted at most so often; -1: no bound
+  bool compare_stacks =
+      true;  ///< identity of a process inside an operation: its stack, or the history of what it read
 };
 
 /// What is to be explored: supplied by the configuration.

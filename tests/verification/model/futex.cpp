@@ -1,6 +1,6 @@
 // The kernel's futexes as the scheduler sees them.
-#include "engine.hpp"
 #include "waiting/futex.hpp"
+#include "engine.hpp"
 
 namespace dsline::waiting {
 

@@ -8,10 +8,11 @@
 namespace {
 
 int usage() {
-  std::fprintf(stderr,
-               "model --list\n"
-               "model --setup NAME [--mutant N] [--max-states N] [--max-seconds S] [--preemptions N] [--no-end]\n"
-               "      [--histories] [--trace]\n");
+  std::fprintf(
+      stderr,
+      "model --list\n"
+      "model --setup NAME [--mutant N] [--max-states N] [--max-seconds S] [--preemptions N] [--no-end]\n"
+      "      [--histories] [--trace]\n");
   return 2;
 }
 
@@ -33,7 +34,9 @@ int main(int argc, char** argv) {
       return argv[++i];
     };
     if (option == "--list") {
-      for (const Setup& setup : setups()) std::printf("%s\t%d\t%s\t%s\n", setup.name.c_str(), setup.kills, setup.is_long ? "long" : "short", setup.what.c_str());
+      for (const Setup& setup : setups())
+        std::printf("%s\t%d\t%s\t%s\n", setup.name.c_str(), setup.kills, setup.is_long ? "long" : "short",
+                    setup.what.c_str());
       return 0;
     }
     if (option == "--setup") {
@@ -63,11 +66,12 @@ int main(int argc, char** argv) {
     Simulation simulation(setup);
     const Result result = explore(simulation, bounds);
     std::printf(
-        "{\"setup\": \"%s\", \"states\": %llu, \"steps\": %llu, \"kills\": %llu, \"rests\": %llu, \"ends\": %llu, \"depth\": %llu, "
+        "{\"setup\": \"%s\", \"states\": %llu, \"steps\": %llu, \"kills\": %llu, \"rests\": %llu, \"ends\": "
+        "%llu, \"depth\": %llu, "
         "\"shared_words\": %llu, \"seconds\": %.2f, \"complete\": %s, \"violation\": \"%s\"}\n",
-        name.c_str(), static_cast<unsigned long long>(result.states), static_cast<unsigned long long>(result.steps),
-        static_cast<unsigned long long>(result.kills), static_cast<unsigned long long>(result.checks_at_rest),
-        static_cast<unsigned long long>(result.ends),
+        name.c_str(), static_cast<unsigned long long>(result.states),
+        static_cast<unsigned long long>(result.steps), static_cast<unsigned long long>(result.kills),
+        static_cast<unsigned long long>(result.checks_at_rest), static_cast<unsigned long long>(result.ends),
         static_cast<unsigned long long>(result.depth), static_cast<unsigned long long>(result.shared_words),
         result.seconds, result.cut ? "false" : "true", result.violation.c_str());
     if (show_trace) {

@@ -438,7 +438,9 @@ def applied(source: pathlib.Path, target: pathlib.Path) -> list[str]:
         for file, search, replace in [(mutant.file, mutant.search, mutant.replace), *mutant.more]:
             found = texts.get(file, "").count(search)
             if found != 1 or f"MUTANT({mutant.number})" not in replace:
-                mistakes.append(f"mutant {mutant.number} ({mutant.name}): its place occurs {found} times in {file}")
+                mistakes.append(
+                    f"mutant {mutant.number} ({mutant.name}): its place occurs {found} times in {file}"
+                )
             else:
                 texts[file] = texts[file].replace(search, replace)
     for name, text in texts.items():

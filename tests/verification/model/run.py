@@ -66,14 +66,18 @@ def explore(program: pathlib.Path, setup: str, *options: str) -> dict:
 
 
 def list_setups(program: pathlib.Path) -> list[dict]:
-    lines = subprocess.run([str(program), "--list"], capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(
+        [str(program), "--list"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     keys = ("name", "kills", "mode", "what")
     return [dict(zip(keys, line.split("\t"), strict=True)) for line in lines]
 
 
 def check_setups(program: pathlib.Path, arguments: argparse.Namespace) -> tuple[list[dict], bool]:
     results, good = [], True
-    print(f"{'configuration':<22}{'kills':>6}{'states':>13}{'steps':>14}{'deaths':>10}{'seconds':>9}  outcome")
+    print(
+        f"{'configuration':<22}{'kills':>6}{'states':>13}{'steps':>14}{'deaths':>10}{'seconds':>9}  outcome"
+    )
     for setup in list_setups(program):
         if arguments.only and setup["name"] not in arguments.only:
             continue
@@ -132,14 +136,22 @@ def check_mutants(program: pathlib.Path, arguments: argparse.Namespace) -> tuple
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--long", action="store_true", help="the large configurations too")
-    parser.add_argument("--only", action="append", metavar="NAME", help="this configuration, without the mutants")
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="this configuration, without the mutants"
+    )
     parser.add_argument("--no-mutants", action="store_true")
     parser.add_argument("--only-mutants", action="store_true")
-    parser.add_argument("--max-seconds", type=float, default=0, help="per configuration; 0: until it is complete")
+    parser.add_argument(
+        "--max-seconds", type=float, default=0, help="per configuration; 0: until it is complete"
+    )
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
-    parser.add_argument("--build-dir", type=pathlib.Path, help="kept between runs; by default a temporary one")
+    parser.add_argument(
+        "--build-dir", type=pathlib.Path, help="kept between runs; by default a temporary one"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
     arguments = parser.parse_args()
 

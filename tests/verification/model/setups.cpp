@@ -5,7 +5,9 @@ namespace dsline::model {
 namespace {
 
 Role producer(int messages) { return {.kind = Kind::Producer, .messages = messages}; }
-Role consumer(char group = 0, int nacks = 0) { return {.kind = Kind::Consumer, .group = group, .nacks = nacks}; }
+Role consumer(char group = 0, int nacks = 0) {
+  return {.kind = Kind::Consumer, .group = group, .nacks = nacks};
+}
 Role recoverer() { return {.kind = Kind::Recoverer}; }
 
 Role joining(Role role, liveness::JoinAt start = liveness::JoinAt::Next) {
@@ -57,7 +59,9 @@ Role successor(Role role) {
 const std::vector<Setup>& setups() {
   static const std::vector<Setup> list = {
       {.name = "one-to-one", .what = "1 producer x 2, 1 consumer", .roles = {producer(2), consumer()}},
-      {.name = "two-consumers", .what = "1 producer x 2, 2 consumers", .roles = {producer(2), consumer(), consumer()}},
+      {.name = "two-consumers",
+       .what = "1 producer x 2, 2 consumers",
+       .roles = {producer(2), consumer(), consumer()}},
       {.name = "lap",
        .what = "2 producers, one of them laps the order, 1 consumer",
        .cells = 2,
@@ -68,7 +72,9 @@ const std::vector<Setup>& setups() {
        .cells = 2,
        .is_long = true,
        .roles = {producer(1), producer(3), consumer(), keeper()}},
-      {.name = "sleep-one", .what = "1 producer x 2, 1 consumer that sleeps", .roles = {producer(2), sleeping(consumer())}},
+      {.name = "sleep-one",
+       .what = "1 producer x 2, 1 consumer that sleeps",
+       .roles = {producer(2), sleeping(consumer())}},
       {.name = "wrap-64",
        .what = "1 producer x 4 from before the end of 64 bits, 1 consumer",
        .slots = 1,
@@ -82,7 +88,9 @@ const std::vector<Setup>& setups() {
        .slots = 1,
        .kills = 1,
        .roles = {producer(1), producer(1), consumer(), recoverer()}},
-      {.name = "two-to-one", .what = "2 producers, 1 consumer", .roles = {producer(1), producer(1), consumer()}},
+      {.name = "two-to-one",
+       .what = "2 producers, 1 consumer",
+       .roles = {producer(1), producer(1), consumer()}},
       {.name = "two-to-one-kill",
        .what = "2 producers, 1 consumer, recoverer, 1 kill",
        .kills = 1,
@@ -98,7 +106,9 @@ const std::vector<Setup>& setups() {
        .kills = 1,
        .is_long = true,
        .roles = {producer(1), producer(1), consumer(), consumer(), recoverer()}},
-      {.name = "nack", .what = "1 producer x 2, 2 consumers that give back", .is_long = true,
+      {.name = "nack",
+       .what = "1 producer x 2, 2 consumers that give back",
+       .is_long = true,
        .roles = {producer(2), consumer(0, 1), consumer(0, 1)}},
       {.name = "nack-kill",
        .what = "1 producer x 2, 2 consumers, one gives back, recoverer, 1 kill",
@@ -301,6 +311,7 @@ const std::vector<Setup>& setups() {
        .what = "1 producer x 2, 2 consumers that give back, no dead letter is kept",
        .max_deliveries = 1,
        .dead_letters = 0,
+       .is_long = true,
        .roles = {producer(2), consumer(0, 1), consumer(0, 1)}},
       {.name = "dead-letters-two-readers",
        .what = "1 producer, 1 consumer that gives back, one delivery, 2 readers",
@@ -311,6 +322,7 @@ const std::vector<Setup>& setups() {
        .what = "6 producers, each dies before the next comes, 1 consumer, one slot, 5 kills",
        .slots = 1,
        .kills = 5,
+       .is_long = true,
        .roles = {producer(1), successor(producer(1)), successor(producer(1)), successor(producer(1)),
                  successor(producer(1)), successor(producer(1)), consumer()}},
   };

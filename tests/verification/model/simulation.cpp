@@ -32,10 +32,10 @@ using slots::SlotWord;
 
 // Phases of a role.
 constexpr std::uint8_t kIdle = 0;
-constexpr std::uint8_t kHolding = 1;  // a loan, or a message
+constexpr std::uint8_t kHolding = 1;    // a loan, or a message
 constexpr std::uint8_t kHoldingOn = 2;  // has left its group, and holds a message of it
 constexpr std::uint8_t kLeaving = 3;    // has left its group
-constexpr std::uint8_t kOutside = 8;  // not attached yet
+constexpr std::uint8_t kOutside = 8;    // not attached yet
 constexpr std::uint8_t kGone = 9;
 
 constexpr std::uint64_t kMostSharedBytes = 32 * 1024;
@@ -107,7 +107,8 @@ void ignore(const T& word) {
 
 Simulation::Simulation(const Setup& setup) : setup_(setup) {
   const std::uint32_t count = static_cast<std::uint32_t>(setup.roles.size());
-  memory::Geometry g = memory::plan_geometry(setup.slots, 8, 8, count + 1 + setup.spare_numbers, setup.groups);
+  memory::Geometry g =
+      memory::plan_geometry(setup.slots, 8, 8, count + 1 + setup.spare_numbers, setup.groups);
   if (setup.cells != 0) g.order_cells = setup.cells;
   if (count > kMaxProcesses || setup.slots > kMaxSlots || setup.groups > kMaxGroups) std::abort();
   const std::uint64_t first = setup.first_position;
@@ -283,7 +284,8 @@ void Simulation::on_joined(std::uint32_t g) {
     bool pending = false;
     for (std::uint32_t s = 0; s < setup_.slots; ++s) {
       const SlotWord word{region_->slot(s).word.load()};
-      pending = pending || (ledger.content[s] == m && word.is(SlotPhase::Committed) && (word.pending() >> g & 1) != 0);
+      pending = pending ||
+                (ledger.content[s] == m && word.is(SlotPhase::Committed) && (word.pending() >> g & 1) != 0);
     }
     if (pending) continue;
     ledger.status[m][g] = Status::NotEntitled;
@@ -368,7 +370,8 @@ void Simulation::on_claim(std::uint32_t s, std::uint32_t g, std::uint64_t before
   Status& status = ledger.status[message][g];
 
   if (after.who() == Claim::kNobody) {
-    if (pending && status != Status::Waiting) return violate("N2: the claim of a delivered message is overwritten");
+    if (pending && status != Status::Waiting)
+      return violate("N2: the claim of a delivered message is overwritten");
     return;
   }
   if (!pending) {
@@ -393,7 +396,8 @@ void Simulation::on_claim(std::uint32_t s, std::uint32_t g, std::uint64_t before
       if (!letter) return violate("N2: a message that may still be delivered becomes a dead letter");
       status = Status::DeadLetter;
     } else {
-      const bool counted = after.attempts() == before.attempts() + 1u || after.attempts() == Claim::kMaxAttempts;
+      const bool counted =
+          after.attempts() == before.attempts() + 1u || after.attempts() == Claim::kMaxAttempts;
       const bool unseen = holder - 1 == current && after.attempts() == before.attempts();
       const bool revived = holder - 1 == current && letter;
       if (!counted && !unseen && !revived) return violate("N2: a delivery is not counted");
@@ -412,9 +416,11 @@ void Simulation::on_claim(std::uint32_t s, std::uint32_t g, std::uint64_t before
     return violate(is_alive(holder - 1) ? "N2: two living holders" : "N2: taken again without a flag");
   }
   if (after.attempts() != attempts) {
-    return violate(status == Status::Waiting ? "N2: a first delivery is flagged" : "N2: a wrong number of attempts");
+    return violate(status == Status::Waiting ? "N2: a first delivery is flagged"
+                                             : "N2: a wrong number of attempts");
   }
-  const bool swept_again = status == Status::Discarding && !is_alive(holder - 1) && before.who() == Claim::kDiscard;
+  const bool swept_again =
+      status == Status::Discarding && !is_alive(holder - 1) && before.who() == Claim::kDiscard;
   if (status != Status::Waiting && status != Status::Back && status != Status::DeadLetter && !swept_again)
     return violate("N2: delivered again after its release");
   status = discards ? Status::Discarding : Status::Held;
@@ -438,7 +444,8 @@ void Simulation::on_cell(std::uint64_t before_bits, std::uint64_t after_bits) {
   }
   const int message = ledger.content[after.slot()];
   const SlotWord entered{region_->slot(after.slot()).word.load()};
-  if (!entered.is(SlotPhase::Committed) || message == 0) return violate("N3: a message enters that is not committed");
+  if (!entered.is(SlotPhase::Committed) || message == 0)
+    return violate("N3: a message enters that is not committed");
   if (ledger.entered[message] != 0) violate("N2: a message enters the order twice");
   ledger.entered[message] = 1;
 }
@@ -821,7 +828,8 @@ void Simulation::check_sending(int p) {
   const std::uint32_t groups = publish(p, s, pool.word(s).bits, messages_ + 1);
   if (is_violated() || groups == 0) return;
   const std::uint64_t position = region_->slot(s).position.load();
-  if (region_->order().tail.load() != slots::next_position(position)) violate("N1: the hint of the tail has frozen");
+  if (region_->order().tail.load() != slots::next_position(position))
+    violate("N1: the hint of the tail has frozen");
   drain(p);
   for (std::uint32_t g = 0; g < setup_.groups; ++g) {
     const Status status = world.ledger.status[messages_ + 1][g];

@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "engine.hpp"
 #include "delivery/dead_letters.hpp"
+#include "engine.hpp"
 #include "liveness/membership.hpp"
 #include "memory/region.hpp"
 #include "slots/slot_pool.hpp"
@@ -25,29 +25,29 @@ struct Role {
   Kind kind = Kind::Producer;
   int messages = 0;
   bool drops_oldest = false;
-  char group = 0;                  ///< 0: the default group; otherwise the name of one
-  std::uint32_t rules = 0;         ///< kGroupDurable, kGroupDrops
+  char group = 0;           ///< 0: the default group; otherwise the name of one
+  std::uint32_t rules = 0;  ///< kGroupDurable, kGroupDrops
   liveness::JoinAt start = liveness::JoinAt::Next;
-  bool joins = false;              ///< comes later, at any time
-  int leaves_after = -1;           ///< so many messages
-  bool leaves_holding = false;     ///< the last of them, which it releases afterwards
-  int returns = 0;                 ///< joins again so many times
-  bool patient = false;            ///< waits for senders as long as it takes
-  int nacks = 0;                   ///< it may give back so many messages
-  bool sleeps = false;             ///< waits in a futex instead of asking again
-  bool gives_up = false;           ///< may stop waiting at any time, woken or not
-  bool offers = false;             ///< looks for messages that its group's cursor has passed, at any time
-  bool keeps = false;              ///< the one message that it takes
-  bool goes = false;               ///< its last give-back is the last that it does
-  bool succeeds = false;           ///< joins when somebody has died, under whatever number is free
-  bool revives = false;            ///< a Reader that sends the letter to its group again, once
+  bool joins = false;           ///< comes later, at any time
+  int leaves_after = -1;        ///< so many messages
+  bool leaves_holding = false;  ///< the last of them, which it releases afterwards
+  int returns = 0;              ///< joins again so many times
+  bool patient = false;         ///< waits for senders as long as it takes
+  int nacks = 0;                ///< it may give back so many messages
+  bool sleeps = false;          ///< waits in a futex instead of asking again
+  bool gives_up = false;        ///< may stop waiting at any time, woken or not
+  bool offers = false;          ///< looks for messages that its group's cursor has passed, at any time
+  bool keeps = false;           ///< the one message that it takes
+  bool goes = false;            ///< its last give-back is the last that it does
+  bool succeeds = false;        ///< joins when somebody has died, under whatever number is free
+  bool revives = false;         ///< a Reader that sends the letter to its group again, once
 };
 
 struct Setup {
   std::string name;
   std::string what;  ///< for people
   std::uint32_t slots = 2;
-  std::uint32_t cells = 0;  ///< 0: as the layout plans it
+  std::uint32_t cells = 0;   ///< 0: as the layout plans it
   std::uint32_t groups = 1;  ///< in the layout
   bool default_group = true;
   std::uint32_t history = 0;

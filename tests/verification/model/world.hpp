@@ -16,23 +16,23 @@ inline constexpr int kMaxLocks = 1 + kAllProcesses + 3;
 
 /// A process between two of its operations; inside one, its stack says the rest.
 struct Process {
-  std::uint64_t history;    ///< of what it has read since its operation began (0 where stacks are compared)
-  std::uint64_t word;       ///< of the loan
-  std::uint64_t position;   ///< of the message that it holds
-  std::uint32_t stack_used; ///< 0: between two operations
+  std::uint64_t history;     ///< of what it has read since its operation began (0 where stacks are compared)
+  std::uint64_t word;        ///< of the loan
+  std::uint64_t position;    ///< of the message that it holds
+  std::uint32_t stack_used;  ///< 0: between two operations
   std::uint8_t alive;
-  std::uint8_t phase;       ///< of its role
-  std::uint8_t done;        ///< operations that count
-  std::uint8_t number;      ///< participant + 1; 0: none
-  std::uint8_t slot;        ///< + 1; of its loan or of the message that it holds
+  std::uint8_t phase;   ///< of its role
+  std::uint8_t done;    ///< operations that count
+  std::uint8_t number;  ///< participant + 1; 0: none
+  std::uint8_t slot;    ///< + 1; of its loan or of the message that it holds
   std::uint8_t attempts;
-  std::uint8_t group;       ///< + 1
-  std::uint8_t left;        ///< a count of its role: give-backs, rounds
-  std::uint8_t asleep;      ///< in a futex
+  std::uint8_t group;   ///< + 1
+  std::uint8_t left;    ///< a count of its role: give-backs, rounds
+  std::uint8_t asleep;  ///< in a futex
   std::uint8_t woken;
-  std::uint8_t member;      ///< of this group + 1
-  std::uint8_t joined;      ///< how often the group's number had been given away then
-  std::uint8_t ticks;       ///< looks at the clock since the operation began
+  std::uint8_t member;  ///< of this group + 1
+  std::uint8_t joined;  ///< how often the group's number had been given away then
+  std::uint8_t ticks;   ///< looks at the clock since the operation began
   std::uint8_t spare[3];
   std::uint32_t sleeps_on;  ///< word of the futex
 };
@@ -72,7 +72,7 @@ struct World {
 
 /// Saved with a state, but no part of its identity.
 struct Aside {
-  std::uint64_t memory;  ///< fingerprint of the shared memory, kept up with every write
+  std::uint64_t memory;                 ///< fingerprint of the shared memory, kept up with every write
   std::uint64_t inside[kMaxProcesses];  ///< of each process and its stack
   std::uint64_t rest;                   ///< of the rest of the world
   void* sp[kAllProcesses];
