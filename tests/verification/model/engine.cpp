@@ -621,6 +621,8 @@ void wake_sleepers(const void* at, int count) noexcept {
   switch_to_scheduler();
 }
 
+bool runs_alone() noexcept { return mode == Mode::Alone; }
+
 bool run_alone(int p, void (*work)(void*), void* context, std::uint64_t most) {
   const int before = current;
   const std::uint64_t most_before = most_accesses;

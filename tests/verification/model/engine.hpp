@@ -82,6 +82,7 @@ bool fall_asleep(const void* at) noexcept;
 void wake_sleepers(const void* at, int count) noexcept;
 
 /// Runs `work(context)` as process `p` without others in between; false when it took more than `most` accesses.
+bool runs_alone() noexcept;
 bool run_alone(int p, void (*work)(void*), void* context, std::uint64_t most);
 
 /// Nanoseconds on a clock that stands still for the patient, and jumps by seconds at every look of the others.

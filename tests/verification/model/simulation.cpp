@@ -619,10 +619,24 @@ std::uint32_t Simulation::alloc(int p) {
   return s;
 }
 
+bool Simulation::is_everything_held() const {
+  for (std::uint32_t s = 0; s < setup_.slots; ++s) {
+    bool held = pool_->word(s).is(SlotPhase::Writing);
+    for (std::uint32_t g = 0; g < setup_.groups; ++g) {
+      const Status status = world.ledger.status[world.ledger.content[s]][g];
+      held = held || status == Status::Held || status == Status::DeadLetter;
+    }
+    if (!held) return false;
+  }
+  return true;
+}
+
 void Simulation::produce(int p) {
   Process& me = world.process[p];
   if (me.phase == kIdle) {
     const std::uint32_t s = alloc(p);
+    if (s == kNoSlot && role(p).drops_oldest && runs_alone() && !anybody_to_bury() && !is_everything_held())
+      violate("N4: a sender that drops the oldest finds no room though not everything is held");
     if (s == kNoSlot && role(p).sleeps) sleep_for_space(p);
     if (s == kNoSlot) return;
     me.word = region_->slot(s).word.load();

@@ -112,6 +112,7 @@ class Simulation final : public Subject {
   void sleep_for_space(int p);
   void end_slice(int p);
   bool anybody_to_bury() const;
+  bool is_everything_held() const;
   enum class Letters { No, Yes };
   bool take(int p, std::uint32_t group, Letters letters);
   void release(int p);
