@@ -47,6 +47,7 @@ PROOFS = (
     Proof("corruption", "robust/robust_corruption", (), ("--long",)),
     Proof("scribbler", "robust/robust_scribbler", (), ("--long",)),
     Proof("syscalls", "robust/robust_syscalls"),
+    Proof("security", "robust/robust_security"),
     Proof("fuzz", "robust/fuzz.py", (), ("--long",), needs_build=True),
     Proof("soak", "robust/robust_soak", (), ("--seconds", "600")),
     Proof("python", "python_kills.py", ("--seconds", "15"), ("--seconds", "60"), needs_wheel=True),
