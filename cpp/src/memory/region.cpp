@@ -23,8 +23,9 @@ std::uint32_t description_crc(const unsigned char* description) {
   return base::crc32c(description + behind, kDescriptionBytes - behind, crc);
 }
 
+// That part and its checksum, and nothing of the lines behind it, which others change.
 struct Description {
-  unsigned char bytes[sizeof(RegionHeader)];
+  unsigned char bytes[kDescriptionBytes + sizeof(std::uint32_t)];
 
   template <class T>
   T at(std::size_t offset) const noexcept {
