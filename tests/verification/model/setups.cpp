@@ -319,12 +319,12 @@ const std::vector<Setup>& setups() {
        .roles = {producer(1), consumer(0, 1), reader(), reader()}},
       // --- the tail's hint after many deaths
       {.name = "deaths-in-a-row",
-       .what = "6 producers, each dies before the next comes, 1 consumer, one slot, 5 kills",
+       .what = "4 producers, each dies before the next comes, 1 consumer, one slot, two cells, 3 kills",
        .slots = 1,
-       .kills = 5,
-       .is_long = true,
+       .cells = 2,
+       .kills = 3,
        .roles = {producer(1), successor(producer(1)), successor(producer(1)), successor(producer(1)),
-                 successor(producer(1)), successor(producer(1)), consumer()}},
+                 consumer()}},
   };
   return list;
 }
