@@ -593,8 +593,6 @@ def all_steps() -> list[Step]:
 
     add_cpp("cpp")
     build("build-verify", build_verification)
-    steps.append(Step("sdist", "sdist", build_sdist, "build"))
-    add_package(MAIN_PYTHON)
     for proof in verification.PROOFS:
         needs = (f"wheel-{MAIN_PYTHON}",) if proof.needs_wheel else ()
         test(
@@ -604,6 +602,8 @@ def all_steps() -> list[Step]:
             "build-verify",
             *needs,
         )
+    steps.append(Step("sdist", "sdist", build_sdist, "build"))
+    add_package(MAIN_PYTHON)
     add_cpp("asan")
     add_cpp("tsan")
     for version in PYTHONS[1:]:
