@@ -486,10 +486,12 @@ TEST_P(GroupStress, EveryGroupGetsEveryMessageOnceOrCountsItAsLost) {
   if (policy() == Backpressure::Block) {
     EXPECT_EQ(lost[0] + lost[1] + refused.load(), 0u);
     EXPECT_EQ(b_redelivered, given_back.load());
+    EXPECT_GT(given_back.load(), 0u);
+  } else {
+    EXPECT_GT(lost[0] + lost[1], 0u);
   }
   EXPECT_GE(visits.load(), 2u);
   EXPECT_GT(visited.load(), 0u);
-  EXPECT_GT(given_back.load(), 0u);
   // What is left is the history.
   const Report report = channel->report();
   ASSERT_EQ(report.groups.size(), 1u);
