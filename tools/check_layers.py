@@ -17,8 +17,7 @@ from pathlib import Path
 VOCABULARY = frozenset({"dsline/error.hpp", "dsline/metadata.hpp"})
 SUPPLIED = frozenset({"scheduled_atomic.hpp"})  # by the model checker, in its own build of the core only
 CPP_LAYERS: dict[str, frozenset[str]] = {
-    # What the model checker of tests/verification puts in the place of std::atomic.
-    "base": frozenset({"scheduled_atomic.hpp"}),
+    "base": frozenset(),
     "frames": frozenset({"base"}),
     "waiting": frozenset({"base"}),
     "memory": frozenset({"base", "waiting"}),

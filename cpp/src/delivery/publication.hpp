@@ -65,7 +65,8 @@ class Publication {
     for_each(active, [&](order::Group group) {
       std::uint64_t position = 0;
       std::uint32_t s = 0;
-      if (!group.next_unclaimed(position, s)) return false;
+      if (!(is_joining(group) ? group.find_unclaimed(position, s) : group.next_unclaimed(position, s)))
+        return false;
       if (!found || slots::distance(position & slots::kPositionMask, oldest) < 0) {
         oldest = position;
         slot = s;
@@ -75,14 +76,14 @@ class Publication {
     });
     if (found) {
       for_each(active, [&](order::Group group) {
-        if (group.try_discard_at(slot, oldest, me)) finish_drop(group, slot);
+        if (group.try_discard_at(slot, oldest, me, !is_joining(group))) finish_drop(group, slot);
         return false;
       });
       return true;
     }
     return for_each(active, [&](order::Group group) {
       order::Held held{};
-      if (!group.try_discard(me, held)) return false;
+      if (is_joining(group) || !group.try_discard(me, held)) return false;
       finish_drop(group, held.slot);
       return true;
     });
@@ -117,13 +118,13 @@ class Publication {
     const std::uint64_t active = region_->header().active.load(std::memory_order_acquire);
     std::uint32_t groups = static_cast<std::uint32_t>(active) & region_->group_bits();
     if (region_->keeps_history()) groups &= ~(1u << region_->retention_group());
-    for (std::uint32_t left = groups; left != 0; left &= left - 1) {
-      const std::uint32_t g = static_cast<std::uint32_t>(std::countr_zero(left));
-      // Its joiner may still add messages behind what a sender would step over.
-      if ((region_->group(g).state.load(std::memory_order_acquire) & memory::kGroupJoining) != 0)
-        groups &= ~(1u << g);
-    }
     return groups;
+  }
+
+  // SYNC joining: pairs with the release when its first member is done with the messages that were there before it. Until
+  // then it may still add one where there was none, so nobody else moves the group's cursor over such a place.
+  bool is_joining(const order::Group& group) const noexcept {
+    return (group.state().state.load(std::memory_order_acquire) & memory::kGroupJoining) != 0;
   }
 
   template <class Step>

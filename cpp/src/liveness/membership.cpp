@@ -240,7 +240,7 @@ void Membership::remove(std::uint32_t group, std::uint32_t me) noexcept {
   sweep(me);
 }
 
-// SYNC joining: pairs with the acquire load of DROP_OLDEST senders, who leave the group alone until here.
+// SYNC joining: pairs with the acquire load of DROP_OLDEST senders, who leave the cursor alone until here.
 void Membership::end_joining(std::uint32_t group) noexcept {
   if (is_named(group))
     region_->group(group).state.fetch_and(~memory::kGroupJoining, std::memory_order_release);

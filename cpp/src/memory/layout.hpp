@@ -190,8 +190,7 @@ static_assert(sizeof(GroupState) == 320 && std::is_standard_layout_v<GroupState>
 inline constexpr std::uint32_t kGroupNamed = 1;    // has its number; active follows, or is past
 inline constexpr std::uint32_t kGroupDurable = 2;  // stays without members
 inline constexpr std::uint32_t kGroupDrops = 4;    // what a dead member held is released, not delivered again
-inline constexpr std::uint32_t kGroupJoining =
-    8;  // its first member still adds old messages; senders leave it alone
+inline constexpr std::uint32_t kGroupJoining = 8;  // its first member still adds old messages
 
 /// The order: its tail, and behind it `order_cells` cells of 64 bits.
 struct OrderState {

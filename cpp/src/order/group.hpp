@@ -74,9 +74,11 @@ class Group {
   }
 
   /// Takes the message at `position`, in slot `s`, to discard it: false when somebody has it, or is done with it.
-  bool try_discard_at(std::uint32_t s, std::uint64_t position, std::uint32_t me) noexcept {
+  /// `may_advance`: the cursor goes past it.
+  bool try_discard_at(std::uint32_t s, std::uint64_t position, std::uint32_t me,
+                      bool may_advance = true) noexcept {
     const bool won = claim_at(s, position, slots::Claim::discarder(me));
-    advance(position, slots::next_position(position));
+    if (may_advance) advance(position, slots::next_position(position));
     return won;
   }
 
@@ -94,6 +96,19 @@ class Group {
       }
       if (seen.what != Look::Again) advance(p, seen.next);
     }
+  }
+
+  /// The same without moving the cursor.
+  bool find_unclaimed(std::uint64_t& position, std::uint32_t& slot) const noexcept {
+    position = state().cursor.load(std::memory_order_acquire);
+    for (std::uint64_t i = 0; i < region_->geometry().order_cells; ++i) {
+      const Cell c = order_.cell(position);
+      if (c.ahead_of(position) != 0) return false;
+      slot = c.slot();
+      if (slot < region_->geometry().slots && is_unclaimed(slot, position)) return true;
+      position = slots::next_position(position);
+    }
+    return false;
   }
 
   /// Gives a held message back to the group, as if its holder had died.

@@ -277,6 +277,25 @@ TEST_P(PublicationTest, AGroupThatIsNotActiveNeitherLosesNorKeepsAnything) {
   EXPECT_EQ(word(*region, 0).pending(), 0b10u) << "the sweep releases it";
 }
 
+TEST_P(PublicationTest, AGroupThatIsStillJoiningLosesMessagesButItsCursorStands) {
+  make(3, 2);
+  send(0b01);  // its sender had not seen the second group, whose joiner may still add the message to it
+  send();
+  send();
+  release(take());
+  const std::uint64_t cursor = region->group(1).cursor.load();
+  region->group(1).state.fetch_or(memory::kGroupJoining);
+  ASSERT_TRUE(publication->drop_oldest(me));
+  EXPECT_EQ(dropped(1), 1u);
+  EXPECT_EQ(region->group(1).cursor.load(), cursor) << "what the joiner adds would lie behind it";
+  EXPECT_EQ(free(), 2u);
+  region->group(1).state.fetch_and(~memory::kGroupJoining);
+  ASSERT_TRUE(publication->drop_oldest(me));
+  EXPECT_NE(region->group(1).cursor.load(), cursor);
+  EXPECT_EQ(dropped(1), 2u);
+  EXPECT_EQ(free(), 3u);
+}
+
 TEST_P(PublicationTest, WhatSomebodyLostIsNotCountedForTheHistory) {
   make(3, 1, 2);
   fill();

@@ -345,9 +345,9 @@ MUTANTS = [
         37,
         "drop oldest: what somebody has is dropped too",
         "delivery/publication.hpp",
-        "        if (group.try_discard_at(slot, oldest, me)) finish_drop(group, slot);\n",
-        "        if (MUTANT(37) && !group.try_discard_at(slot, oldest, me)) finish_drop(group, slot);\n"
-        "        if (group.try_discard_at(slot, oldest, me)) finish_drop(group, slot);\n",
+        "        if (group.try_discard_at(slot, oldest, me, !is_joining(group))) finish_drop(group, slot);\n",
+        "        if (MUTANT(37) && !group.try_discard_at(slot, oldest, me, !is_joining(group))) finish_drop(group, slot);\n"
+        "        if (group.try_discard_at(slot, oldest, me, !is_joining(group))) finish_drop(group, slot);\n",
         ("drop-oldest", "drop-oldest-groups"),
     ),
     Mutant(
