@@ -58,7 +58,9 @@ def summary(result: Mapping[str, object]) -> str:
     """The counts of one program on one line."""
     words = []
     for key, value in result.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or key in ("seed", "version"):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if key in ("seed", "seconds") or ":" in key:
             continue
         number = f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
         words.append(f"{number} {key.replace('_', ' ')}")
