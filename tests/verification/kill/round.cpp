@@ -410,9 +410,9 @@ void Round::final_look() {
   while (take_one_letter(*channel, last) == Outcome::Ok) {
   }
   counts.letters_dropped = region->header().letters_dropped.load();
-  // A sender that dies before it cuts the history leaves that to the next one.
+  // A sender that dies before it cuts the history leaves that to the next one, and the last ones may all have died.
   const std::uint32_t history = region->rules().history;
-  judge_region(*region, 1, plan_.durable, history == 0 ? 0 : history + plan_.wanted[0], complain_here);
+  judge_region(*region, 1, plan_.durable, history == 0 ? 0 : region->geometry().slots, complain_here);
   if (history != 0) judge_late_joiner(*channel, *region);
   // Every slot can be taken again.
   std::vector<Loan> loans(channel->capacity());
