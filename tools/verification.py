@@ -42,7 +42,12 @@ class Proof:
 
 PROOFS = (
     Proof("model", "model/run.py", ("--jobs", "1"), ("--long",), needs_build=True),
-    Proof("kill", "kill/kill_harness", ("--kills", "10000", "--lanes", "8"), ("--kills", "1000000", "--lanes", "16")),
+    Proof(
+        "kill",
+        "kill/kill_harness",
+        ("--kills", "10000", "--lanes", "8"),
+        ("--kills", "1000000", "--lanes", "16"),
+    ),
     Proof("steps", "steps/steps_checker", (), ("--long",)),
     Proof("corruption", "robust/robust_corruption", (), ("--long",)),
     Proof("scribbler", "robust/robust_scribbler", (), ("--long",)),
