@@ -290,7 +290,8 @@ def shm_cleanup(older_than: float | None, yes: bool, as_json: bool) -> None:
         click.echo(f"{verbs[each.action]} {each.name}: {each.reason}")
     gone = [each for each in found if each.action == "remove"]
     freed = _human(sum(each.reserved_bytes for each in gone))
-    click.echo(f"{len(gone)} of {len(found)} channels {verbs['remove']}, {freed}", err=True)
+    done = "removed" if yes else "would be removed"
+    click.echo(f"{len(gone)} of {len(found)} channels {done}, {freed}", err=True)
     if not yes and any(each.action != "keep" for each in found):
         click.echo("nothing was changed; --yes does it", err=True)
 
