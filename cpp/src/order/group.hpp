@@ -28,7 +28,8 @@ struct Held {
 ///   is found by scanning as long as the redeliver flag is raised; it is lowered only from the value that was
 ///   loaded before a scan that found nothing. 4. While the group is active every message behind the cursor is one that it
 ///   needs and that keeps its slot, or was published by somebody who had not seen the group (at most a pool of them), so
-///   the cursor is never a lap behind.
+///   the cursor is no lap behind. Only a joiner that stood still before it made the group active, or damage, makes it one:
+///   look_by_claims() and offer_what_was_passed() then find what the cells do not say.
 /// Death: a dead member's claims carry its number, and recovery gives them back.
 class Group {
  public:
