@@ -384,6 +384,10 @@ VERIFY_SECONDS = {False: STEP_SECONDS, True: 6 * 3600}
 
 def build_verification(run: Shell) -> str:
     """The programs of tests/verification, optimised as a wheel is."""
+    if not any(shutil.which(name) for name in ("clang++", "clang++-14")):
+        apt_install(
+            run, "clang", "libclang-rt-14-dev"
+        )  # libFuzzer; without it the fuzz targets have a driver of their own
     python = make_venv(run, "tools", base_python(), *TOOL_REQUIREMENTS)
     env = {"PATH": f"{python.parent}:{os.environ['PATH']}"}
     options = [
