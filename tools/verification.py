@@ -92,7 +92,8 @@ def record(results: Mapping[str, tuple[float, Mapping[str, object]]], long: bool
         rows[name] = f"| {name} | {when}, {mode}, {seconds:.0f} s, {commit} | {summary(result)} |"
     order = [proof.name for proof in PROOFS if proof.name in rows]
     table = ["| program | run | counts |", "|---|---|---|", *(rows[name] for name in order)]
-    machine = f"Linux {platform.release()}, {platform.machine()}, Python {platform.python_version()}."
+    kernel = ".".join(platform.release().split(".")[:2])
+    machine = f"Linux {kernel}, {platform.machine()}, Python {platform.python_version()}."
     PAGE.write_text(f"{head}{BEGIN}\n{machine}\n\n" + "\n".join(table) + f"\n{END}{tail}")
 
 
