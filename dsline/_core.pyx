@@ -24,17 +24,22 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from dsline._cpp.channel cimport (
     BackpressureRaise, CppBackpressure, CppChannel, CppChannelOptions, CppChannelStats, CppDeadLetter, CppDeath,
-    CppLoan, CppOnDeath, CppOnStale, CppOpenMode, CppReceived, CppReport, CppStart, CppSubscribeOptions, Outcome,
+    AfterPublishKeep, AfterPublishLetGo, CppAfterPublish, CppLoan, CppOnDeath, CppOnStale, CppOpenMode, CppReceived, CppReport, CppStart, CppSubscribeOptions, Outcome,
     OutcomeClosed, OutcomeCorrupted, OutcomeDropped, OutcomeNotSynced, OutcomeOk, OutcomeTimedOut,
     channel_directory as cpp_channel_directory, kArrayMessage, kBytesMessage, list_channels as cpp_list_channels,
 )
 from dsline._cpp.error cimport kErrorCodeCount
 from dsline._cpp.metadata cimport (
-    CppMetadata, CppMetadataBuilder, CppTag, array_bytes, parse_metadata, schema_hash,
+    CppMetadata, CppMetadataBuilder, CppTag, array_bytes, kPaddingEntry, parse_metadata, schema_hash,
 )
 
+import atexit as _atexit
 import errno as _errno
+import gc as _gc
+import operator as _operator
 import os as _os
+import sys as _sys
+import types as _types
 
 import numpy as np
 
@@ -42,7 +47,7 @@ from dsline import dtypes as _dtypes
 from dsline import report as _report
 from dsline.errors import (
     BufferEmptyError, BufferFullError, BufferTooSmallError, ChannelClosedError, ChannelSystemError, CorruptedMessageError,
-    DslineError, FeatureUnavailableError, SchemaMismatchError,
+    DslineError, FeatureUnavailableError, InvalidArgumentError, LoanEndedError, MessageTooLargeError, SchemaMismatchError,
 )
 
 cnp.import_array()
@@ -148,6 +153,7 @@ cdef class Handle:
 
 def leave_all():
     """Close every handle of this process and release what they hold: before a process ends by os._exit in order."""
+    _end_loans()
     with nogil:
         CppChannel.abandon_all()
 
@@ -1395,6 +1401,78 @@ cdef class Channel(Receiver):
                 break
         return entered
 
+    # --- zero copy -----------------------------------------------------------------------------------------------
+
+    def alloc(self, shape, dtype, *, order="C", fill=None, timeout=DEFAULT, meta=None, meta_room=None):
+        """Lend a free slot as an array to be filled in place, for a handle with ``zero_copy=True``.
+
+        Parameters
+        ----------
+        shape : int or tuple of int
+            Of the array; () for a single element.
+        dtype : dtype
+            Anything of fixed width without Python objects.
+        order : str
+            "C" or "F".
+        fill : scalar or array_like, optional
+            What is written into all of it (one pass). By default it holds whatever was in the slot before.
+        timeout : float or None, optional
+            Seconds to wait for a slot with backpressure "block": None for ever, 0 not at all. The handle's by default.
+        meta : dict, optional
+            First contents of the loan's `meta`.
+        meta_room : int, optional
+            Bytes to keep for metadata beside `meta`, up to 65536. By default the metadata has 256 bytes, those that
+            describe the array included, or 128 more than `meta` takes.
+
+        Returns
+        -------
+        Loan
+            To be published by the end of a ``with`` block, `Loan.publish` or `publish`.
+
+        Raises
+        ------
+        BufferFullError
+            No slot became free in time; with a drop policy: no slot is free that could be had (it counts as dropped).
+        ChannelClosedError
+            This handle is closed or the channel is shut down.
+        FeatureUnavailableError
+            The handle was opened without ``zero_copy``.
+        MessageTooLargeError
+            Larger than max_message_size.
+        SharedMemoryFullError
+            The slot must grow and the memory is not there.
+        TypeError
+            A dtype that cannot be sent.
+
+        Notes
+        -----
+        Does not copy. Blocks with "block" only, and releases the GIL while it waits.
+        """
+        return lend(self, shape, dtype, order, fill, timeout, meta, meta_room)
+
+    def publish(self, loan):
+        """Publish a loan of this handle: same as `Loan.publish`."""
+        require_open(self)
+        if not isinstance(loan, Loan):
+            raise TypeError(f"publish takes a Loan, as alloc() gives it, not a {type(loan).__name__}")
+        if (<Loan> loan)._channel is not self:
+            raise InvalidArgumentError(f"the loan was made by another handle ({(<Loan> loan)._channel!r}), which publishes it")
+        publish_loan(<Loan> loan)
+
+    def _core_zero_copy(self, int level):
+        """Allow alloc: 0 no, 1 yes, 2 with sealed pages."""
+        require_open(self)
+        if level == 2 and not self._cpp.can_seal():
+            if self._core_storage() == "heap":
+                raise FeatureUnavailableError(
+                    "zero_copy='strict' is not possible with storage='heap': senders and receivers share one mapping, so "
+                    "sealing it for one seals it for all; use zero_copy=True, or a memfd (name=None)")
+            raise FeatureUnavailableError(
+                f"zero_copy='strict' seals whole pages, and the slots of channel '{self._label()}' are packed (slot_size "
+                f"{self._cpp.slot_size()}, max_message_size {self._cpp.max_message_size()}); create it with slot_size>=4096, or "
+                "without a max_message_size below that")
+        self._zero_copy = level
+
     cdef int send_nogil(self, const void* data, size_t size, long long timeout_ns) except -1 nogil:
         """Send bytes without the GIL: 1 when they entered, 0 when a drop policy discarded them. `timeout_ns` < 0 waits
         for ever. Requires: the caller keeps this object alive and open."""
@@ -1501,15 +1579,21 @@ cdef class Channel(Receiver):
 
     cdef bint _alloc(self, CppLoan& loan, uint64_t size, bytes metadata, object timeout) except -1:
         """A slot with its metadata written; False when a drop policy said no."""
+        cdef uint32_t meta_bytes = 0 if metadata is None else <uint32_t> PyBytes_GET_SIZE(metadata)
+        if not self._alloc_room(loan, size, meta_bytes, timeout, True):
+            return False
+        if meta_bytes != 0:
+            memcpy(loan.meta, PyBytes_AS_STRING(metadata), meta_bytes)
+        return True
+
+    cdef bint _alloc_room(self, CppLoan& loan, uint64_t size, uint32_t meta_bytes, object timeout, bint for_copy) except -1:
+        """A slot with room for metadata; False when a drop policy said no."""
         cdef Outcome outcome
         cdef int64_t deadline = -1
         cdef bint spin = True
-        cdef uint32_t meta_bytes = 0 if metadata is None else <uint32_t> PyBytes_GET_SIZE(metadata)
         while True:
-            outcome = self._cpp.try_alloc(size, meta_bytes, self._policy, loan)
+            outcome = self._cpp.try_alloc(size, meta_bytes, self._policy, loan, for_copy)
             if outcome == OutcomeOk:
-                if meta_bytes != 0:
-                    memcpy(loan.meta, PyBytes_AS_STRING(metadata), meta_bytes)
                 return True
             if outcome == OutcomeDropped:
                 return False
@@ -1561,9 +1645,7 @@ cdef class Channel(Receiver):
         cdef int ndim = cnp.PyArray_NDIM(source)
         cdef bint fortran = cnp.PyArray_IS_F_CONTIGUOUS(source) and not cnp.PyArray_IS_C_CONTIGUOUS(source)
         cdef object dtype = source.dtype
-        cdef CppMetadataBuilder builder
         cdef int64_t shape[64]
-        cdef int64_t strides[64]
         cdef int i
         if (layout is not None and layout.dtype is dtype and (layout.names is None or layout.names == dtype.names)
                 and layout.ndim == ndim and layout.fortran == fortran
@@ -1571,7 +1653,15 @@ cdef class Channel(Receiver):
             return layout
         for i in range(ndim):
             shape[i] = cnp.PyArray_DIMS(source)[i]
-        layout = ArrayLayout.make(dtype, ndim, shape, fortran, None)
+        layout = self._layout_at(dtype, ndim, shape, fortran)
+        self._sent_layout = layout
+        return layout
+
+    cdef ArrayLayout _layout_at(self, object dtype, int ndim, const int64_t* shape, bint fortran):
+        cdef ArrayLayout layout = ArrayLayout.make(dtype, ndim, shape, fortran, None)
+        cdef CppMetadataBuilder builder
+        cdef int64_t strides[64]
+        cdef int i
         for i in range(ndim):
             strides[i] = layout.strides[i]
         if fortran:
@@ -1580,7 +1670,6 @@ cdef class Channel(Receiver):
             add_layout(builder, dtype, ndim, shape, NULL)
         layout.metadata = as_bytes(builder.bytes())
         layout.hash = schema_hash(PyBytes_AS_STRING(layout.metadata), PyBytes_GET_SIZE(layout.metadata))
-        self._sent_layout = layout
         return layout
 
     def _full_error(self, timeout):
@@ -1604,6 +1693,9 @@ cdef class Channel(Receiver):
     def _not_synced_error(self):
         return ChannelSystemError(
             _errno.EIO, f"the message entered channel '{self._label()}' but its file could not be written to the disk")
+
+
+include "loan.pxi"
 
 
 cdef object array_from_buffer(object data):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import pathlib
-from typing import Any, NoReturn, Self
+from typing import Any, Literal, Self
 
 from dsline import _core
 from dsline.endpoint import Endpoint, Stats, descriptor_for_child, teach_multiprocessing
-from dsline.errors import ChannelNotFoundError, FeatureUnavailableError, InvalidArgumentError
+from dsline.errors import ChannelNotFoundError, InvalidArgumentError
 from dsline.groups import Subscriber
 from dsline.options import (
     BACKPRESSURE_CODES,
@@ -88,19 +88,42 @@ def _options(
     }
 
 
+def _zero_copy_level(zero_copy: Any) -> int:
+    if zero_copy is False or zero_copy is True:
+        return int(zero_copy)
+    if zero_copy == "strict":
+        return 2
+    raise InvalidArgumentError(f"zero_copy is {zero_copy!r}, must be False, True or 'strict'")
+
+
 class _Channel(Endpoint, _core.Channel):
     """What all kinds of channels share."""
 
     _default_group = True  # what is sent waits for a receiver
     _backpressure: Backpressure
+    _zero_copy: bool | Literal["strict"] = False
 
     def _start(
-        self, kind: str, target: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any
+        self,
+        kind: str,
+        target: Any,
+        options: dict[str, Any],
+        mode: int,
+        policy: Any,
+        timeout: Any,
+        zero_copy: Any,
     ) -> None:
         self._backpressure = parse_enum(Backpressure, policy, "backpressure")
+        level = _zero_copy_level(zero_copy)
         options = {**options, "default_group": int(self._default_group)}
         self._open(kind, target, options, mode, BACKPRESSURE_CODES[self._backpressure], timeout)
         self._default_timeout = timeout
+        self._zero_copy = (False, True, "strict")[level]
+        try:
+            self._core_zero_copy(level)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def backpressure(self) -> Backpressure:
@@ -150,15 +173,10 @@ class _Channel(Endpoint, _core.Channel):
             timeout = self._default_timeout
         return Subscriber._of(self, group, start, on_death, durable, timeout)
 
-    def alloc(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not built yet: raises FeatureUnavailableError."""
-        raise FeatureUnavailableError(
-            "alloc/publish (true zero-copy) is not part of this version; send() copies once"
-        )
-
-    def publish(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not built yet: raises FeatureUnavailableError."""
-        self.alloc()
+    @property
+    def zero_copy(self) -> bool | Literal["strict"]:
+        """Whether `alloc` and `publish` may be used: False, True or "strict"."""
+        return self._zero_copy
 
     def __repr__(self) -> str:
         if self._core_handle() is None:
@@ -179,6 +197,7 @@ class _Channel(Endpoint, _core.Channel):
             self._core_uuid(),
             self._backpressure,
             self._default_timeout,
+            self._zero_copy,
         )
 
     @classmethod
@@ -187,7 +206,13 @@ class _Channel(Endpoint, _core.Channel):
         raise NotImplementedError
 
     @classmethod
-    def _at_place(cls, place: Any, policy: Backpressure | str, timeout: float | None) -> Self:
+    def _at_place(
+        cls,
+        place: Any,
+        policy: Backpressure | str,
+        timeout: float | None,
+        zero_copy: bool | Literal["strict"] = False,
+    ) -> Self:
         raise NotImplementedError
 
     @classmethod
@@ -197,9 +222,10 @@ class _Channel(Endpoint, _core.Channel):
         uuid: str,
         policy: Backpressure | str = Backpressure.BLOCK,
         timeout: float | None = None,
+        zero_copy: bool | Literal["strict"] = False,
     ) -> Self:
         """Open the channel that was pickled."""
-        channel = cls._at_place(place, policy, timeout)
+        channel = cls._at_place(place, policy, timeout, zero_copy)
         if channel._core_uuid() != uuid:
             channel.close()
             raise ChannelNotFoundError(
@@ -230,6 +256,7 @@ class SharedMemoryChannel(_Channel):
         history: int | None = None,
         max_deliveries: int | None = None,
         dead_letters: int | None = None,
+        zero_copy: bool | Literal["strict"] = False,
     ) -> None:
         options = _options(
             capacity=capacity,
@@ -244,10 +271,17 @@ class SharedMemoryChannel(_Channel):
             max_deliveries=max_deliveries,
             dead_letters=dead_letters,
         )
-        self._begin(name, options, _OPEN_OR_CREATE, backpressure, timeout, storage)
+        self._begin(name, options, _OPEN_OR_CREATE, backpressure, timeout, storage, zero_copy)
 
     def _begin(
-        self, name: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any, storage: Storage | str
+        self,
+        name: Any,
+        options: dict[str, Any],
+        mode: int,
+        policy: Any,
+        timeout: Any,
+        storage: Storage | str,
+        zero_copy: Any,
     ) -> None:
         where = parse_enum(Storage, storage, "storage")
         if name is not None and not isinstance(name, str):
@@ -259,12 +293,12 @@ class SharedMemoryChannel(_Channel):
             )
         self._name = name
         if where is Storage.HEAP:
-            self._start("heap", None, options, mode, policy, timeout)
+            self._start("heap", None, options, mode, policy, timeout, zero_copy)
         elif name is None:
-            self._start("anonymous", None, options, mode, policy, timeout)
+            self._start("anonymous", None, options, mode, policy, timeout, zero_copy)
             teach_multiprocessing(type(self))
         else:
-            self._start("named", name.encode(), options, mode, policy, timeout)
+            self._start("named", name.encode(), options, mode, policy, timeout, zero_copy)
 
     @classmethod
     def create(
@@ -285,6 +319,7 @@ class SharedMemoryChannel(_Channel):
         history: int | None = None,
         max_deliveries: int | None = None,
         dead_letters: int | None = None,
+        zero_copy: bool | Literal["strict"] = False,
     ) -> Self:
         """Create a channel; ChannelExistsError when one of that name is in use. Parameters as for the class."""
         options = _options(
@@ -301,7 +336,7 @@ class SharedMemoryChannel(_Channel):
             dead_letters=dead_letters,
         )
         channel = cls.__new__(cls)
-        channel._begin(name, options, _CREATE, backpressure, timeout, storage)
+        channel._begin(name, options, _CREATE, backpressure, timeout, storage, zero_copy)
         return channel
 
     @classmethod
@@ -311,6 +346,7 @@ class SharedMemoryChannel(_Channel):
         *,
         backpressure: Backpressure | str = Backpressure.BLOCK,
         timeout: float | None = None,
+        zero_copy: bool | Literal["strict"] = False,
     ) -> Self:
         """Open the channel of that name, whatever its geometry; ChannelNotFoundError when there is none."""
         channel = cls.__new__(cls)
@@ -319,7 +355,7 @@ class SharedMemoryChannel(_Channel):
                 "name is None, but an anonymous channel cannot be opened: pass its handle to the process"
             )
         options = _options()
-        channel._begin(name, options, _OPEN, backpressure, timeout, Storage.SHM)
+        channel._begin(name, options, _OPEN, backpressure, timeout, Storage.SHM, zero_copy)
         return channel
 
     @classmethod
@@ -327,12 +363,18 @@ class SharedMemoryChannel(_Channel):
         return endpoint._name if endpoint._name is not None else descriptor_for_child(endpoint)
 
     @classmethod
-    def _at_place(cls, place: Any, policy: Backpressure | str, timeout: float | None) -> Self:
+    def _at_place(
+        cls,
+        place: Any,
+        policy: Backpressure | str,
+        timeout: float | None,
+        zero_copy: bool | Literal["strict"] = False,
+    ) -> Self:
         if isinstance(place, str):
-            return cls.open(place, backpressure=policy, timeout=timeout)
+            return cls.open(place, backpressure=policy, timeout=timeout, zero_copy=zero_copy)
         channel = cls.__new__(cls)
         channel._name = None
-        channel._start("adopt", place.detach(), {}, _OPEN, policy, timeout)
+        channel._start("adopt", place.detach(), {}, _OPEN, policy, timeout, zero_copy)
         teach_multiprocessing(cls)
         return channel
 
@@ -377,6 +419,9 @@ class ShmChannel(SharedMemoryChannel):
         Deliveries of a message whose receivers die or give it back, before it becomes a dead letter: 3 when created, up to 15.
     dead_letters : int, optional
         Dead letters that are kept, in slots of the channel, 16 when created; the oldest goes for a newer one.
+    zero_copy : bool or "strict"
+        Whether this handle may `alloc` and `publish`. "strict" makes the pages of a published message read-only in this
+        process, so that not even a stray pointer can change it; slots must be a page at least.
 
     Raises
     ------
@@ -430,6 +475,7 @@ class FileChannel(_Channel):
         max_deliveries: int | None = None,
         dead_letters: int | None = None,
         sync: Sync | str | None = None,
+        zero_copy: bool | Literal["strict"] = False,
     ) -> Self:
         """Create the file; ChannelExistsError when it exists (on_stale="reset" replaces a channel that nobody uses).
 
@@ -453,7 +499,7 @@ class FileChannel(_Channel):
             dead_letters=dead_letters,
             sync=sync,
         )
-        return cls._at(path, options, _CREATE, backpressure, timeout)
+        return cls._at(path, options, _CREATE, backpressure, timeout, zero_copy)
 
     @classmethod
     def open(
@@ -462,19 +508,22 @@ class FileChannel(_Channel):
         *,
         backpressure: Backpressure | str = Backpressure.BLOCK,
         timeout: float | None = None,
+        zero_copy: bool | Literal["strict"] = False,
     ) -> Self:
         """Open the channel in a file; ChannelNotFoundError when there is none."""
         options = _options()
-        return cls._at(path, options, _OPEN, backpressure, timeout)
+        return cls._at(path, options, _OPEN, backpressure, timeout, zero_copy)
 
     @classmethod
-    def _at(cls, path: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any) -> Self:
+    def _at(
+        cls, path: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any, zero_copy: Any
+    ) -> Self:
         channel = cls.__new__(cls)
         absolute = os.path.abspath(os.fsdecode(path))
         if "\0" in absolute:
             raise InvalidArgumentError(f"path {absolute!r} holds a null character, which no file name can")
         channel._name = os.path.basename(absolute)
-        channel._start("file", os.fsencode(absolute), options, mode, policy, timeout)
+        channel._start("file", os.fsencode(absolute), options, mode, policy, timeout, zero_copy)
         return channel
 
     @property
@@ -487,12 +536,23 @@ class FileChannel(_Channel):
         return endpoint.path
 
     @classmethod
-    def _at_place(cls, place: Any, policy: Backpressure | str, timeout: float | None) -> Self:
-        return cls.open(place, backpressure=policy, timeout=timeout)
+    def _at_place(
+        cls,
+        place: Any,
+        policy: Backpressure | str,
+        timeout: float | None,
+        zero_copy: bool | Literal["strict"] = False,
+    ) -> Self:
+        return cls.open(place, backpressure=policy, timeout=timeout, zero_copy=zero_copy)
 
 
 def _open_again(
-    cls: type[_Channel], place: Any, uuid: str, policy: Backpressure, timeout: float | None
+    cls: type[_Channel],
+    place: Any,
+    uuid: str,
+    policy: Backpressure,
+    timeout: float | None,
+    zero_copy: bool | Literal["strict"] = False,
 ) -> _Channel:
     """Unpickle a handle."""
-    return cls._again(place, uuid, policy, timeout)
+    return cls._again(place, uuid, policy, timeout, zero_copy)

@@ -31,6 +31,7 @@ __all__ = [
     "DslineError",
     "FeatureUnavailableError",
     "InvalidArgumentError",
+    "LoanEndedError",
     "MessageTooLargeError",
     "OperatorError",
     "PeerDiedError",
@@ -149,6 +150,10 @@ class CorruptedMessageError(ChannelError):
 
 class SchemaMismatchError(ChannelError, TypeError):
     """The message is not of the kind that was asked for."""
+
+
+class LoanEndedError(ChannelError, ValueError):
+    """The loan was published or aborted before, or belongs to the parent of this process."""
 
 
 class TooManyHandlesError(ChannelError):

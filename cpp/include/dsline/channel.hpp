@@ -81,7 +81,11 @@ struct Loan {
   std::uint64_t payload_bytes = 0;
   std::byte* meta = nullptr;
   std::byte* payload = nullptr;
+  const std::byte* shown = nullptr;  ///< the payload in the read-only mapping
 };
+
+/// Whether a publisher still looks at the payload after publish(): then the slot is not free before end_keeping().
+enum class AfterPublish : int { LetGo = 0, Keep = 1 };
 
 /// A message that the caller holds until it releases it.
 struct Received {
@@ -260,10 +264,22 @@ class Channel {
 
   /// Takes a free slot for a message. Ok, Full (Block and Raise), Dropped (drop policies) or Closed.
   /// Throws Error(MessageTooLarge) and Error(SharedMemoryFull); no slot is taken then.
-  Outcome try_alloc(std::uint64_t payload_bytes, std::uint32_t meta_bytes, Backpressure policy, Loan& loan);
+  /// `for_copy`: waits a little for a slot that is still in cache, where a long copy follows.
+  Outcome try_alloc(std::uint64_t payload_bytes, std::uint32_t meta_bytes, Backpressure policy, Loan& loan,
+                    bool for_copy = true);
   /// Makes a written loan visible. Closed when the channel was shut down meanwhile (the loan is aborted then), or when
   /// the loan is no longer the caller's: published or aborted before, or taken by the parent of this process.
   Outcome publish(const Loan& loan, int kind, std::uint64_t schema_hash) noexcept;
+  /// The same. `seal`: makes the pages of the slot read-only in this handle's mapping before the message can be seen, until
+  /// the handle allocates the slot again; throws Error(System) when the kernel refuses, and nothing has been published.
+  Outcome publish(const Loan& loan, int kind, std::uint64_t schema_hash, AfterPublish after, bool seal);
+  /// Ends AfterPublish::Keep. Does nothing in a forked child.
+  void end_keeping(const Loan& loan) noexcept;
+  /// True when slots have pages of their own, so that publish() can seal them.
+  bool can_seal() const noexcept;
+  /// In a forked child: makes the bytes behind every loan of the parent private to this process, and gives the handle a
+  /// writable mapping of its own at its next use. False when the kernel refuses.
+  bool part_with_loans() noexcept;
   /// Gives it back. Does nothing when it is no longer the caller's.
   void abort(const Loan& loan) noexcept;
   /// try_alloc, one copy, publish.
