@@ -1273,6 +1273,7 @@ cdef class Receiver:
             "pinned_slots": s.pinned_slots, "free_slots": s.free_slots, "corrupted_slots": s.corrupted_slots,
             "bytes_sent": self._handle.bytes_sent, "bytes_received": self._handle.bytes_received,
             "corrupted": s.corrupted, "reserved_bytes": s.reserved_bytes, "participants": s.participants,
+            "loans": self._handle.loans, "kept_slots": s.kept_slots,
         }
 
 cdef class Channel(Receiver):
@@ -1676,7 +1677,13 @@ cdef class Channel(Receiver):
         cdef CppChannelStats stats = self._cpp.stats()
         text = (f"channel '{self._label()}' is full: of its capacity of {self._cpp.capacity()} slots {stats.depth} wait to be "
                 f"received, {stats.pinned_slots} are held by receivers ({self._handle.views} by views of this handle)")
+        if stats.kept_slots:
+            text += (f", {stats.kept_slots} are kept by arrays on published loans ({self._handle.kept} of this handle)")
+        if stats.writing_slots:
+            text += f", {stats.writing_slots} are not published yet ({self._handle.loans} of them loans of this handle)"
         way = "drop the views (or take copies: recv_array(copy=True)), " if stats.pinned_slots else ""
+        if stats.kept_slots:
+            way += "drop the arrays whose loans were published, "
         way += "receive faster, raise capacity, wait longer, or use a drop policy"
         if not timeout:
             error = BufferFullError(f"{text}; {way}")

@@ -118,6 +118,7 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         uint32_t corrupted_slots
         uint32_t pinned_by_me
         uint32_t dead_letters
+        uint32_t kept_slots
         uint32_t participants
 
     cdef cppclass CppDeadLetter "dsline::DeadLetter":
@@ -145,6 +146,7 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         uint32_t group
         cbool alive
         uint32_t writing
+        uint32_t kept
         uint32_t held
         int64_t held_for_ns
 

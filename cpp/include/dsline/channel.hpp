@@ -134,6 +134,7 @@ struct ChannelStats {
   std::uint32_t corrupted_slots = 0;
   std::uint32_t pinned_by_me = 0;
   std::uint32_t dead_letters = 0;  ///< slots with a dead letter
+  std::uint32_t kept_slots = 0;    ///< published, and their sender still looks at them
   std::uint32_t participants = 0;
 };
 
@@ -168,6 +169,7 @@ struct Report {
     std::uint32_t group = 0;       ///< number; kNoGroup: none
     bool alive = false;
     std::uint32_t writing = 0;     ///< slots that it has not published
+    std::uint32_t kept = 0;        ///< slots that it has published and still looks at
     std::uint32_t held = 0;        ///< messages that it holds
     std::int64_t held_for_ns = 0;  ///< the longest of them
   };
@@ -194,7 +196,7 @@ struct Report {
   };
   struct Slot {
     std::uint32_t number = 0;
-    std::string state;           ///< FREE, WRITING, COMMITTED, PINNED, CORRUPTED
+    std::string state;           ///< FREE, WRITING, COMMITTED, PINNED, KEPT, CORRUPTED
     std::uint32_t owner = 0;     ///< participant; kNoGroup: none
     std::uint64_t sequence = 0;  ///< of a committed one
     std::uint32_t pending = 0;   ///< bits of the groups that have not finished with it
