@@ -52,7 +52,7 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "errors": frozenset({"report"}),
     "options": frozenset({"errors"}),
     "dtypes": frozenset({"errors"}),
-    "objects": frozenset({"errors"}),
+    "objects": frozenset(),
     "_core": frozenset({"errors", "dtypes", "objects", "report"}),
     "endpoint": frozenset({"_core", "errors", "options", "report"}),
     "groups": frozenset({"endpoint", "errors", "options"}),
