@@ -52,14 +52,26 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "errors": frozenset({"report"}),
     "options": frozenset({"errors"}),
     "dtypes": frozenset({"errors"}),
-    "_core": frozenset({"errors", "dtypes", "report"}),
+    "specs": frozenset({"errors", "dtypes"}),
+    "_core": frozenset({"errors", "dtypes", "report", "specs"}),
     "endpoint": frozenset({"_core", "errors", "options", "report"}),
     "groups": frozenset({"endpoint", "errors", "options"}),
-    "channel": frozenset({"_core", "endpoint", "errors", "groups", "options"}),
+    "channel": frozenset({"_core", "endpoint", "errors", "groups", "options", "specs"}),
     "broadcast": frozenset({"channel"}),
-    "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report"}),
+    "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report", "specs"}),
     "__init__": frozenset(
-        {"_interpreter", "_core", "broadcast", "channel", "errors", "groups", "latest", "options", "report"}
+        {
+            "_interpreter",
+            "_core",
+            "broadcast",
+            "channel",
+            "errors",
+            "groups",
+            "latest",
+            "options",
+            "report",
+            "specs",
+        }
     ),
     "status": frozenset({"_core", "errors", "report"}),
     "testing": frozenset({"dsline", "_core", "errors"}),
@@ -68,7 +80,7 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "__main__": frozenset({"cli"}),
 }
 PACKAGES: dict[str, frozenset[str]] = {
-    "numpy": frozenset({"_core", "dtypes", "channel", "bench", "testing", "cli"}),
+    "numpy": frozenset({"_core", "dtypes", "specs", "channel", "bench", "testing", "cli"}),
     "click": frozenset({"cli"}),
     "tqdm": frozenset({"cli", "bench"}),
 }

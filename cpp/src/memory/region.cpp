@@ -35,7 +35,20 @@ struct Description {
   }
 };
 
-Inspection inspect_description(const Storage& storage, Description& out) {
+// Reads the schema that a sound description announces; false when it is not the one that was written.
+bool read_schema(const Storage& storage, const Description& description, std::string& out) {
+  const auto geometry = description.at<Geometry>(offsetof(RegionHeader, geometry));
+  out.clear();
+  if (geometry.schema_bytes != 0) {
+    std::string start(kSchemaOffset + geometry.schema_bytes, '\0');
+    if (storage.read_start(start.data(), start.size()) != start.size()) return false;
+    out = start.substr(kSchemaOffset);
+  }
+  return base::crc32c(out.data(), out.size()) ==
+         description.at<std::uint32_t>(offsetof(RegionHeader, schema_crc));
+}
+
+Inspection inspect_description(const Storage& storage, Description& out, std::string& schema) {
   std::uint64_t size = storage.size();
   const std::uint64_t got = storage.read_start(out.bytes, sizeof out.bytes);
   if (got < 8 || out.at<std::uint32_t>(0) != kRegionMagic) {
@@ -60,6 +73,9 @@ Inspection inspect_description(const Storage& storage, Description& out) {
     return {Found::Damaged, "it has " + std::to_string(size) + " bytes where its header says " +
                                 std::to_string(geometry.total_bytes)};
   }
+  if (!read_schema(storage, out, schema)) {
+    return {Found::Damaged, "the checksum of its spec is wrong"};
+  }
   return {Found::Channel, ""};
 }
 
@@ -67,11 +83,13 @@ Inspection inspect_description(const Storage& storage, Description& out) {
 
 Inspection inspect(const Storage& storage) {
   Description description{};
-  return inspect_description(storage, description);
+  std::string schema;
+  return inspect_description(storage, description, schema);
 }
 
 std::unique_ptr<Region> Region::create(std::unique_ptr<Storage> storage, const Geometry& geometry,
-                                       const Rules& rules, std::uint64_t first_position) {
+                                       const Rules& rules, std::uint64_t first_position,
+                                       std::string_view schema) {
   std::unique_ptr<Region> region(new Region(std::move(storage)));
   Storage& bytes = *region->storage_;
   bytes.resize(geometry.total_bytes);
@@ -89,6 +107,8 @@ std::unique_ptr<Region> Region::create(std::unique_ptr<Storage> storage, const G
   }
   region->map(geometry);
   region->rules_ = rules;
+  region->schema_ = schema;
+  if (!schema.empty()) std::memcpy(region->control_ + kSchemaOffset, schema.data(), schema.size());
 
   for (std::uint32_t s = 0; s < geometry.slots; ++s) {
     region->slot(s).room_bytes.store(geometry.room_bytes, std::memory_order_relaxed);
@@ -107,6 +127,7 @@ std::unique_ptr<Region> Region::create(std::unique_ptr<Storage> storage, const G
   header.creator_pid = static_cast<std::uint32_t>(getpid());
   header.rules = rules;
   header.storage = static_cast<std::uint32_t>(bytes.kind());
+  header.schema_crc = base::crc32c(schema.data(), schema.size());
   header.description_crc = description_crc(reinterpret_cast<const unsigned char*>(&header));
   return region;
 }
@@ -114,7 +135,7 @@ std::unique_ptr<Region> Region::create(std::unique_ptr<Storage> storage, const G
 std::unique_ptr<Region> Region::attach(std::unique_ptr<Storage> storage) {
   std::unique_ptr<Region> region(new Region(std::move(storage)));
   Description description{};
-  Inspection inspection = inspect_description(*region->storage_, description);
+  Inspection inspection = inspect_description(*region->storage_, description, region->schema_);
   if (inspection.found != Found::Channel) {
     throw Error(ErrorCode::ChannelLayout, region->storage_->describe() + " is not a usable channel: " +
                                               inspection.reason + "; remove it, or choose another name");
