@@ -22,6 +22,7 @@ cdef class ArrayLayout:
     cdef readonly bytes format
     cdef readonly int ndim
     cdef readonly bint fortran
+    cdef readonly bint masked
     cdef readonly Py_ssize_t itemsize
     cdef readonly Py_ssize_t nbytes
     cdef tuple fields
@@ -117,11 +118,14 @@ cdef class Receiver:
 cdef class Channel(Receiver):
     cdef CppBackpressure _policy
     cdef ArrayLayout _sent_layout
+    cdef ArrayLayout _masked_layout
 
     cdef int send_nogil(self, const void* data, size_t size, long long timeout_ns) except -1 nogil
     cdef bint _send(self, object data, object timeout, object meta) except -1
     cdef bint _send_typed(self, object data, object timeout, object meta) except -1
     cdef bint _send_record(self, object data, object timeout, object meta) except -1
+    cdef bint _send_masked(self, object array, object timeout, object meta) except -1
+    cdef bint _send_fields(self, ArrayLayout layout, list values, bytes metadata, object timeout) except -1
     cdef object _mismatch(self, str given, str way)
     cdef bint _send_frame(self, const void* payload, uint64_t size, int kind, bytes metadata, uint64_t schema,
                           object timeout) except -1

@@ -40,6 +40,7 @@ import os as _os
 import numpy as np
 
 from dsline import dtypes as _dtypes
+from dsline import interop as _interop
 from dsline import report as _report
 from dsline.errors import (
     BufferEmptyError, BufferFullError, BufferTooSmallError, ChannelClosedError, ChannelLayoutError, ChannelSystemError,
@@ -198,6 +199,7 @@ cdef class ArrayLayout:
             self.strides[i] = step
             step *= self.shape[i]
         self.nbytes = step
+        self.masked = self.names is not None and ndim == 0 and _interop.is_masked(dtype)
         return self
 
     cdef object array_at(self, void* data, object base, bint writable):
@@ -310,7 +312,11 @@ cdef object array_over(Lease lease, object base):
     if layout is None:
         raise SchemaMismatchError(
             f"the message holds {lease._nbytes} plain bytes, not an array; use recv() or recv_bytes(), or send an ndarray")
-    return layout.array_at(<void*> lease._payload, base, False)
+    array = layout.array_at(<void*> lease._payload, base, False)
+    return _interop.join_masked(array) if layout.masked else array
+
+
+include "dlpack.pxi"
 
 
 cdef class Message:
@@ -381,6 +387,45 @@ cdef class Message:
         cdef Lease lease = self._open()
         array = array_over(lease, ArrayHold(lease))
         return array.copy(order="K") if copy else array
+
+    def __array__(self, dtype=None, copy=None):
+        """The array that was sent, for `numpy.asarray`: a read-only view unless it has to be copied."""
+        array = self.array()
+        if dtype is not None and array.dtype != dtype:
+            if copy is False:
+                raise ValueError(f"the message holds {_specs.dtype_text(array.dtype)}: {dtype} needs a copy")
+            return array.astype(dtype)
+        return array.copy(order="K") if copy else array
+
+    def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
+        """The array that was sent, as a DLPack capsule: for `torch.from_dlpack(message)` and the like.
+
+        Parameters
+        ----------
+        stream : None or -1
+        max_version : tuple of int, optional
+            What the consumer understands. From (1, 0) on the capsule is marked read-only.
+        dl_device : tuple of int, optional
+            Only (1, 0), the memory of the host.
+        copy : bool, optional
+            True gives writable memory of the consumer's own; False and None a view on the slot.
+
+        Raises
+        ------
+        BufferError
+            Plain bytes were sent, DLPack has no such dtype, or the consumer asked for what cannot be.
+        ValueError
+            The message has been released.
+
+        Notes
+        -----
+        Does not copy unless asked to. The slot is taken until the consumer's tensor is gone.
+        """
+        return dlpack_of(self._open(), stream, max_version, dl_device, copy)
+
+    def __dlpack_device__(self):
+        """(1, 0): the memory of the host."""
+        return (DL_CPU, 0)
 
     def record(self):
         """Return the record that was sent: a dict with a read-only view per field, as `recv_record` does.
@@ -1058,6 +1103,26 @@ cdef class Receiver:
             raise
         return 0
 
+    def _core_recv_encoded(self, str encoding, timeout):
+        """Receive the next message if it carries this encoding, as a `Message`; else it stays."""
+        cdef CppReceived message
+        cdef Message out = Message.__new__(Message)
+        self._receive(message, timeout)
+        self._fill(out, message)
+        try:
+            found = out.meta.get("encoding")
+        except CorruptedMessageError:
+            raise
+        except:
+            self._untake(out._lease, message)
+            raise
+        if found != encoding or out._lease._layout is not None:
+            self._untake(out._lease, message)
+            raise SchemaMismatchError(
+                f"the message is not marked with encoding {encoding!r}; it stays in the channel: use recv(), recv_array() or "
+                "recv_message()")
+        return out
+
     # --- dead letters, the newest message ------------------------------------------------------------------------
 
     def _core_dead_letter(self):
@@ -1144,6 +1209,8 @@ cdef class Receiver:
         else:
             with nogil:
                 memcpy(target, message.payload, message.payload_bytes)
+        if message.kind == kArrayMessage and layout.masked:
+            return _interop.join_masked(value)
         return value
 
     def _core_wait_newer(self, newer_than, timeout):
@@ -1474,7 +1541,8 @@ cdef class Channel(Receiver):
         ----------
         data : bytes, bytearray, memoryview, numpy.ndarray or any buffer exporter
             Arrays arrive as arrays: every dtype of fixed width, every shape, C and Fortran order kept; other strides
-            are gathered into C order by the one copy. On a channel with a spec, what the spec says and nothing else; for a
+            are gathered into C order by the one copy. Arrays of other packages are looked at by their `__dlpack__`,
+            `__array_interface__` or `__array__`; masked arrays travel with mask and fill value. On a channel with a spec, what the spec says and nothing else; for a
             record, a dict with a value per field, each of which is copied once, straight into the slot.
         timeout : float or None, optional
             Seconds to wait for room with backpressure "block": None for ever, 0 not at all. The handle's by default.
@@ -1581,6 +1649,9 @@ cdef class Channel(Receiver):
         if cnp.PyArray_Check(data):
             return self._send_array(data, timeout, meta)
         if not PyObject_CheckBuffer(data):
+            array = _interop.as_array(data)
+            if array is not None:
+                return self._send_array(array, timeout, meta)
             raise TypeError(
                 f"cannot send a {type(data).__name__}: send takes bytes-like objects and arrays; encode a str, turn a list "
                 "into an array with numpy.asarray, or serialise other objects yourself")
@@ -1611,14 +1682,25 @@ cdef class Channel(Receiver):
             data = array
         return self._send_array(data, timeout, meta)
 
+    cdef bint _send_masked(self, object array, object timeout, object meta) except -1:
+        """Data, mask and fill value of a masked array as one structure."""
+        cdef ArrayLayout layout = self._masked_layout
+        if self._schema is not None:
+            raise self._mismatch("a masked array", "send .filled()")
+        dtype, values = _interop.split_masked(array)
+        if layout is None or layout.dtype is not dtype:
+            layout = ArrayLayout.make(dtype, 0, NULL, False, None)
+            describe(layout)
+            self._masked_layout = layout
+        metadata = layout.metadata if meta is None else encode_meta(meta, layout)
+        return self._send_fields(layout, values, metadata, timeout)
+
     cdef bint _send_record(self, object data, object timeout, object meta) except -1:
         cdef ArrayLayout layout = self._schema.layout
         cdef tuple fields = fields_of(layout)
         cdef Field field
         cdef bytes metadata
         cdef list values = []
-        cdef CppLoan loan
-        cdef Py_ssize_t i
         # Everything that can fail, and every line of Python, comes before the slot is taken.
         for field in fields:
             try:
@@ -1630,6 +1712,13 @@ cdef class Channel(Receiver):
             extra = [name for name in data if name not in self._schema.spec]
             raise self._mismatch(f"a dict with {', '.join(map(repr, extra))} beside", "leave these out")
         metadata = layout.metadata if meta is None else encode_meta(meta, layout)
+        return self._send_fields(layout, values, metadata, timeout)
+
+    cdef bint _send_fields(self, ArrayLayout layout, list values, bytes metadata, object timeout) except -1:
+        """Copies each value into its field, straight into the slot. Requires: dtypes and shapes are those of the fields."""
+        cdef tuple fields = fields_of(layout)
+        cdef CppLoan loan
+        cdef Py_ssize_t i
         if not self._alloc(loan, layout.nbytes, metadata, timeout):
             return False
         try:
@@ -1688,7 +1777,7 @@ cdef class Channel(Receiver):
 
     cdef bint _send_array(self, object array, object timeout, object meta) except -1:
         if not cnp.PyArray_CheckExact(array) and isinstance(array, MaskedArray):
-            raise TypeError("cannot send a masked array: its mask would be lost; send .filled(), or .data and .mask")
+            return self._send_masked(array, timeout, meta)
         cdef cnp.ndarray source = array
         cdef ArrayLayout layout = self._layout_for(source)
         cdef bytes metadata = layout.metadata if meta is None else encode_meta(meta, layout)
@@ -1759,6 +1848,35 @@ cdef class Channel(Receiver):
         self._between_slices()
         return 0
 
+    def _core_send_filled(self, uint64_t size, fill, dict meta, timeout):
+        """Let `fill(window)` write a message of at most `size` bytes straight into its slot; it returns how many it wrote."""
+        cdef CppLoan loan
+        cdef Window window
+        cdef bytes metadata = encode_meta(meta, None)
+        require_open(self)
+        check_timeout(timeout)
+        if self._schema is not None:
+            raise self._mismatch("something else", "send an array")
+        if not self._alloc(loan, size, metadata, timeout):
+            return False
+        try:
+            window = Window.__new__(Window)
+            window._at = loan.payload
+            window._size = size
+            try:
+                written = fill(window)
+                if window._exports != 0:
+                    raise BufferError("the message is being written to after its writer has ended")
+                if not 0 <= written <= size:
+                    raise ValueError(f"the writer reports {written} bytes in a room of {size}")
+            finally:
+                window._at = NULL
+        except:
+            self._cpp.abort(loan)
+            raise
+        loan.payload_bytes = written
+        return self._publish(loan, kBytesMessage, 0)
+
     cdef ArrayLayout _layout_for(self, object array):
         """The layout of an array to be sent; the last one is remembered."""
         cdef cnp.ndarray source = array
@@ -1818,7 +1936,7 @@ cdef object array_of(object data):
         plain = view.ndim == 1 and (view.format == NULL or view.format[0] in b"Bbc" and view.format[1] == 0)
         PyBuffer_Release(&view)
         return None if plain else array_from_buffer(data)
-    return None
+    return _interop.as_array(data)
 
 
 cdef object field_value(Field field, object value):

@@ -53,10 +53,11 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "options": frozenset({"errors"}),
     "dtypes": frozenset({"errors"}),
     "specs": frozenset({"errors", "dtypes"}),
-    "_core": frozenset({"errors", "dtypes", "report", "specs"}),
-    "endpoint": frozenset({"_core", "errors", "options", "report"}),
+    "interop": frozenset({"errors"}),
+    "_core": frozenset({"errors", "dtypes", "interop", "report", "specs"}),
+    "endpoint": frozenset({"_core", "errors", "interop", "options", "report"}),
     "groups": frozenset({"endpoint", "errors", "options"}),
-    "channel": frozenset({"_core", "endpoint", "errors", "groups", "options", "specs"}),
+    "channel": frozenset({"_core", "endpoint", "errors", "groups", "interop", "options", "specs"}),
     "broadcast": frozenset({"channel"}),
     "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report", "specs"}),
     "__init__": frozenset(
@@ -80,7 +81,7 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "__main__": frozenset({"cli"}),
 }
 PACKAGES: dict[str, frozenset[str]] = {
-    "numpy": frozenset({"_core", "dtypes", "specs", "channel", "bench", "testing", "cli"}),
+    "numpy": frozenset({"_core", "dtypes", "interop", "specs", "channel", "bench", "testing", "cli"}),
     "click": frozenset({"cli"}),
     "tqdm": frozenset({"cli", "bench"}),
 }
