@@ -65,6 +65,7 @@ cdef class Lease:
     cdef uint32_t _process
     cdef uint32_t _group
     cdef int64_t _exports
+    cdef int _kind
     cdef bint _held
     cdef bint _nack
     cdef uint32_t _attempts
@@ -121,6 +122,7 @@ cdef class Channel(Receiver):
     cdef ArrayLayout _masked_layout
 
     cdef int send_nogil(self, const void* data, size_t size, long long timeout_ns) except -1 nogil
+    cpdef bint _send_pickled(self, object stream, list buffers, object timeout=*, object meta=*) except -1
     cdef bint _send(self, object data, object timeout, object meta) except -1
     cdef bint _send_typed(self, object data, object timeout, object meta) except -1
     cdef bint _send_record(self, object data, object timeout, object meta) except -1

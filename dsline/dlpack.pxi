@@ -129,7 +129,7 @@ cdef object dlpack_of(Lease lease, object stream, object max_version, object dl_
     cdef uint64_t flags
     cdef bint versioned
     if layout is None:
-        raise BufferError("the message holds plain bytes, not an array; use payload, or send an ndarray")
+        raise BufferError(f"the message holds {what_it_holds(lease)}, not an array; {how_to_receive(lease)}")
     dtype = layout.dtype
     code = _dl_codes.get(dtype.kind)
     if code is None or not dtype.isnative or dtype.itemsize > (16 if dtype.kind == "c" else 8):

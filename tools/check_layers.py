@@ -54,7 +54,8 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "dtypes": frozenset({"errors"}),
     "specs": frozenset({"errors", "dtypes"}),
     "interop": frozenset({"errors"}),
-    "_core": frozenset({"errors", "dtypes", "interop", "report", "specs"}),
+    "objects": frozenset(),
+    "_core": frozenset({"errors", "dtypes", "interop", "objects", "report", "specs"}),
     "endpoint": frozenset({"_core", "errors", "interop", "options", "report"}),
     "groups": frozenset({"endpoint", "errors", "options"}),
     "channel": frozenset({"_core", "endpoint", "errors", "groups", "interop", "options", "specs"}),
@@ -84,6 +85,9 @@ PACKAGES: dict[str, frozenset[str]] = {
     "numpy": frozenset({"_core", "dtypes", "interop", "specs", "channel", "bench", "testing", "cli"}),
     "click": frozenset({"cli"}),
     "tqdm": frozenset({"cli", "bench"}),
+    # Never needed: only looked for, or loaded by the user already.
+    "torch": frozenset({"objects"}),
+    "polars": frozenset({"objects"}),
 }
 # Cython declarations come from these, and from dsline._cpp.
 CIMPORTS = frozenset({"libc", "libcpp", "cpython", "cython", "posix", "numpy"})
@@ -136,7 +140,7 @@ def imported(text: str) -> Iterator[tuple[str, str]]:
 
 
 def python_imports(path: Path) -> Iterator[tuple[str, str]]:
-    if path.suffix == ".pyx":
+    if path.suffix in (".pyx", ".pxi"):
         yield from imported(re.sub(r'"""(?:.|\n)*?"""', "", path.read_text()))
         return
     package = ["dsline", *path.parent.parts[path.parent.parts.index("dsline") + 1 :]]
