@@ -435,7 +435,7 @@ def test_masked_arrays_travel_whole(make_any, case, meta):
         assert (np.ma.getmask(got) is np.ma.nomask) == (np.ma.getmask(sent) is np.ma.nomask)
         np.testing.assert_array_equal(np.ma.getmaskarray(got), np.ma.getmaskarray(sent))
         np.testing.assert_array_equal(np.ma.getdata(got), np.ma.getdata(sent))
-        assert got.fill_value == np.asarray(sent.fill_value, sent.dtype)[()]
+        np.testing.assert_array_equal(got.fill_value, np.asarray(sent.fill_value, sent.dtype))
         assert not got.data.flags.writeable
         assert channel.stats().pinned_slots == 1
         del got

@@ -164,17 +164,14 @@ void refuse_other_schema(const std::string& label, const memory::Region& region,
               region.schema());
 }
 
-// The checksum says that it is what was written; this, that somebody in his right mind wrote it.
-void check_schema(const memory::Region& region) {
+// The checksum says that it is what was written; this, that somebody in his right mind wrote it. Empty, or what is wrong.
+std::string schema_fault(const std::string& schema) {
   frames::Metadata parsed;
   std::string why;
-  const std::string& schema = region.schema();
-  if (schema.empty()) return;
-  if (!frames::parse_metadata(schema.data(), schema.size(), parsed, why) || !parsed.has_shape) {
-    throw Error(ErrorCode::ChannelLayout,
-                region.storage().describe() + " is not a usable channel: its spec describes no array" +
-                    (why.empty() ? "" : " (" + why + ")") + "; remove it, or choose another name");
+  if (schema.empty() || (frames::parse_metadata(schema.data(), schema.size(), parsed, why) && parsed.has_shape)) {
+    return "";
   }
+  return "its spec describes no array" + (why.empty() ? "" : " (" + why + ")");
 }
 
 // Requires: the control lock.
@@ -225,6 +222,10 @@ bool was_shut_down(const memory::Region& region) noexcept {
 bool replace_unusable(std::unique_ptr<memory::Storage>& storage, const std::string& path,
                       const ChannelOptions& options, OpenMode mode) {
   memory::Inspection inspection = memory::inspect(*storage);
+  if (inspection.found == memory::Found::Channel) {
+    inspection.reason = schema_fault(inspection.schema);
+    if (!inspection.reason.empty()) inspection.found = memory::Found::Damaged;
+  }
   if (inspection.found == memory::Found::Channel) return false;
   const bool ours = inspection.found != memory::Found::Foreign;
   const bool may = storage->kind() == memory::StorageKind::PosixShm ? mode == OpenMode::OpenOrCreate
@@ -251,7 +252,9 @@ Verdict try_attach(std::unique_ptr<memory::Storage> storage, const ChannelOption
   out.region = memory::Region::attach(std::move(storage));
   memory::Region& region = *out.region;
   const bool is_shm = region.storage().kind() == memory::StorageKind::PosixShm;
-  check_schema(region);
+  if (const std::string fault = schema_fault(region.schema()); !fault.empty()) {
+    throw Error(ErrorCode::ChannelLayout, region.storage().describe() + " is not a usable channel: " + fault);
+  }
   ControlLock control(region, out.label);
   // The name may have been removed, or have moved on to a new region, before the lock was ours.
   if (!out.path.empty() && !is_named(region.storage(), out.path)) return Verdict::Retry;

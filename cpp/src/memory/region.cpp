@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "base/clock.hpp"
 #include "base/crc32c.hpp"
@@ -48,43 +49,45 @@ bool read_schema(const Storage& storage, const Description& description, std::st
          description.at<std::uint32_t>(offsetof(RegionHeader, schema_crc));
 }
 
-Inspection inspect_description(const Storage& storage, Description& out, std::string& schema) {
+Inspection inspect_description(const Storage& storage, Description& out) {
   std::uint64_t size = storage.size();
   const std::uint64_t got = storage.read_start(out.bytes, sizeof out.bytes);
   if (got < 8 || out.at<std::uint32_t>(0) != kRegionMagic) {
-    return {Found::Foreign, "it does not start with the magic number of a channel"};
+    return {Found::Foreign, "it does not start with the magic number of a channel", ""};
   }
   std::uint32_t version = out.at<std::uint32_t>(offsetof(RegionHeader, layout_version));
   if (version != kLayoutVersion) {
     return {Found::Older, "it has layout version " + std::to_string(version) +
-                              ", this dsline reads version " + std::to_string(kLayoutVersion)};
+                              ", this dsline reads version " + std::to_string(kLayoutVersion),
+            ""};
   }
   if (got < sizeof out.bytes) {
-    return {Found::Damaged, "it ends inside its header, after " + std::to_string(got) + " bytes"};
+    return {Found::Damaged, "it ends inside its header, after " + std::to_string(got) + " bytes", ""};
   }
   if (description_crc(out.bytes) != out.at<std::uint32_t>(kDescriptionBytes)) {
-    return {Found::Damaged, "the checksum of its header is wrong"};
+    return {Found::Damaged, "the checksum of its header is wrong", ""};
   }
   Geometry geometry = out.at<Geometry>(offsetof(RegionHeader, geometry));
   if (!is_valid(geometry) || !is_valid(out.at<Rules>(offsetof(RegionHeader, rules)))) {
-    return {Found::Damaged, "its geometry is impossible"};
+    return {Found::Damaged, "its geometry is impossible", ""};
   }
   if (geometry.total_bytes != size) {
     return {Found::Damaged, "it has " + std::to_string(size) + " bytes where its header says " +
-                                std::to_string(geometry.total_bytes)};
+                                std::to_string(geometry.total_bytes),
+            ""};
   }
+  std::string schema;
   if (!read_schema(storage, out, schema)) {
-    return {Found::Damaged, "the checksum of its spec is wrong"};
+    return {Found::Damaged, "the checksum of its spec is wrong", ""};
   }
-  return {Found::Channel, ""};
+  return {Found::Channel, "", std::move(schema)};
 }
 
 }  // namespace
 
 Inspection inspect(const Storage& storage) {
   Description description{};
-  std::string schema;
-  return inspect_description(storage, description, schema);
+  return inspect_description(storage, description);
 }
 
 std::unique_ptr<Region> Region::create(std::unique_ptr<Storage> storage, const Geometry& geometry,
@@ -135,11 +138,12 @@ std::unique_ptr<Region> Region::create(std::unique_ptr<Storage> storage, const G
 std::unique_ptr<Region> Region::attach(std::unique_ptr<Storage> storage) {
   std::unique_ptr<Region> region(new Region(std::move(storage)));
   Description description{};
-  Inspection inspection = inspect_description(*region->storage_, description, region->schema_);
+  Inspection inspection = inspect_description(*region->storage_, description);
   if (inspection.found != Found::Channel) {
     throw Error(ErrorCode::ChannelLayout, region->storage_->describe() + " is not a usable channel: " +
                                               inspection.reason + "; remove it, or choose another name");
   }
+  region->schema_ = std::move(inspection.schema);
   region->rules_ = description.at<Rules>(offsetof(RegionHeader, rules));
   region->map(description.at<Geometry>(offsetof(RegionHeader, geometry)));
   return region;

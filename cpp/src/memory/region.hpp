@@ -112,6 +112,7 @@ enum class Found {
 struct Inspection {
   Found found;
   std::string reason;  ///< for people, empty for Channel
+  std::string schema;  ///< of a Channel
 };
 Inspection inspect(const Storage& storage);
 
