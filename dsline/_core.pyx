@@ -2056,6 +2056,8 @@ cdef object field_value(Field field, object value):
         if (source.dtype is layout.dtype and cnp.PyArray_NDIM(source) == layout.ndim
                 and memcmp(layout.shape, cnp.PyArray_DIMS(source), layout.ndim * sizeof(Py_ssize_t)) == 0):
             return value
+    elif layout.ndim == 0 and isinstance(value, (float, int)):
+        return _specs.scalar_of_field(field.name, value, layout.dtype)
     elif not isinstance(value, (np.generic, int, float, str, bytes, complex)):
         array = array_of(value)
         value = value if array is None else array

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -256,7 +257,7 @@ def value_of_field(name: str, value: Any, dtype: DType, shape: tuple[int, ...]) 
     if isinstance(value, bytes | str) and shape == () and dtype.kind in "SU":
         return _text_of_field(name, value, dtype)
     if isinstance(value, _SCALARS) and shape == ():
-        return _scalar_of_field(name, value, dtype)
+        return scalar_of_field(name, value, dtype)
     if not isinstance(value, np.ndarray):
         raise SchemaMismatchError(
             f"field {name!r} takes {dtype_text(dtype)} {shape}, a {type(value).__name__} was given; "
@@ -271,7 +272,27 @@ def value_of_field(name: str, value: Any, dtype: DType, shape: tuple[int, ...]) 
     return value
 
 
-def _scalar_of_field(name: str, value: Any, dtype: DType) -> np.ndarray[Any, Any]:
+_FITS: Final = {bool: "biufc", int: "iufc", float: "fc"}  # kinds that hold every such value, but for its size
+
+
+@lru_cache(maxsize=256)
+def _most(dtype: DType) -> tuple[Any, Any]:
+    """The smallest and the largest number of a dtype."""
+    if dtype.kind in "iu":
+        return np.iinfo(dtype).min, np.iinfo(dtype).max
+    # As Python's numbers, which can be compared with any int.
+    return float(np.finfo(dtype).min), float(np.finfo(dtype).max)
+
+
+def scalar_of_field(name: str, value: Any, dtype: DType) -> np.ndarray[Any, Any]:
+    # The usual ones first: this is done for each field of each record.
+    kinds = _FITS.get(type(value))
+    if kinds is not None and dtype.kind in kinds:
+        if dtype.kind == "b":
+            return np.array(value, dtype)
+        least, most = _most(dtype)
+        if least <= value <= most or value - value != 0:  # infinite, or not a number
+            return np.array(value, dtype)
     given = value.dtype if isinstance(value, np.generic) else np.min_scalar_type(value)
     if given == dtype:
         return np.asarray(value, dtype=dtype)
@@ -283,11 +304,10 @@ def _scalar_of_field(name: str, value: Any, dtype: DType) -> np.ndarray[Any, Any
                     f"field {name!r} takes {dtype_text(dtype)}, which goes from {limits.min} to {limits.max}; {value} was "
                     "given; nothing was sent"
                 )
-        try:
-            with np.errstate(over="raise"):
-                return np.asarray(value).astype(dtype)
-        except (FloatingPointError, OverflowError, TypeError):
-            pass
+        with np.errstate(over="ignore"):
+            converted = np.asarray(np.asarray(value).astype(dtype))
+        if bool(np.isfinite(converted)) or not bool(np.isfinite(value)):
+            return converted
     elif given.kind == "u" and dtype.kind == "i" and int(value) <= np.iinfo(dtype).max:
         return np.asarray(int(value), dtype=dtype)
     raise SchemaMismatchError(
