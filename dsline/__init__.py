@@ -14,8 +14,10 @@ from dsline.groups import Subscriber
 from dsline.latest import Latest
 from dsline.options import Backpressure, Checksum, OnDeath, OnStale, Start, Storage, Sync
 from dsline.report import Blocker, ChannelReport, PeerDeath
+from dsline.specs import ArraySpec
 
 __all__ = [
+    "ArraySpec",
     "Backpressure",
     "Blocker",
     "Broadcast",
