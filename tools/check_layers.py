@@ -39,6 +39,7 @@ CPP_LAYERS: dict[str, frozenset[str]] = {
             "liveness",
             "dsline/channel.hpp",
             "dsline/build.hpp",
+            "dsline/watch.hpp",
         }
     ),
 }
