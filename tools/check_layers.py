@@ -58,10 +58,12 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "groups": frozenset({"endpoint", "errors", "options"}),
     "channel": frozenset({"_core", "endpoint", "errors", "groups", "options"}),
     "broadcast": frozenset({"channel"}),
+    "waiting": frozenset({"_core", "endpoint", "errors"}),
     "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report"}),
     "__init__": frozenset(
-        {"_interpreter", "_core", "broadcast", "channel", "errors", "groups", "latest", "options", "report"}
+        {"_interpreter", "_core", "broadcast", "channel", "errors", "groups", "latest", "options", "report", "waiting"}
     ),
+    "aio": frozenset({"_core", "endpoint", "errors", "waiting"}),
     "status": frozenset({"_core", "errors", "report"}),
     "testing": frozenset({"dsline", "_core", "errors"}),
     "bench": frozenset({"dsline", "errors"}),
