@@ -28,6 +28,9 @@ _now = time.monotonic
 _TURN_SECONDS = 0.001
 # A line that nobody stands in any more gives up its place in the event loop after so many seconds.
 _LINGER_SECONDS = 1.0
+# Before it sleeps a task lets the others run, and looks again, so often at most. A look that paid doubles the number for
+# the next time, looks in vain halve it: sleeping costs two threads a wake-up.
+_MOST_LOOKS = 8
 # Who is told again and again of something that he does not get tries so often at once, then pauses between tries.
 _HASTY_TRIES = 8
 _PAUSE_SECONDS = 0.001
@@ -62,6 +65,7 @@ class _Line:
         self._timer: asyncio.TimerHandle | None = None
         self.places: collections.deque[_Place] = collections.deque()
         self.turn_ends = 0.0
+        self._looks = 1
 
     async def stand(self, attempt: Callable[[], Any], seconds: float | None) -> Any:
         """Return what `attempt` returns when it is this task's turn; WouldBlock when the time is up."""
@@ -70,23 +74,36 @@ class _Line:
         place.expired = False
         timer = None if seconds is None else self._loop.call_later(seconds, place.expire)
         self.places.append(place)
-        tries = 0
+        looks = self._looks if len(self.places) == 1 else 0
+        pauses = 0
         try:
             while True:
-                if self.places[0] is place and self._arm():
+                if self.places[0] is not place:
+                    await place.call
+                    place.call = self._loop.create_future()
+                elif looks > 0:
+                    looks -= 1
+                    await asyncio.sleep(0)
+                    if looks == 0:
+                        self._looks = max(1, self._looks // 2)
+                elif self._arm():
                     self._watch.clear()
-                    tries += 1
-                    if tries > 1:  # what was there at the last look, others took
-                        await asyncio.sleep(0 if tries < _HASTY_TRIES else _PAUSE_SECONDS)
+                    pauses += 1
+                    if pauses > 1:  # what was there at the last look, others took
+                        await asyncio.sleep(0 if pauses < _HASTY_TRIES else _PAUSE_SECONDS)
                 else:
-                    tries = 0
+                    pauses = 0
                     await place.call
                     place.call = self._loop.create_future()
                 if self.places[0] is place:
                     try:
-                        return attempt()
+                        result = attempt()
                     except _core.WouldBlock:
                         pass
+                    else:
+                        if looks > 0:
+                            self._looks = min(_MOST_LOOKS, self._looks * 2)
+                        return result
                 if place.expired:
                     raise _core.WouldBlock
         finally:
@@ -247,8 +264,19 @@ class AsyncChannel:
         return self
 
     async def __anext__(self) -> memoryview:
+        view: memoryview
         try:
-            view: memoryview = await self._run(False, self._try_recv, _DEFAULT)
+            # As _run() begins, for a message that is there.
+            if self._loop is asyncio.get_running_loop():
+                line = self._lines.get(False)
+                if line is not None and not line.places and _now() < line.turn_ends:
+                    try:
+                        view = self._try_recv()
+                    except _core.WouldBlock:
+                        pass
+                    else:
+                        return view
+            view = await self._run(False, self._try_recv, _DEFAULT)
         except ChannelClosedError:
             raise StopAsyncIteration from None
         return view

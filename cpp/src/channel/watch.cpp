@@ -37,9 +37,7 @@ class Channel::Impl::Watched final : public channel::Watched {
   }
 
   // Deaths: whoever waits may have been asked to tell of them.
-  bool is_ready(bool surely) noexcept override {
-    return impl_.is_ready(side_, surely) || deaths() != deaths_;
-  }
+  bool is_ready() noexcept override { return impl_.is_ready(side_, true) || deaths() != deaths_; }
   void pass_on() noexcept override { impl_.pass_on(side_); }
   bool look_after() noexcept override { return impl_.look_after(side_) || deaths() != deaths_; }
   const void* owner() const noexcept override { return &impl_; }

@@ -16,6 +16,8 @@ namespace dsline::channel {
 namespace {
 
 constexpr std::int64_t kSliceNs = 50'000'000;
+// Watches that are looked after in one slice: with more of them each comes later, so that idle ones cost nothing.
+constexpr std::size_t kLookedAfterPerSlice = 8;
 
 base::Atomic<Watcher*> current{nullptr};
 
@@ -30,6 +32,7 @@ struct Watched::Crew {
   std::vector<Watched*> slept_on;  // entries of the last sleep; a dropped one is in it until the thread has woken up
   base::Atomic<std::uint32_t> control{0};  // changes when the thread must look at its entries again
   Watched* looking_after = nullptr;
+  std::size_t next = 0;  // the entry that was looked after last
   bool is_asleep = false;
   bool must_stop = false;
   std::int64_t slice_end_ns = 0;
@@ -120,7 +123,7 @@ bool Watcher::arm(Watched& watched) {
   }
   watched.is_armed = true;
   watched.looked = watched.point().sequence();
-  if (watched.is_ready(true)) {
+  if (watched.is_ready()) {
     disarm(watched);
     signal(watched);
     return true;
@@ -239,12 +242,9 @@ void Watcher::settle(Crew& crew, bool slice_over) noexcept {
     Watched& each = *crew.entries[i];
     const std::uint32_t sequence = each.point().sequence();
     const bool was_armed = each.is_armed;
-    if (was_armed && (slice_over || sequence != each.looked)) {
+    if (was_armed && sequence != each.looked) {
       each.looked = sequence;
-      if (each.is_ready(slice_over)) {
-        disarm(each);
-        signal(each);
-      }
+      signal_if_ready(each, false);
     }
     const bool swallowed = each.is_swallowed;
     each.is_swallowed = false;
@@ -293,13 +293,15 @@ void Watcher::sleep(Crew& crew, std::unique_lock<std::mutex>& lock) {
 }
 
 void Watcher::look_after(Crew& crew, std::unique_lock<std::mutex>& lock) {
-  Watched* armed[waiting::kMostWords];
+  Watched* chosen[kLookedAfterPerSlice];
   std::size_t count = 0;
-  for (Watched* each : crew.entries) {
-    if (each->is_armed) armed[count++] = each;
+  const std::size_t all = crew.entries.size();
+  for (std::size_t i = 0; i < all && count < kLookedAfterPerSlice; ++i) {
+    crew.next = (crew.next + 1) % all;
+    if (crew.entries[crew.next]->is_armed) chosen[count++] = crew.entries[crew.next];
   }
   for (std::size_t i = 0; i < count; ++i) {
-    Watched* each = armed[i];
+    Watched* each = chosen[i];
     if (!crew.has(each) || !each->is_armed) continue;  // dropped meanwhile
     crew.looking_after = each;
     lock.unlock();
@@ -307,11 +309,16 @@ void Watcher::look_after(Crew& crew, std::unique_lock<std::mutex>& lock) {
     lock.lock();
     crew.looking_after = nullptr;
     over_.notify_all();
-    if (look_again && crew.has(each) && each->is_armed) {
-      disarm(*each);
-      signal(*each);
-    }
+    if (!crew.has(each) || !each->is_armed) continue;
+    each->looked = each->point().sequence();
+    signal_if_ready(*each, look_again);
   }
+}
+
+void Watcher::signal_if_ready(Watched& watched, bool surely) noexcept {
+  if (!surely && !watched.is_ready()) return;
+  disarm(watched);
+  signal(watched);
 }
 
 }  // namespace dsline::channel

@@ -30,11 +30,11 @@ class Watched {
   /// Registers as a sleeper; false when the handle is closed, and its bit somebody else's.
   virtual bool begin() = 0;
   virtual void end() noexcept = 0;
-  /// `surely`: as before sleeping; else a hint that is behind will do.
-  virtual bool is_ready(bool surely) noexcept = 0;
+  /// As the last look before sleeping.
+  virtual bool is_ready() noexcept = 0;
   /// Wakes another sleeper if what this one was woken for is still there.
   virtual void pass_on() noexcept = 0;
-  /// Called about every 50 ms while armed; true when whoever waits had better look again.
+  /// Called every 50 ms while armed (with many others less often); true when whoever waits had better look again.
   virtual bool look_after() noexcept = 0;
   virtual const void* owner() const noexcept = 0;
 
@@ -102,6 +102,7 @@ class Watcher {
   void kick(Crew& crew) noexcept;
   void disarm(Watched& watched) noexcept;
   void signal(Watched& watched) noexcept;
+  void signal_if_ready(Watched& watched, bool surely) noexcept;
   void drain(Watched& watched) noexcept;
   void drop(Watched& watched, std::unique_lock<std::mutex>& lock) noexcept;
 
