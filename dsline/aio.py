@@ -236,6 +236,12 @@ class AsyncChannel:
         """Receive the next message as bytes of its own (one copy)."""
         return self._run(False, functools.partial(self._channel.recv_bytes, timeout=_TRY), timeout)
 
+    def recv_object(self, *, timeout: float | None = _DEFAULT, copy: bool = False) -> Coroutine[Any, Any, Any]:
+        """Receive the next message as the object that was sent. Unpickles it, which runs code that the sender chose."""
+        return self._run(
+            False, functools.partial(self._channel.recv_object, timeout=_TRY, copy=copy), timeout
+        )
+
     def recv_into(self, buffer: Any, *, timeout: float | None = _DEFAULT) -> Coroutine[Any, Any, int]:
         """Receive the next message into a buffer (one copy): the number of bytes. Nothing is written before."""
         return self._run(False, functools.partial(self._channel.recv_into, buffer, timeout=_TRY), timeout)
@@ -291,6 +297,14 @@ class AsyncChannel:
         `data` is copied when there is room: leave it as it is until the call is over.
         """
         return self._run(True, functools.partial(self._sender("send"), data, timeout=_TRY, meta=meta), timeout)
+
+    def send_object(
+        self, obj: Any, *, timeout: float | None = _DEFAULT, meta: dict[str, Any] | None = None
+    ) -> Coroutine[Any, Any, bool]:
+        """Pickle any object (protocol 5) into a slot, as `send_object` of the channel; at every try for room again."""
+        return self._run(
+            True, functools.partial(self._sender("send_object"), obj, timeout=_TRY, meta=meta), timeout
+        )
 
     def _sender(self, name: str) -> Any:
         call = getattr(self._channel, name, None)
