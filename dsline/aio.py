@@ -67,25 +67,28 @@ class _Line:
         self.turn_ends = 0.0
         self._looks = 1
 
-    async def stand(self, attempt: Callable[[], Any], seconds: float | None) -> Any:
-        """Return what `attempt` returns when it is this task's turn; WouldBlock when the time is up."""
+    async def stand(self, attempt: Callable[[], Any], seconds: float | None, tried: bool) -> Any:
+        """Return what `attempt` returns when it is this task's turn; WouldBlock when the time is up.
+
+        Lets others run first, in any case. `tried`: it has just been in vain.
+        """
         place = _Place()
         place.call = self._loop.create_future()
-        place.expired = False
-        timer = None if seconds is None else self._loop.call_later(seconds, place.expire)
+        place.expired = seconds == 0
+        timer = None if not seconds else self._loop.call_later(seconds, place.expire)
         self.places.append(place)
         looks = self._looks if len(self.places) == 1 else 0
         pauses = 0
         try:
             while True:
+                is_look = False
                 if self.places[0] is not place:
                     await place.call
                     place.call = self._loop.create_future()
                 elif looks > 0:
                     looks -= 1
+                    is_look = tried
                     await asyncio.sleep(0)
-                    if looks == 0:
-                        self._looks = max(1, self._looks // 2)
                 elif self._arm():
                     self._watch.clear()
                     pauses += 1
@@ -99,9 +102,11 @@ class _Line:
                     try:
                         result = attempt()
                     except _core.WouldBlock:
-                        pass
+                        tried = True
+                        if is_look and looks == 0:
+                            self._looks = max(1, self._looks // 2)
                     else:
-                        if looks > 0:
+                        if is_look:
                             self._looks = min(_MOST_LOOKS, self._looks * 2)
                         return result
                 if place.expired:
@@ -339,22 +344,19 @@ class AsyncChannel:
             timeout = self._channel.timeout
         else:
             check_timeout(timeout)
-        if not line.places:
-            now = _now()
-            if now >= line.turn_ends:
-                # Before anything is taken: whoever is cancelled here has nothing.
-                line.turn_ends = now + _TURN_SECONDS
-                await asyncio.sleep(0)
-                line.turn_ends = _now() + _TURN_SECONDS
-        if not line.places:
-            try:
-                return attempt()
-            except _core.WouldBlock:
-                pass
+        tried = False
         try:
-            if timeout == 0:
-                raise _core.WouldBlock
-            return await line.stand(attempt, timeout)
+            if line.places:
+                if timeout == 0:
+                    raise _core.WouldBlock
+            elif _now() < line.turn_ends:
+                try:
+                    return attempt()
+                except _core.WouldBlock:
+                    if timeout == 0:
+                        raise
+                tried = True
+            return await line.stand(attempt, timeout, tried)
         except _core.WouldBlock:
             pass
         channel: Any = self._channel
