@@ -1,8 +1,9 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libcpp.memory cimport shared_ptr
+from libcpp.memory cimport shared_ptr, unique_ptr
 
 from dsline._cpp.channel cimport CppBackpressure, CppChannel, CppLoan, CppReceived
+from dsline._cpp.watch cimport CppWatch
 
 
 cdef class Handle:
@@ -85,8 +86,13 @@ cdef class Message:
     cdef Lease _unviewed(self)
 
 
+cdef class Watch:
+    cdef unique_ptr[CppWatch] _cpp
+
+
 cdef class Receiver:
     cdef Handle _handle
+    cdef Watch _watch
     cdef CppChannel* _cpp
     cdef bint _receives
     cdef bint _synced

@@ -33,6 +33,7 @@ from dsline._cpp.error cimport kErrorCodeCount
 from dsline._cpp.metadata cimport (
     CppMetadata, CppMetadataBuilder, CppTag, array_bytes, parse_metadata, schema_hash,
 )
+from dsline._cpp.watch cimport CppWaited, CppWatch, SideMessage, SideRoom, most_waited, pretend_old_kernel, wait_for_any
 
 import errno as _errno
 from collections.abc import Mapping as _Mapping
@@ -102,6 +103,15 @@ def build_config():
 cdef object DEFAULT = object()
 DEFAULT_TIMEOUT = DEFAULT
 
+# In the place of a timeout: as 0, but with WouldBlock, which costs nothing to make, in the place of the error.
+cdef object TRY_ONCE = object()
+TRY = TRY_ONCE
+
+
+class WouldBlock(Exception):
+    """There is nothing to receive, or no room, now."""
+
+
 # A copy shorter than this costs less than letting go of the GIL and taking it again (60 to 90 ns).
 cdef enum:
     NOGIL_COPY_BYTES = 65536
@@ -159,7 +169,7 @@ def leave_all():
 
 cdef inline int check_timeout(object timeout) except -1:
     """Bad timeouts are refused also where nothing has to be waited for."""
-    if timeout is not DEFAULT and timeout is not None and not (type(timeout) in (int, float) and timeout >= 0):
+    if timeout is not DEFAULT and timeout is not TRY_ONCE and timeout is not None and not (type(timeout) in (int, float) and timeout >= 0):
         deadline_of(timeout)
     return 0
 
@@ -1007,6 +1017,11 @@ cdef class Receiver:
             if outcome == OutcomeCorrupted:
                 raise self._corrupted_error(message)
             if deadline == -1:
+                if self._watch is not None:
+                    self._watch._cpp.get().arm_again()
+                if timeout is TRY_ONCE:
+                    self._between_slices()
+                    raise WouldBlock
                 deadline = deadline_of(timeout)
             if last or (timeout is not None and timeout == 0):
                 raise self._empty_error(timeout)
@@ -1422,6 +1437,31 @@ cdef class Receiver:
         require_open(self)
         with nogil:
             self._cpp.unlink()
+
+    def fileno(self):
+        """Descriptor that is readable when there may be something to receive, for selectors and event loops.
+
+        Returns
+        -------
+        int
+            The same at every call, the handle's own: do not read from it, or close it. It goes with this object.
+
+        Raises
+        ------
+        FeatureUnavailableError
+            The channel is a Broadcast, which has no receivers but its subscribers.
+
+        Notes
+        -----
+        Readable when a message waits, and when receiving would raise an error at once (closed, shut down). It may be readable
+        for nothing, since others may take the message. It becomes unreadable by a receiving call that finds nothing, and by
+        this call: so receive until there is nothing, or call this again before each wait, as `select.select` does.
+        The first call starts a thread that watches all such handles of this process. Does not block.
+        """
+        if self._watch is None:
+            self._watch = Watch(self, False)
+        self._watch._cpp.get().arm()
+        return self._watch._cpp.get().descriptor()
 
     def fileno_shared(self):
         """Descriptor of the shared bytes, -1 for heap; it stays the channel's."""
@@ -1943,6 +1983,9 @@ cdef class Channel(Receiver):
             timeout = self._timeout
         if self._policy == BackpressureRaise:
             raise self._full_error(0)
+        if timeout is TRY_ONCE:
+            self._between_slices()
+            raise WouldBlock
         if deadline[0] == -1:
             deadline[0] = deadline_of(timeout)
         elif deadline[0] != kForever and monotonic_ns() >= deadline[0]:
@@ -2106,3 +2149,6 @@ def remove_channel(str path not None, int64_t age_ns, bint even_with_messages, b
 cdef str as_text(const string& text):
     """Of a name that a peer has written."""
     return text.decode("utf-8", "replace")
+
+
+include "watch.pxi"

@@ -39,6 +39,7 @@ CPP_LAYERS: dict[str, frozenset[str]] = {
             "liveness",
             "dsline/channel.hpp",
             "dsline/build.hpp",
+            "dsline/watch.hpp",
         }
     ),
 }
@@ -60,6 +61,7 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "groups": frozenset({"endpoint", "errors", "options"}),
     "channel": frozenset({"_core", "endpoint", "errors", "groups", "interop", "options", "specs"}),
     "broadcast": frozenset({"channel"}),
+    "waiting": frozenset({"_core", "endpoint", "errors"}),
     "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report", "specs"}),
     "__init__": frozenset(
         {
@@ -73,8 +75,10 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
             "options",
             "report",
             "specs",
+            "waiting",
         }
     ),
+    "aio": frozenset({"_core", "endpoint", "errors", "waiting"}),
     "status": frozenset({"_core", "errors", "report"}),
     "testing": frozenset({"dsline", "_core", "errors"}),
     "bench": frozenset({"dsline", "errors"}),

@@ -234,6 +234,9 @@ enum class Removal : int {
   TooYoung = 4,
 };
 
+class Watch;
+struct Waited;
+
 /// One open handle of a channel: sends and receives.
 ///
 /// Threads: any number may call; close() must not run while another thread is inside a try_ call (send() and recv() may,
@@ -380,6 +383,9 @@ class Channel {
   int descriptor() const noexcept;
 
  private:
+  friend class Watch;  // watch.hpp
+  friend Outcome wait_for_any(Waited* list, std::size_t count, std::int64_t deadline_ns, bool spin);
+
   struct Impl;
   explicit Channel(std::unique_ptr<Impl> impl);
   static std::shared_ptr<Channel> make(std::unique_ptr<Impl> impl);
