@@ -56,6 +56,16 @@ void Channel::Impl::end_sleep(Side side) {
 
 bool Channel::Impl::message_or_end() noexcept {
   if (group.anything_waiting() || closed.load(std::memory_order_relaxed) || !may_receive()) return true;
+  return is_at_end();
+}
+
+bool Channel::Impl::certain_message_or_end() noexcept {
+  if (closed.load(std::memory_order_relaxed) || !may_receive()) return true;
+  return group.anything_to_take() || is_at_end();
+}
+
+/// Of a channel that was shut down: nothing will come any more.
+bool Channel::Impl::is_at_end() noexcept {
   const std::uint64_t state = active();
   return (state & memory::kShutDown) != 0 && ((state & memory::kShutDownAtOnce) != 0 || is_drained());
 }
