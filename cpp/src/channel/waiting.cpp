@@ -89,7 +89,7 @@ bool Channel::Impl::look_after(Side side) noexcept {
 void Channel::Impl::pass_on(Side side) noexcept {
   if (is_inherited() || left) return;
   if (side == Side::Message) {
-    if (may_receive() && group.anything_waiting()) group.messages().wake_one_if_anyone();
+    if (may_receive()) group.pass_on();
   } else if (pool.anything_free() ||
              (region->geometry().slots <= slots::kMostSlotsForHints && pool.anything_free_by_scan())) {
     pool.space().wake_one_if_anyone();

@@ -75,6 +75,11 @@ class Group {
     return next_unclaimed(position, slot);
   }
 
+  /// For who was woken and takes nothing: another member has it then.
+  void pass_on() noexcept {
+    if (anything_waiting()) messages_.wake_one_if_anyone();
+  }
+
   /// T0 to T2: takes the next message for participant `me`. False when there is none.
   bool try_take(std::uint32_t me, Held& held) noexcept {
     const std::uint32_t who = slots::Claim::holder(me);
