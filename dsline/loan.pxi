@@ -404,7 +404,14 @@ cdef ArrayLayout loan_layout(Channel channel, object shape, object dtype, object
         ndim += 1
     # As NumPy says it of an array of one dimension, or of one element: both orders at once, so C.
     cdef bint fortran = order == "F" and sum(1 for number in numbers if number != 1) > 1 and size > 0
-    layout = channel._layout_at(given, ndim, dims, fortran)
+    if channel._schema is not None:
+        example = np.empty(tuple(numbers), given, order)
+        layout = channel._schema.layout_for(example)
+        if layout is None:
+            raise channel._mismatch(_specs.array_text(example), "alloc() what the spec says")
+    else:
+        layout = ArrayLayout.make(given, ndim, dims, fortran, None)
+        describe(layout)
     if isinstance(dtype, (type, np.dtype)) and isinstance(shape, (int, tuple)):
         channel._loan_layout = layout
         channel._loan_dtype = dtype

@@ -39,6 +39,7 @@ CPP_LAYERS: dict[str, frozenset[str]] = {
             "liveness",
             "dsline/channel.hpp",
             "dsline/build.hpp",
+            "dsline/watch.hpp",
         }
     ),
 }
@@ -52,15 +53,32 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "errors": frozenset({"report"}),
     "options": frozenset({"errors"}),
     "dtypes": frozenset({"errors"}),
-    "_core": frozenset({"errors", "dtypes", "report"}),
-    "endpoint": frozenset({"_core", "errors", "options", "report"}),
+    "specs": frozenset({"errors", "dtypes"}),
+    "interop": frozenset({"errors"}),
+    "objects": frozenset(),
+    "_core": frozenset({"errors", "dtypes", "interop", "objects", "report", "specs"}),
+    "endpoint": frozenset({"_core", "errors", "interop", "options", "report"}),
     "groups": frozenset({"endpoint", "errors", "options"}),
-    "channel": frozenset({"_core", "endpoint", "errors", "groups", "options"}),
+    "channel": frozenset({"_core", "endpoint", "errors", "groups", "interop", "options", "specs"}),
     "broadcast": frozenset({"channel"}),
-    "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report"}),
+    "waiting": frozenset({"_core", "endpoint", "errors"}),
+    "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report", "specs"}),
     "__init__": frozenset(
-        {"_interpreter", "_core", "broadcast", "channel", "errors", "groups", "latest", "options", "report"}
+        {
+            "_interpreter",
+            "_core",
+            "broadcast",
+            "channel",
+            "errors",
+            "groups",
+            "latest",
+            "options",
+            "report",
+            "specs",
+            "waiting",
+        }
     ),
+    "aio": frozenset({"_core", "endpoint", "errors", "waiting"}),
     "status": frozenset({"_core", "errors", "report"}),
     "testing": frozenset({"dsline", "_core", "errors"}),
     "bench": frozenset({"dsline", "errors"}),
@@ -68,9 +86,12 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "__main__": frozenset({"cli"}),
 }
 PACKAGES: dict[str, frozenset[str]] = {
-    "numpy": frozenset({"_core", "dtypes", "channel", "bench", "testing", "cli"}),
+    "numpy": frozenset({"_core", "aio", "dtypes", "interop", "specs", "channel", "bench", "testing", "cli"}),
     "click": frozenset({"cli"}),
     "tqdm": frozenset({"cli", "bench"}),
+    # Never needed: only looked for, or loaded by the user already.
+    "torch": frozenset({"objects"}),
+    "polars": frozenset({"objects"}),
 }
 # Cython declarations come from these, and from dsline._cpp.
 CIMPORTS = frozenset({"libc", "libcpp", "cpython", "cython", "posix", "numpy"})
@@ -123,7 +144,7 @@ def imported(text: str) -> Iterator[tuple[str, str]]:
 
 
 def python_imports(path: Path) -> Iterator[tuple[str, str]]:
-    if path.suffix == ".pyx":
+    if path.suffix in (".pyx", ".pxi"):
         yield from imported(re.sub(r'"""(?:.|\n)*?"""', "", path.read_text()))
         return
     package = ["dsline", *path.parent.parts[path.parent.parts.index("dsline") + 1 :]]

@@ -457,6 +457,23 @@ MUTANTS = [
         "      if (without.pending() == 0 && !(MUTANT(50) && seen.is_kept())) free(s);\n      return;",
         ("kept-view-sleep",),
     ),
+    Mutant(
+        61,
+        "who takes nothing keeps the wake-up",
+        "order/group.hpp",
+        "    if (anything_waiting()) messages_.wake_one_if_anyone();\n",
+        "    if (anything_waiting() && !MUTANT(61)) messages_.wake_one_if_anyone();\n",
+        ("sleep-watched",),
+    ),
+    Mutant(
+        62,
+        "a look without taking stores the lowered flag",
+        "order/group.hpp",
+        "      if (!state().redeliver.compare_exchange_strong(loaded, loaded & ~std::uint64_t{1},\n",
+        "      if (MUTANT(62)) state().redeliver.store(0, std::memory_order_seq_cst);\n"
+        "      if (!MUTANT(62) && !state().redeliver.compare_exchange_strong(loaded, loaded & ~std::uint64_t{1},\n",
+        ("sleep-watched-nack",),
+    ),
 ]
 
 
