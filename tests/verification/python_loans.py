@@ -44,10 +44,6 @@ UNPUBLISHED = 1 << 40  # numbers from here on must never arrive
 libc = ctypes.CDLL(None)
 
 
-def numbers_of(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1)
-
-
 def write(array: np.ndarray, number: int) -> None:
     """Fill it with what follows from `number`, through views that are gone afterwards."""
     flat = array.reshape(-1)
@@ -256,7 +252,6 @@ class Worker:
                     loan.publish()
                 except dsline.LoanEndedError:
                     self.kept.clear()
-                    self.channel.send(np.zeros(0, np.uint64), timeout=5) if False else None
                     code = 0
             except BaseException:  # noqa: BLE001 - the exit code is the report
                 traceback.print_exc()
