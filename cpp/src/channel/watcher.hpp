@@ -51,6 +51,7 @@ class Watched {
   bool is_signalled = false;  // the eventfd's counter is not 0
   bool is_slept_on = false;   // the thread sleeps on its word
   bool is_swallowed = false;  // a wake-up may have gone to the thread that another sleeper needs
+  bool is_hit = false;        // it was its word, as far as can be told
   bool is_recent = false;     // armed since the last slice ended
 };
 

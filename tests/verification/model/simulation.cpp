@@ -227,7 +227,7 @@ std::string Simulation::describe(const void* at) const {
 
 std::string Simulation::name_of(int p) const {
   if (p == kSurgeon) return "surgeon";
-  static const char* const kNames[] = {"producer", "consumer", "recoverer", "reader"};
+  static const char* const kNames[] = {"producer", "consumer", "recoverer", "reader", "observer"};
   return std::string(kNames[static_cast<int>(setup_.roles[static_cast<std::size_t>(p)].kind)]) +
          std::to_string(p);
 }
@@ -602,10 +602,11 @@ void Simulation::observe(int p) {
   }
   const std::uint32_t sequence = point.sequence();
   const bool is_ready = is_armed && group.anything_waiting() && group.anything_to_take();
-  if (!is_ready) point.sleep(sequence, 0);
+  waiting::Wake wake = waiting::Wake::TimedOut;
+  if (!is_ready) wake = point.sleep(sequence, 0);
   if (is_armed) point.remove(number(p));
   me.phase = kIdle;
-  if (!is_ready && point.sequence() != sequence) group.pass_on();
+  if (wake == waiting::Wake::Woken) group.pass_on();
   if (is_armed) {
     ++me.done;
   } else {
