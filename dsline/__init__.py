@@ -14,9 +14,11 @@ from dsline.groups import Subscriber
 from dsline.latest import Latest
 from dsline.options import Backpressure, Checksum, OnDeath, OnStale, Start, Storage, Sync
 from dsline.report import Blocker, ChannelReport, PeerDeath
+from dsline.specs import ArraySpec
 from dsline.waiting import wait
 
 __all__ = [
+    "ArraySpec",
     "Backpressure",
     "Blocker",
     "Broadcast",

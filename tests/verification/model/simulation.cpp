@@ -171,6 +171,7 @@ Simulation::Simulation(const Setup& setup) : setup_(setup) {
     ignore(entry.left_held);
   }
   for (std::uint32_t n = 0; n < g.groups; ++n) {
+    count_modulo(&region_->group(n).redeliver, 0xF);  // raised, and three bits of how often
     ignore(region_->group(n).redelivered);
     ignore(region_->group(n).dropped_oldest);
   }
