@@ -1,5 +1,6 @@
 """Arrays and tables of other packages: DLPack both ways, masked arrays, Arrow."""
 
+import asyncio
 import contextlib
 import gc
 import sys
@@ -723,6 +724,27 @@ def test_a_full_channel_says_so(make_channel):
     with pytest.raises(dsline.MessageTooLargeError):
         channel.send_arrow(pa.table({"a": np.arange(100_000)}))
     assert channel.send_arrow(table, timeout=0)
+
+
+@needs_pyarrow
+def test_tables_under_asyncio(make_channel):
+    channel = make_channel(capacity=1)
+    table = pa.table(columns())
+
+    async def main():
+        messages = dsline.aio.AsyncChannel(channel)
+        sender = asyncio.create_task(send_all(messages))
+        for _ in range(3):
+            got = await messages.recv_arrow(timeout=30)
+            assert got.to_pydict() == columns()
+            del got
+        await sender
+
+    async def send_all(messages):
+        for _ in range(3):
+            assert await messages.send_arrow(table, timeout=30)
+
+    asyncio.run(main())
 
 
 # --- a message that is written in place -------------------------------------------------------------------------
