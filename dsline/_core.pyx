@@ -1640,8 +1640,9 @@ cdef class Channel(Receiver):
         data : bytes, bytearray, memoryview, numpy.ndarray or any buffer exporter
             Arrays arrive as arrays: every dtype of fixed width, every shape, C and Fortran order kept; other strides
             are gathered into C order by the one copy. Arrays of other packages are looked at by their `__dlpack__`,
-            `__array_interface__` or `__array__`; masked arrays travel with mask and fill value. On a channel with a spec, what the spec says and nothing else; for a
-            record, a dict with a value per field, each of which is copied once, straight into the slot.
+            `__array_interface__` or `__array__`; masked arrays travel with mask and fill value. On a channel with a spec,
+            what the spec says and nothing else; for a record, a dict with a value per field, each of which is copied once,
+            straight into the slot.
         timeout : float or None, optional
             Seconds to wait for room with backpressure "block": None for ever, 0 not at all. The handle's by default.
         meta : dict, optional
