@@ -18,6 +18,7 @@ VOCABULARY = frozenset({"dsline/error.hpp", "dsline/metadata.hpp"})
 SUPPLIED = frozenset({"scheduled_atomic.hpp"})  # by the model checker, in its own build of the core only
 CPP_LAYERS: dict[str, frozenset[str]] = {
     "base": frozenset(),
+    "expressions": frozenset({"dsline/expression.hpp"}),
     "frames": frozenset({"base"}),
     "waiting": frozenset({"base"}),
     "memory": frozenset({"base", "waiting"}),
@@ -54,6 +55,7 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "dtypes": frozenset({"errors"}),
     "objects": frozenset(),
     "_core": frozenset({"errors", "dtypes", "objects", "report"}),
+    "expressions": frozenset({"_core", "errors"}),
     "endpoint": frozenset({"_core", "errors", "options", "report"}),
     "groups": frozenset({"endpoint", "errors", "options"}),
     "channel": frozenset({"_core", "endpoint", "errors", "groups", "options"}),
@@ -69,7 +71,7 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "__main__": frozenset({"cli"}),
 }
 PACKAGES: dict[str, frozenset[str]] = {
-    "numpy": frozenset({"_core", "dtypes", "channel", "bench", "testing", "cli"}),
+    "numpy": frozenset({"_core", "dtypes", "expressions", "channel", "bench", "testing", "cli"}),
     "click": frozenset({"cli"}),
     "tqdm": frozenset({"cli", "bench"}),
     # Never needed: only looked for, or loaded by the user already.
