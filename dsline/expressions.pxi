@@ -43,7 +43,7 @@ cdef class ExpressionKernel:
         self._columns = len(dtypes)
 
     cdef Py_ssize_t _views(self, tuple arrays, vector[CppColumnView]& views) except? -2:
-        """The columns as the core takes them; how many rows, -1 where there are no columns. Requires: the caller keeps the arrays."""
+        """The columns as the core takes them; how many rows, or -1. Requires: the caller keeps the arrays."""
         cdef cnp.ndarray array
         cdef CppColumnView view
         cdef Py_ssize_t rows = -1
@@ -64,7 +64,7 @@ cdef class ExpressionKernel:
         return rows
 
     def evaluate(self, tuple arrays not None, Py_ssize_t rows, out=None):
-        """The results, one for each of `rows`: in `out` (packed, writable, of the result's dtype), or in an array of their own."""
+        """The results, one for each of `rows`: in `out` (packed, writable, of the same dtype), or in a new array."""
         cdef vector[CppColumnView] views
         cdef Py_ssize_t given = self._views(arrays, views)
         cdef cnp.ndarray target
@@ -108,7 +108,8 @@ cdef class ExpressionKernel:
             source, target = a, b
             if (cnp.PyArray_NDIM(source) != 1 or cnp.PyArray_NDIM(target) != 1 or source.dtype != target.dtype
                     or cnp.PyArray_DIMS(source)[0] != rows or cnp.PyArray_DIMS(target)[0] < rows
-                    or not cnp.PyArray_IS_C_CONTIGUOUS(target) or not cnp.PyArray_ISWRITEABLE(target) or source.dtype.hasobject):
+                    or not cnp.PyArray_IS_C_CONTIGUOUS(target) or not cnp.PyArray_ISWRITEABLE(target)
+                    or source.dtype.hasobject):
                 raise ValueError(
                     f"kept rows need a writable, packed array of {rows} {source.dtype} without Python objects")
             if cnp.PyArray_ITEMSIZE(source) == 0:
@@ -124,6 +125,89 @@ cdef class ExpressionKernel:
             with nogil:
                 found = self._program.get().filter(views.data(), rows, kept.data(), kept.size())
         return found
+
+    def filter_columns(self, dict data not None, tuple names not None, dict out):
+        """`filter` of whole columns, which `data` has by name: the rows kept, in `out` or in arrays of their own.
+
+        None where something is not as it must be: the caller finds out what.
+        """
+        cdef vector[CppColumnView] views
+        cdef vector[CppRowsToKeep] kept
+        cdef CppColumnView view
+        cdef CppRowsToKeep one
+        cdef cnp.ndarray source, target
+        cdef Py_ssize_t rows = -1
+        cdef size_t found
+        cdef dict targets = {}
+        if len(names) != self._columns or not names:
+            return None
+        for name, dtype in zip(names, self._dtypes):
+            given = data.get(name)
+            if type(given) is not np.ndarray:
+                return None
+            source = given
+            if cnp.PyArray_NDIM(source) != 1 or (source.dtype is not dtype and source.dtype != dtype):
+                return None
+            view.data = <const byte*> cnp.PyArray_DATA(source)
+            view.stride = cnp.PyArray_STRIDES(source)[0]
+            views.push_back(view)
+            rows = cnp.PyArray_DIMS(source)[0]
+        for name, given in data.items():
+            if type(given) is not np.ndarray:
+                return None
+            source = given
+            if cnp.PyArray_NDIM(source) != 1 or cnp.PyArray_DIMS(source)[0] != rows or source.dtype.hasobject:
+                return None
+            if out is None:
+                dtype = source.dtype
+                Py_INCREF(dtype)  # stolen by the call
+                target = PyArray_NewFromDescr(
+                    <PyTypeObject*> cnp.ndarray, dtype, 1, cnp.PyArray_DIMS(source), NULL, NULL, 0, None)
+            else:
+                given = out.get(name)
+                if type(given) is not np.ndarray:
+                    return None
+                target = given
+                if (cnp.PyArray_NDIM(target) != 1 or cnp.PyArray_DIMS(target)[0] < rows or source.dtype != target.dtype
+                        or not cnp.PyArray_IS_C_CONTIGUOUS(target) or not cnp.PyArray_ISWRITEABLE(target)):
+                    return None
+            targets[name] = target
+            one.source = <const byte*> cnp.PyArray_DATA(source)
+            one.stride = cnp.PyArray_STRIDES(source)[0]
+            one.to = <byte*> cnp.PyArray_DATA(target)
+            one.item_bytes = cnp.PyArray_ITEMSIZE(source)
+            if one.item_bytes != 0:
+                kept.push_back(one)
+        if out is not None and share_memory(kept, rows):
+            return None
+        if rows < NOGIL_ROWS:
+            found = self._program.get().filter(views.data(), rows, kept.data(), kept.size())
+        else:
+            with nogil:
+                found = self._program.get().filter(views.data(), rows, kept.data(), kept.size())
+        for name in data:
+            targets[name] = targets[name][:found]
+        return targets
+
+
+cdef bint share_memory(const vector[CppRowsToKeep]& kept, Py_ssize_t rows) noexcept:
+    """Whether a target may lie where any of the sources is, or another target."""
+    cdef size_t i, k
+    cdef ptrdiff_t extent
+    cdef const byte* low
+    cdef const byte* end
+    if rows == 0:
+        return False
+    for i in range(kept.size()):
+        end = kept[i].to + rows * kept[i].item_bytes
+        for k in range(kept.size()):
+            extent = (rows - 1) * kept[k].stride
+            low = kept[k].source + min(0, extent)
+            if kept[i].to < kept[k].source + max(0, extent) + kept[k].item_bytes and low < end:
+                return True
+            if i != k and kept[i].to < kept[k].to + rows * kept[k].item_bytes and kept[k].to < end:
+                return True
+    return False
 
 
 def expression_backend():

@@ -40,6 +40,7 @@ _COMPARISONS = {
     ast.Eq: "equal",
     ast.NotEq: "not_equal",
 }
+_OTHER_COMPARISONS = {ast.In: "in", ast.Is: "is", ast.IsNot: "is not"}
 _SYMBOLS = {
     "add": "+",
     "subtract": "-",
@@ -219,7 +220,7 @@ class Expression:
         return _core.ExpressionKernel(steps, tuple(self._columns[name] for name in self.names), self.dtype)
 
     def __repr__(self) -> str:
-        return f"Expression({self.text!r}, {({name: dtype.str for name, dtype in self._columns.items()})!r})"
+        return f"Expression({self.text!r}, { ({name: dtype.str for name, dtype in self._columns.items()})!r})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Expression):
@@ -308,12 +309,18 @@ class Expression:
             raise ExpressionError(
                 f"a filter needs a truth value, and {self.text!r} gives {self.dtype}; compare it with something"
             )
+        if self._kernel is not None and type(data) is dict and (out is None or type(out) is dict):
+            kept_columns = self._kernel.filter_columns(data, self.names, out)
+            if kept_columns is not None:
+                return kept_columns
         arrays, rows = self._arrays(data)
         is_records = isinstance(data, np.ndarray)
         sources = {"": data} if is_records else dict(data)
         for name, source in sources.items():
             if not isinstance(source, np.ndarray) or source.ndim != 1:
-                raise ValueError(f"column {name!r} is no array of one dimension, so no rows can be kept of it")
+                raise ValueError(
+                    f"column {name!r} is no array of one dimension, so no rows can be kept of it"
+                )
             if rows not in (-1, len(source)):
                 raise ValueError(f"column {name!r} has {len(source)} rows, and another one {rows}")
             rows = len(source)
@@ -321,9 +328,10 @@ class Expression:
             targets = {name: np.empty(rows, source.dtype) for name, source in sources.items()}
         else:
             targets = {"": out} if is_records else {name: out[name] for name in sources}
-            for name, source in sources.items():
-                if np.may_share_memory(source, targets[name]):
-                    raise ValueError(f"out shares memory with the data it is made from (column {name!r})")
+            for name, target in targets.items():
+                others = [*sources.values(), *(other for key, other in targets.items() if key != name)]
+                if any(np.may_share_memory(target, other) for other in others):
+                    raise ValueError(f"out shares memory with the data, or with itself (column {name!r})")
         if self._kernel is not None:
             columns = tuple(
                 array if array.ndim else np.broadcast_to(array, rows)
@@ -408,7 +416,9 @@ def _checked_scalar(name: str, value: Any, dtype: np.dtype[Any]) -> Any:
 def _column_types(columns: Any) -> dict[str, np.dtype[Any]]:
     if isinstance(columns, np.dtype):
         if columns.names is None:
-            raise TypeError(f"columns is the dtype {columns}, must be a structured dtype or a mapping of names to dtypes")
+            raise TypeError(
+                f"columns is the dtype {columns}, must be a structured dtype or a mapping of names to dtypes"
+            )
         columns = {name: columns.fields[name][0] for name in columns.names}  # type: ignore[index]
     if not isinstance(columns, Mapping):
         raise TypeError(f"columns is a {type(columns).__name__}, must be a mapping of names to dtypes")
@@ -452,7 +462,9 @@ class _Compiler:
         if not text.strip():
             self._fail("the expression is empty", 0)
         if len(text) > MAX_CHARACTERS:
-            self._fail(f"the expression has {len(text)} characters, and {MAX_CHARACTERS} are allowed", MAX_CHARACTERS)
+            self._fail(
+                f"the expression has {len(text)} characters, and {MAX_CHARACTERS} are allowed", MAX_CHARACTERS
+            )
         self._check_depth()
         try:
             tree = ast.parse(text.strip(), mode="eval")
@@ -512,7 +524,9 @@ class _Compiler:
             known = ", ".join(self._columns) or "none"
             self._fail(f"there is no column {node.id!r}; there are: {known}", at)
         if dtype.kind not in "biuf" or dtype.itemsize > 8:
-            self._fail(f"column {node.id!r} is {dtype}, and only bool, integers and floats can be computed with", at)
+            self._fail(
+                f"column {node.id!r} is {dtype}, and only bool, integers and floats can be computed with", at
+            )
         if node.id not in self.names:
             self.names.append(node.id)
         return self._emit("column", dtype, (), node.id, at)
@@ -589,17 +603,22 @@ class _Compiler:
         for comparison, left, right in zip(node.ops, operands, operands[1:], strict=False):
             op = _COMPARISONS.get(type(comparison))
             if op is None:
-                word = {ast.In: "in", ast.NotIn: "not in", ast.Is: "is", ast.IsNot: "is not"}[type(comparison)]
+                word = _OTHER_COMPARISONS.get(type(comparison), "not in")
                 self._fail(f"{word!r} is not part of the language", left.column)
             one = self._comparison(op, left, right)
-            result = one if result is None else self._emit("and", _BOOL, (result.step, one.step), None, one.column)
+            result = (
+                one if result is None else self._emit("and", _BOOL, (result.step, one.step), None, one.column)
+            )
         assert result is not None
         return result
 
     def _comparison(self, op: str, left: _Operand, right: _Operand) -> _Operand:
         symbol = _SYMBOLS[op]
         if left.is_number and right.is_number:
-            self._fail(f"{left.number!r} {symbol} {right.number!r} compares two numbers: no column is in it", left.column)
+            self._fail(
+                f"{left.number!r} {symbol} {right.number!r} compares two numbers: no column is in it",
+                left.column,
+            )
         if left.is_bool != right.is_bool:
             self._fail(f"{symbol} compares a truth value with a number", left.column)
         if left.is_bool and op not in ("equal", "not_equal"):
@@ -673,7 +692,9 @@ class _Compiler:
 
     def _need_bool(self, operand: _Operand, what: str) -> None:
         if not operand.is_bool:
-            self._fail(f"{what!r} needs a truth value here, not a number: compare it with something", operand.column)
+            self._fail(
+                f"{what!r} needs a truth value here, not a number: compare it with something", operand.column
+            )
 
     def _need_number(self, operand: _Operand, what: str) -> None:
         if operand.is_bool:
@@ -682,14 +703,17 @@ class _Compiler:
     def _common(self, left: _Operand, right: _Operand, what: str, at: int) -> np.dtype[Any]:
         """Return the dtype in which two operands meet."""
         if left.number is not None or right.number is not None:
-            number, dtype = (left.number, right.dtype) if right.dtype is not None else (right.number, left.dtype)
+            number, dtype = (
+                (left.number, right.dtype) if right.dtype is not None else (right.number, left.dtype)
+            )
             assert dtype is not None
             if isinstance(number, float) and dtype.kind in "iu":
                 return _DOUBLE
             return dtype
         assert left.dtype is not None and right.dtype is not None
         if {left.dtype.str[1:], right.dtype.str[1:]} == {"i8", "u8"} or (
-            {left.dtype.kind, right.dtype.kind} == {"i", "u"} and np.promote_types(left.dtype, right.dtype).kind == "f"
+            {left.dtype.kind, right.dtype.kind} == {"i", "u"}
+            and np.promote_types(left.dtype, right.dtype).kind == "f"
         ):
             self._fail(f"{what!r} mixes {left.dtype} with {right.dtype}, and no integer type holds both", at)
         return np.promote_types(left.dtype, right.dtype)

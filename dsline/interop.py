@@ -12,7 +12,12 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from dsline.errors import FeatureUnavailableError, InvalidArgumentError, MessageTooLargeError, SerializationError
+from dsline.errors import (
+    FeatureUnavailableError,
+    InvalidArgumentError,
+    MessageTooLargeError,
+    SerializationError,
+)
 
 __all__ = ["ARROW"]
 
@@ -179,7 +184,9 @@ def arrow_library(wanted: str | None) -> tuple[str, Any]:
         if module is not None:
             return name, module
     need = wanted or "pyarrow (or polars)"
-    raise FeatureUnavailableError(f"Arrow needs {need}, which is not installed: pip install {wanted or 'pyarrow'}")
+    raise FeatureUnavailableError(
+        f"Arrow needs {need}, which is not installed: pip install {wanted or 'pyarrow'}"
+    )
 
 
 def arrow_writer(data: Any) -> tuple[int, Callable[[Any], int]]:

@@ -142,7 +142,11 @@ def test_what_a_spec_matches():
         (lambda: dsline.ShmChannel(spec="f4"), TypeError, "a str"),
         (lambda: dsline.ShmChannel(spec=np.dtype("f4")), TypeError, "ArraySpec"),
         (lambda: dsline.ShmChannel(spec={}), dsline.InvalidArgumentError, "empty dict"),
-        (lambda: dsline.ShmChannel(spec={"": ArraySpec((), "f4")}), dsline.InvalidArgumentError, "field name"),
+        (
+            lambda: dsline.ShmChannel(spec={"": ArraySpec((), "f4")}),
+            dsline.InvalidArgumentError,
+            "field name",
+        ),
         (lambda: dsline.ShmChannel(spec={1: ArraySpec((), "f4")}), dsline.InvalidArgumentError, "field name"),
         (lambda: dsline.ShmChannel(spec={"a": "f4"}), TypeError, r"spec\['a'\]"),
         (
@@ -282,7 +286,9 @@ def test_a_damaged_spec_is_noticed(name, offset):
         file.write(bytes([byte ^ 1]))
     with pytest.raises(dsline.ChannelLayoutError, match="checksum of its spec"):
         dsline.ShmChannel.open(name)
-    with dsline.ShmChannel(name, capacity=3) as channel:  # replaced, as any damaged channel that nobody has open
+    with dsline.ShmChannel(
+        name, capacity=3
+    ) as channel:  # replaced, as any damaged channel that nobody has open
         assert (channel.spec, channel.capacity) == (None, 3)
 
 
@@ -569,7 +575,10 @@ def test_recv_record_leaves_what_is_no_record(make_channel):
 def test_structured_arrays_of_any_channel_are_records(make_channel):
     channel = make_channel()
     channel.send(np.array((1, 2.5), [("a", "i4"), ("b", "f8")]))
-    assert {name: value.item() for name, value in channel.recv_record(timeout=0).items()} == {"a": 1, "b": 2.5}
+    assert {name: value.item() for name, value in channel.recv_record(timeout=0).items()} == {
+        "a": 1,
+        "b": 2.5,
+    }
 
 
 def test_a_record_waits_for_room_like_anything_else(make_channel):
@@ -700,7 +709,8 @@ def test_out_of_no_dimensions_and_of_no_elements(make_channel):
 
 
 @pytest.mark.parametrize(
-    "out", [np.zeros(4, "f4"), np.zeros((3, 1), "f4"), np.zeros(3, "i4"), np.zeros(3, ">f4"), np.zeros((), "f4")]
+    "out",
+    [np.zeros(4, "f4"), np.zeros((3, 1), "f4"), np.zeros(3, "i4"), np.zeros(3, ">f4"), np.zeros((), "f4")],
 )
 def test_out_that_does_not_fit_leaves_the_message(make_any, out):
     channel = make_any()

@@ -120,8 +120,8 @@ Outcome wait_for_any(Waited* list, std::size_t count, std::int64_t deadline_ns, 
   }
   const bool at_once = look(true);
   if (!at_once) {
-    wake = waiting::futex_wait_many(words.data(), count,
-                                    std::min(deadline_ns, base::monotonic_ns() + kSliceNs));
+    wake =
+        waiting::futex_wait_many(words.data(), count, std::min(deadline_ns, base::monotonic_ns() + kSliceNs));
   }
   for (std::size_t i = 0; i < count; ++i) list[i].channel->impl_->end_sleep(list[i].side);
   const bool any = at_once || look(true);

@@ -99,7 +99,8 @@ void pack_items(std::byte* to, const std::byte* from, std::ptrdiff_t stride, std
     std::memcpy(to + i * kBytes, from + static_cast<std::ptrdiff_t>(i) * stride, kBytes);
 }
 
-void pack(std::byte* to, const std::byte* from, std::ptrdiff_t stride, std::size_t bytes, std::size_t n) noexcept {
+void pack(std::byte* to, const std::byte* from, std::ptrdiff_t stride, std::size_t bytes,
+          std::size_t n) noexcept {
   if (stride == static_cast<std::ptrdiff_t>(bytes)) {
     if (n != 0) std::memcpy(to, from, n * bytes);
   } else if (bytes == 1) {
@@ -166,10 +167,11 @@ ExpressionProgram::ExpressionProgram(std::vector<ExpressionStep> steps, std::uin
     const bool chooses = step.op == ExpressionOp::Where;
     const ElementType from = steps_[step.args[chooses ? 1 : 0]].type;
     if (arguments == 2 && steps_[step.args[1]].type != from) refuse(i, "joins two types");
-    if (chooses &&
-        (steps_[step.args[0]].type != ElementType::Bool || steps_[step.args[2]].type != from))
+    if (chooses && (steps_[step.args[0]].type != ElementType::Bool || steps_[step.args[2]].type != from))
       refuse(i, "chooses between two types, or by no truth value");
-    const ElementType gives = gives_truth(step.op) ? ElementType::Bool : step.op == ExpressionOp::Cast ? step.type : from;
+    const ElementType gives = gives_truth(step.op)            ? ElementType::Bool
+                              : step.op == ExpressionOp::Cast ? step.type
+                                                              : from;
     plan_[i].loop = loops.find(step.op, from, step.type);
     if (plan_[i].loop == nullptr || step.type != gives) refuse(i, "has no loop for its types");
   }
@@ -248,7 +250,8 @@ void ExpressionProgram::evaluate(const ColumnView* columns, std::size_t rows, st
   Run run{columns, scratch.of(buffers_ * kBufferBytes), std::vector<const std::byte*>(steps_.size())};
   for (std::size_t i = 0; i < steps_.size(); ++i) {
     if (steps_[i].op == ExpressionOp::Constant)
-      fill(run.buffer(plan_[i].buffer), steps_[i].constant, bytes_of(steps_[i].type), std::min(rows, kBlockRows));
+      fill(run.buffer(plan_[i].buffer), steps_[i].constant, bytes_of(steps_[i].type),
+           std::min(rows, kBlockRows));
   }
   const std::size_t bytes = bytes_of(type());
   for (std::size_t first = 0; first < rows; first += kBlockRows)
@@ -264,7 +267,8 @@ std::size_t ExpressionProgram::filter(const ColumnView* columns, std::size_t row
   auto* numbers = reinterpret_cast<std::uint32_t*>(run.buffers + buffers_ * kBufferBytes);
   for (std::size_t i = 0; i < steps_.size(); ++i) {
     if (steps_[i].op == ExpressionOp::Constant)
-      fill(run.buffer(plan_[i].buffer), steps_[i].constant, bytes_of(steps_[i].type), std::min(rows, kBlockRows));
+      fill(run.buffer(plan_[i].buffer), steps_[i].constant, bytes_of(steps_[i].type),
+           std::min(rows, kBlockRows));
   }
   const expressions::Loops& loops = expressions::chosen_loops();
   std::size_t found = 0;
@@ -291,7 +295,7 @@ std::size_t ExpressionProgram::filter(const ColumnView* columns, std::size_t row
 
 const expressions::Loops& expressions::chosen_loops() noexcept {
 #if defined(DSLINE_HAS_AVX)
-  static const Loops& best = [] () -> const Loops& {
+  static const Loops& best = []() -> const Loops& {
     const char* asked = std::getenv("DSLINE_EXPRESSION_BACKEND");  // for tests and measurements
     const std::string wanted = asked == nullptr ? "" : asked;
     __builtin_cpu_init();

@@ -14,105 +14,145 @@ namespace dsline::expressions::DSLINE_LOOPS {
 namespace {
 
 template <class T>
-using Bits = std::conditional_t<
-    sizeof(T) == 1, std::uint32_t,
-    std::conditional_t<sizeof(T) == 2, std::uint32_t, std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>>>;
+using Bits =
+    std::conditional_t<sizeof(T) == 1, std::uint32_t,
+                       std::conditional_t<sizeof(T) == 2, std::uint32_t,
+                                          std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>>>;
 
 // Integers wrap around, whatever their type promotes to.
 struct Add {
   template <class T>
   static T of(T a, T b) {
-    if constexpr (std::is_integral_v<T>) return static_cast<T>(static_cast<Bits<T>>(a) + static_cast<Bits<T>>(b));
-    else return a + b;
+    if constexpr (std::is_integral_v<T>)
+      return static_cast<T>(static_cast<Bits<T>>(a) + static_cast<Bits<T>>(b));
+    else
+      return a + b;
   }
 };
 struct Subtract {
   template <class T>
   static T of(T a, T b) {
-    if constexpr (std::is_integral_v<T>) return static_cast<T>(static_cast<Bits<T>>(a) - static_cast<Bits<T>>(b));
-    else return a - b;
+    if constexpr (std::is_integral_v<T>)
+      return static_cast<T>(static_cast<Bits<T>>(a) - static_cast<Bits<T>>(b));
+    else
+      return a - b;
   }
 };
 struct Multiply {
   template <class T>
   static T of(T a, T b) {
-    if constexpr (std::is_integral_v<T>) return static_cast<T>(static_cast<Bits<T>>(a) * static_cast<Bits<T>>(b));
-    else return a * b;
+    if constexpr (std::is_integral_v<T>)
+      return static_cast<T>(static_cast<Bits<T>>(a) * static_cast<Bits<T>>(b));
+    else
+      return a * b;
   }
 };
 struct Divide {
   template <class T>
-  static T of(T a, T b) { return a / b; }
+  static T of(T a, T b) {
+    return a / b;
+  }
 };
 // NaN if one of them is.
 struct Min {
   template <class T>
-  static T of(T a, T b) { return a < b || a != a ? a : b; }
+  static T of(T a, T b) {
+    return a < b || a != a ? a : b;
+  }
 };
 struct Max {
   template <class T>
-  static T of(T a, T b) { return a > b || a != a ? a : b; }
+  static T of(T a, T b) {
+    return a > b || a != a ? a : b;
+  }
 };
 struct Negative {
   template <class T>
   static T of(T a) {
-    if constexpr (std::is_integral_v<T>) return static_cast<T>(Bits<T>{0} - static_cast<Bits<T>>(a));
-    else return -a;
+    if constexpr (std::is_integral_v<T>)
+      return static_cast<T>(Bits<T>{0} - static_cast<Bits<T>>(a));
+    else
+      return -a;
   }
 };
 struct Abs {
   template <class T>
   static T of(T a) {
-    if constexpr (std::is_floating_point_v<T>) return sizeof(T) == 4 ? static_cast<T>(__builtin_fabsf(static_cast<float>(a))) : static_cast<T>(__builtin_fabs(static_cast<double>(a)));
-    else return a < 0 ? Negative::of(a) : a;
+    if constexpr (std::is_floating_point_v<T>)
+      return sizeof(T) == 4 ? static_cast<T>(__builtin_fabsf(static_cast<float>(a)))
+                            : static_cast<T>(__builtin_fabs(static_cast<double>(a)));
+    else
+      return a < 0 ? Negative::of(a) : a;
   }
 };
 struct Sqrt {
   template <class T>
   static T of(T a) {
-    if constexpr (sizeof(T) == 4) return __builtin_sqrtf(a);
-    else return __builtin_sqrt(a);
+    if constexpr (sizeof(T) == 4)
+      return __builtin_sqrtf(a);
+    else
+      return __builtin_sqrt(a);
   }
 };
 struct IsNan {
   template <class T>
-  static std::uint8_t of(T a) { return a != a; }
+  static std::uint8_t of(T a) {
+    return a != a;
+  }
 };
 struct Less {
   template <class T>
-  static std::uint8_t of(T a, T b) { return a < b; }
+  static std::uint8_t of(T a, T b) {
+    return a < b;
+  }
 };
 struct LessEqual {
   template <class T>
-  static std::uint8_t of(T a, T b) { return a <= b; }
+  static std::uint8_t of(T a, T b) {
+    return a <= b;
+  }
 };
 struct Equal {
   template <class T>
-  static std::uint8_t of(T a, T b) { return a == b; }
+  static std::uint8_t of(T a, T b) {
+    return a == b;
+  }
 };
 struct NotEqual {
   template <class T>
-  static std::uint8_t of(T a, T b) { return a != b; }
+  static std::uint8_t of(T a, T b) {
+    return a != b;
+  }
 };
 struct Greater {
   template <class T>
-  static std::uint8_t of(T a, T b) { return a > b; }
+  static std::uint8_t of(T a, T b) {
+    return a > b;
+  }
 };
 struct GreaterEqual {
   template <class T>
-  static std::uint8_t of(T a, T b) { return a >= b; }
+  static std::uint8_t of(T a, T b) {
+    return a >= b;
+  }
 };
 struct And {
   template <class T>
-  static T of(T a, T b) { return static_cast<T>(a & b); }
+  static T of(T a, T b) {
+    return static_cast<T>(a & b);
+  }
 };
 struct Or {
   template <class T>
-  static T of(T a, T b) { return static_cast<T>(a | b); }
+  static T of(T a, T b) {
+    return static_cast<T>(a | b);
+  }
 };
 struct Not {
   template <class T>
-  static T of(T a) { return static_cast<T>(a ^ 1); }
+  static T of(T a) {
+    return static_cast<T>(a ^ 1);
+  }
 };
 
 template <class Op, class T, class Out>
@@ -153,21 +193,36 @@ void cast(void* out, const void* a, const void*, const void*, std::size_t n) {
 template <class T>
 Loop loop_of(ExpressionOp op) noexcept {
   switch (op) {
-    case ExpressionOp::Add: return binary<Add, T, T>;
-    case ExpressionOp::Subtract: return binary<Subtract, T, T>;
-    case ExpressionOp::Multiply: return binary<Multiply, T, T>;
-    case ExpressionOp::Min: return binary<Min, T, T>;
-    case ExpressionOp::Max: return binary<Max, T, T>;
-    case ExpressionOp::Negative: return unary<Negative, T, T>;
-    case ExpressionOp::Abs: return unary<Abs, T, T>;
-    case ExpressionOp::Where: return choose<T>;
-    case ExpressionOp::Less: return binary<Less, T, std::uint8_t>;
-    case ExpressionOp::LessEqual: return binary<LessEqual, T, std::uint8_t>;
-    case ExpressionOp::Greater: return binary<Greater, T, std::uint8_t>;
-    case ExpressionOp::GreaterEqual: return binary<GreaterEqual, T, std::uint8_t>;
-    case ExpressionOp::Equal: return binary<Equal, T, std::uint8_t>;
-    case ExpressionOp::NotEqual: return binary<NotEqual, T, std::uint8_t>;
-    default: break;
+    case ExpressionOp::Add:
+      return binary<Add, T, T>;
+    case ExpressionOp::Subtract:
+      return binary<Subtract, T, T>;
+    case ExpressionOp::Multiply:
+      return binary<Multiply, T, T>;
+    case ExpressionOp::Min:
+      return binary<Min, T, T>;
+    case ExpressionOp::Max:
+      return binary<Max, T, T>;
+    case ExpressionOp::Negative:
+      return unary<Negative, T, T>;
+    case ExpressionOp::Abs:
+      return unary<Abs, T, T>;
+    case ExpressionOp::Where:
+      return choose<T>;
+    case ExpressionOp::Less:
+      return binary<Less, T, std::uint8_t>;
+    case ExpressionOp::LessEqual:
+      return binary<LessEqual, T, std::uint8_t>;
+    case ExpressionOp::Greater:
+      return binary<Greater, T, std::uint8_t>;
+    case ExpressionOp::GreaterEqual:
+      return binary<GreaterEqual, T, std::uint8_t>;
+    case ExpressionOp::Equal:
+      return binary<Equal, T, std::uint8_t>;
+    case ExpressionOp::NotEqual:
+      return binary<NotEqual, T, std::uint8_t>;
+    default:
+      break;
   }
   if constexpr (std::is_floating_point_v<T>) {
     if (op == ExpressionOp::Divide) return binary<Divide, T, T>;
@@ -179,40 +234,63 @@ Loop loop_of(ExpressionOp op) noexcept {
 
 Loop loop_of_bools(ExpressionOp op) noexcept {
   switch (op) {
-    case ExpressionOp::And: return binary<And, std::uint8_t, std::uint8_t>;
-    case ExpressionOp::Or: return binary<Or, std::uint8_t, std::uint8_t>;
-    case ExpressionOp::Not: return unary<Not, std::uint8_t, std::uint8_t>;
-    case ExpressionOp::Equal: return binary<Equal, std::uint8_t, std::uint8_t>;
-    case ExpressionOp::NotEqual: return binary<NotEqual, std::uint8_t, std::uint8_t>;
-    case ExpressionOp::Where: return choose<std::uint8_t>;
-    default: return nullptr;
+    case ExpressionOp::And:
+      return binary<And, std::uint8_t, std::uint8_t>;
+    case ExpressionOp::Or:
+      return binary<Or, std::uint8_t, std::uint8_t>;
+    case ExpressionOp::Not:
+      return unary<Not, std::uint8_t, std::uint8_t>;
+    case ExpressionOp::Equal:
+      return binary<Equal, std::uint8_t, std::uint8_t>;
+    case ExpressionOp::NotEqual:
+      return binary<NotEqual, std::uint8_t, std::uint8_t>;
+    case ExpressionOp::Where:
+      return choose<std::uint8_t>;
+    default:
+      return nullptr;
   }
 }
 
 // Every value of the one is a value of the other, or is rounded to the nearest.
 template <class From, class To>
 constexpr Loop widening() noexcept {
-  if constexpr (std::is_same_v<From, To>) return nullptr;
-  else if constexpr (std::is_floating_point_v<To>) return sizeof(From) <= sizeof(To) ? cast<From, To> : nullptr;
-  else if constexpr (std::is_floating_point_v<From>) return nullptr;
-  else if constexpr (std::is_signed_v<From> && std::is_unsigned_v<To>) return nullptr;
-  else return sizeof(From) < sizeof(To) ? cast<From, To> : nullptr;
+  if constexpr (std::is_same_v<From, To>)
+    return nullptr;
+  else if constexpr (std::is_floating_point_v<To>)
+    return sizeof(From) <= sizeof(To) ? cast<From, To> : nullptr;
+  else if constexpr (std::is_floating_point_v<From>)
+    return nullptr;
+  else if constexpr (std::is_signed_v<From> && std::is_unsigned_v<To>)
+    return nullptr;
+  else
+    return sizeof(From) < sizeof(To) ? cast<From, To> : nullptr;
 }
 
 template <class From>
 Loop cast_from(ElementType to) noexcept {
   switch (to) {
-    case ElementType::Int8: return widening<From, std::int8_t>();
-    case ElementType::Int16: return widening<From, std::int16_t>();
-    case ElementType::Int32: return widening<From, std::int32_t>();
-    case ElementType::Int64: return widening<From, std::int64_t>();
-    case ElementType::UInt8: return widening<From, std::uint8_t>();
-    case ElementType::UInt16: return widening<From, std::uint16_t>();
-    case ElementType::UInt32: return widening<From, std::uint32_t>();
-    case ElementType::UInt64: return widening<From, std::uint64_t>();
-    case ElementType::Float32: return widening<From, float>();
-    case ElementType::Float64: return widening<From, double>();
-    default: return nullptr;
+    case ElementType::Int8:
+      return widening<From, std::int8_t>();
+    case ElementType::Int16:
+      return widening<From, std::int16_t>();
+    case ElementType::Int32:
+      return widening<From, std::int32_t>();
+    case ElementType::Int64:
+      return widening<From, std::int64_t>();
+    case ElementType::UInt8:
+      return widening<From, std::uint8_t>();
+    case ElementType::UInt16:
+      return widening<From, std::uint16_t>();
+    case ElementType::UInt32:
+      return widening<From, std::uint32_t>();
+    case ElementType::UInt64:
+      return widening<From, std::uint64_t>();
+    case ElementType::Float32:
+      return widening<From, float>();
+    case ElementType::Float64:
+      return widening<From, double>();
+    default:
+      return nullptr;
   }
 }
 
@@ -223,17 +301,28 @@ Loop find_for(ExpressionOp op, ElementType to) noexcept {
 
 Loop find(ExpressionOp op, ElementType from, ElementType to) noexcept {
   switch (from) {
-    case ElementType::Bool: return loop_of_bools(op);
-    case ElementType::Int8: return find_for<std::int8_t>(op, to);
-    case ElementType::Int16: return find_for<std::int16_t>(op, to);
-    case ElementType::Int32: return find_for<std::int32_t>(op, to);
-    case ElementType::Int64: return find_for<std::int64_t>(op, to);
-    case ElementType::UInt8: return find_for<std::uint8_t>(op, to);
-    case ElementType::UInt16: return find_for<std::uint16_t>(op, to);
-    case ElementType::UInt32: return find_for<std::uint32_t>(op, to);
-    case ElementType::UInt64: return find_for<std::uint64_t>(op, to);
-    case ElementType::Float32: return find_for<float>(op, to);
-    case ElementType::Float64: return find_for<double>(op, to);
+    case ElementType::Bool:
+      return loop_of_bools(op);
+    case ElementType::Int8:
+      return find_for<std::int8_t>(op, to);
+    case ElementType::Int16:
+      return find_for<std::int16_t>(op, to);
+    case ElementType::Int32:
+      return find_for<std::int32_t>(op, to);
+    case ElementType::Int64:
+      return find_for<std::int64_t>(op, to);
+    case ElementType::UInt8:
+      return find_for<std::uint8_t>(op, to);
+    case ElementType::UInt16:
+      return find_for<std::uint16_t>(op, to);
+    case ElementType::UInt32:
+      return find_for<std::uint32_t>(op, to);
+    case ElementType::UInt64:
+      return find_for<std::uint64_t>(op, to);
+    case ElementType::Float32:
+      return find_for<float>(op, to);
+    case ElementType::Float64:
+      return find_for<double>(op, to);
   }
   return nullptr;
 }

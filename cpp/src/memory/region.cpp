@@ -57,8 +57,9 @@ Inspection inspect_description(const Storage& storage, Description& out) {
   }
   std::uint32_t version = out.at<std::uint32_t>(offsetof(RegionHeader, layout_version));
   if (version != kLayoutVersion) {
-    return {Found::Older, "it has layout version " + std::to_string(version) +
-                              ", this dsline reads version " + std::to_string(kLayoutVersion),
+    return {Found::Older,
+            "it has layout version " + std::to_string(version) + ", this dsline reads version " +
+                std::to_string(kLayoutVersion),
             ""};
   }
   if (got < sizeof out.bytes) {
@@ -72,8 +73,9 @@ Inspection inspect_description(const Storage& storage, Description& out) {
     return {Found::Damaged, "its geometry is impossible", ""};
   }
   if (geometry.total_bytes != size) {
-    return {Found::Damaged, "it has " + std::to_string(size) + " bytes where its header says " +
-                                std::to_string(geometry.total_bytes),
+    return {Found::Damaged,
+            "it has " + std::to_string(size) + " bytes where its header says " +
+                std::to_string(geometry.total_bytes),
             ""};
   }
   std::string schema;
