@@ -195,7 +195,7 @@ class Expression:
         self.text = text
         self._columns = _column_types(columns)
         compiler = _Compiler(text, self._columns)
-        self.steps = tuple(compiler.compile())
+        self.steps = tuple(compiler.program())
         self.dtype = self.steps[-1].dtype
         self.names = tuple(compiler.names)
         if backend not in BACKENDS:
@@ -457,7 +457,7 @@ class _Compiler:
 
     # --- parsing ---
 
-    def compile(self) -> list[Step]:
+    def program(self) -> list[Step]:
         text = self._text
         if not text.strip():
             self._fail("the expression is empty", 0)
