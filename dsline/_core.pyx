@@ -16,8 +16,10 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromSt
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.memoryview cimport PyMemoryView_FromObject, PyMemoryView_GET_BUFFER
 from cpython.ref cimport Py_INCREF, PyTypeObject
+from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
+from libcpp.memory cimport unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
@@ -30,6 +32,10 @@ from dsline._cpp.channel cimport (
     list_channels as cpp_list_channels,
 )
 from dsline._cpp.error cimport kErrorCodeCount
+from dsline._cpp.expression cimport (
+    CppColumnView, CppElementType, CppExpressionOp, CppExpressionProgram, CppExpressionStep, CppRowsToKeep, byte,
+    expression_backend as cpp_expression_backend,
+)
 from dsline._cpp.metadata cimport (
     CppMetadata, CppMetadataBuilder, CppTag, array_bytes, parse_metadata, schema_hash,
 )
@@ -341,6 +347,7 @@ include "dlpack.pxi"
 
 
 include "objects.pxi"
+include "expressions.pxi"
 
 
 cdef class Message:
