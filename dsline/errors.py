@@ -32,6 +32,7 @@ __all__ = [
     "ExpressionError",
     "FeatureUnavailableError",
     "InvalidArgumentError",
+    "LoanEndedError",
     "MessageTooLargeError",
     "OperatorError",
     "PeerDiedError",
@@ -152,6 +153,10 @@ class SchemaMismatchError(ChannelError, TypeError):
     """What is sent, received or opened is not of the kind that the channel carries, or that was asked for."""
 
     _schema: bytes | None = None  # the channel's, encoded, until it is put into words
+
+
+class LoanEndedError(ChannelError, ValueError):
+    """The loan was published or aborted before, or belongs to the parent of this process."""
 
 
 class TooManyHandlesError(ChannelError):

@@ -365,6 +365,33 @@ def threads_in_child(channel, count):
         thread.join()
 
 
+def lend(name, count, zero_copy):
+    """Publish arrays that grow, the last of which stays in view until the parent says so."""
+    with dsline.ShmChannel(name, zero_copy=zero_copy, timeout=30) as channel:
+        for number in range(count):
+            with channel.alloc(1000 * (number + 1), np.int32) as loan:
+                kept = loan.array
+                kept[:] = number
+        del loan
+        report("sent")
+        read_word()
+        assert set(kept.tolist()) == {count - 1}
+        del kept
+        report("dropped")
+
+
+def lend_and_wait(name, what):
+    """Keep an open loan, or the array of a published one."""
+    with dsline.ShmChannel(name, zero_copy=True, timeout=30) as channel:
+        loan = channel.alloc(4, np.int32, fill=5)
+        array = loan.array
+        if what == "kept":
+            loan.publish()
+        report("ready")
+        read_word()
+        assert array.tolist() == [5] * 4
+
+
 if __name__ == "__main__":
     function = globals()[sys.argv[1]]
     function(*json.loads(sys.argv[2]))
