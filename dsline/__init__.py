@@ -48,6 +48,6 @@ __all__ = [
 
 def __getattr__(name: str) -> ModuleType:
     # Loaded at first use: nobody who only sends and receives pays for them.
-    if name in ("aio", "bench", "status", "testing"):
+    if name in ("aio", "bench", "expressions", "status", "testing"):
         return importlib.import_module(f"dsline.{name}")
     raise AttributeError(f"module 'dsline' has no attribute {name!r}")

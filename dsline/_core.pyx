@@ -16,8 +16,10 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromSt
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.memoryview cimport PyMemoryView_FromObject, PyMemoryView_GET_BUFFER
 from cpython.ref cimport Py_INCREF, PyTypeObject
+from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
+from libcpp.memory cimport unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
@@ -31,6 +33,10 @@ from dsline._cpp.channel cimport (
     list_channels as cpp_list_channels,
 )
 from dsline._cpp.error cimport kErrorCodeCount
+from dsline._cpp.expression cimport (
+    CppColumnView, CppElementType, CppExpressionOp, CppExpressionProgram, CppExpressionStep, CppRowsToKeep, byte,
+    expression_backend as cpp_expression_backend,
+)
 from dsline._cpp.metadata cimport (
     CppMetadata, CppMetadataBuilder, CppTag, array_bytes, kPaddingEntry, parse_metadata, schema_hash,
 )
@@ -348,6 +354,7 @@ include "dlpack.pxi"
 
 
 include "objects.pxi"
+include "expressions.pxi"
 
 
 cdef class Message:
@@ -1648,8 +1655,9 @@ cdef class Channel(Receiver):
         data : bytes, bytearray, memoryview, numpy.ndarray or any buffer exporter
             Arrays arrive as arrays: every dtype of fixed width, every shape, C and Fortran order kept; other strides
             are gathered into C order by the one copy. Arrays of other packages are looked at by their `__dlpack__`,
-            `__array_interface__` or `__array__`; masked arrays travel with mask and fill value. On a channel with a spec, what the spec says and nothing else; for a
-            record, a dict with a value per field, each of which is copied once, straight into the slot.
+            `__array_interface__` or `__array__`; masked arrays travel with mask and fill value. On a channel with a spec,
+            what the spec says and nothing else; for a record, a dict with a value per field, each of which is copied once,
+            straight into the slot.
         timeout : float or None, optional
             Seconds to wait for room with backpressure "block": None for ever, 0 not at all. The handle's by default.
         meta : dict, optional

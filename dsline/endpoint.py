@@ -123,9 +123,7 @@ class Endpoint(_core.Receiver):
         """Seconds that calls of this handle wait unless they say otherwise; None for ever."""
         return self._default_timeout
 
-    def recv_arrow(
-        self, *, timeout: float | None = _core.DEFAULT_TIMEOUT, library: str | None = None
-    ) -> Any:
+    def recv_arrow(self, *, timeout: float | None = _core.DEFAULT_TIMEOUT, library: str | None = None) -> Any:
         """Receive the next message as the table that was sent by `send_arrow`.
 
         Parameters

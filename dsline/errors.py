@@ -29,6 +29,7 @@ __all__ = [
     "ChannelSystemError",
     "CorruptedMessageError",
     "DslineError",
+    "ExpressionError",
     "FeatureUnavailableError",
     "InvalidArgumentError",
     "LoanEndedError",
@@ -184,6 +185,18 @@ class PipelineError(DslineError):
 
 class PipelineBuildError(PipelineError, ValueError):
     """The description of a pipeline is wrong."""
+
+
+class ExpressionError(PipelineBuildError):
+    """A text that is no expression over the columns it was given, or data that do not fit it.
+
+    Attributes
+    ----------
+    column : int or None
+        Where in the text, from 1; None where it is the data.
+    """
+
+    column: int | None = None
 
 
 class PipelineRuntimeError(PipelineError):

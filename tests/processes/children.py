@@ -97,6 +97,25 @@ def watch_and_end(name, how):
     sys.exit(0)
 
 
+def proven_record(step):
+    """A record whose fields prove each other."""
+    return {"frame": np.full((64, 96), step % 251, "u1"), "step": step, "half": step / 2}
+
+
+def send_records(name, first):
+    """Send records without an end, to be killed; first show that another spec is refused."""
+    try:
+        dsline.ShmChannel(name, spec=dsline.ArraySpec((3,), "f4"))
+    except dsline.SchemaMismatchError as error:
+        report(str(error))
+    with dsline.ShmChannel(name, timeout=30) as channel:
+        report(sorted(channel.spec))
+        step = first
+        while True:
+            channel.send(proven_record(step))
+            step += 1
+
+
 def echo(there, back):
     """Send back twice of what comes, until the channel ends."""
     with dsline.ShmChannel(there, timeout=30) as inbox, dsline.ShmChannel(back) as outbox:

@@ -1,5 +1,6 @@
 """Typed channels: specs, what is checked where, records, and receiving into an array of the caller."""
 
+import asyncio
 import copy
 import pickle
 import struct
@@ -142,7 +143,11 @@ def test_what_a_spec_matches():
         (lambda: dsline.ShmChannel(spec="f4"), TypeError, "a str"),
         (lambda: dsline.ShmChannel(spec=np.dtype("f4")), TypeError, "ArraySpec"),
         (lambda: dsline.ShmChannel(spec={}), dsline.InvalidArgumentError, "empty dict"),
-        (lambda: dsline.ShmChannel(spec={"": ArraySpec((), "f4")}), dsline.InvalidArgumentError, "field name"),
+        (
+            lambda: dsline.ShmChannel(spec={"": ArraySpec((), "f4")}),
+            dsline.InvalidArgumentError,
+            "field name",
+        ),
         (lambda: dsline.ShmChannel(spec={1: ArraySpec((), "f4")}), dsline.InvalidArgumentError, "field name"),
         (lambda: dsline.ShmChannel(spec={"a": "f4"}), TypeError, r"spec\['a'\]"),
         (
@@ -282,7 +287,9 @@ def test_a_damaged_spec_is_noticed(name, offset):
         file.write(bytes([byte ^ 1]))
     with pytest.raises(dsline.ChannelLayoutError, match="checksum of its spec"):
         dsline.ShmChannel.open(name)
-    with dsline.ShmChannel(name, capacity=3) as channel:  # replaced, as any damaged channel that nobody has open
+    with dsline.ShmChannel(
+        name, capacity=3
+    ) as channel:  # replaced, as any damaged channel that nobody has open
         assert (channel.spec, channel.capacity) == (None, 3)
 
 
@@ -569,7 +576,10 @@ def test_recv_record_leaves_what_is_no_record(make_channel):
 def test_structured_arrays_of_any_channel_are_records(make_channel):
     channel = make_channel()
     channel.send(np.array((1, 2.5), [("a", "i4"), ("b", "f8")]))
-    assert {name: value.item() for name, value in channel.recv_record(timeout=0).items()} == {"a": 1, "b": 2.5}
+    assert {name: value.item() for name, value in channel.recv_record(timeout=0).items()} == {
+        "a": 1,
+        "b": 2.5,
+    }
 
 
 def test_a_record_waits_for_room_like_anything_else(make_channel):
@@ -580,6 +590,30 @@ def test_a_record_waits_for_room_like_anything_else(make_channel):
     for step in (1, 2):
         assert_record(channel.recv_record(timeout=30), step)
     sender.join()
+
+
+def test_records_under_asyncio(make_channel):
+    channel = make_channel(capacity=1, spec=RECORD)
+
+    async def main():
+        messages = dsline.aio.AsyncChannel(channel)
+        sender = asyncio.create_task(send_all(messages))
+        for step in range(3):
+            assert_record(await messages.recv_record(timeout=30), step)
+        await sender
+        with pytest.raises(dsline.SchemaMismatchError):
+            await messages.send(b"x")
+        await messages.send(record())
+        out = np.empty((), np.dtype(channel.recv_array(timeout=0).dtype))
+        await messages.send(record())
+        assert await messages.recv_array(out=out) is out
+        assert out["step"] == 7
+
+    async def send_all(messages):
+        for step in range(3):
+            await messages.send(record(step), timeout=30)
+
+    asyncio.run(main())
 
 
 # --- other kinds of channels ------------------------------------------------------------------------------------
@@ -700,7 +734,8 @@ def test_out_of_no_dimensions_and_of_no_elements(make_channel):
 
 
 @pytest.mark.parametrize(
-    "out", [np.zeros(4, "f4"), np.zeros((3, 1), "f4"), np.zeros(3, "i4"), np.zeros(3, ">f4"), np.zeros((), "f4")]
+    "out",
+    [np.zeros(4, "f4"), np.zeros((3, 1), "f4"), np.zeros(3, "i4"), np.zeros(3, ">f4"), np.zeros((), "f4")],
 )
 def test_out_that_does_not_fit_leaves_the_message(make_any, out):
     channel = make_any()

@@ -56,13 +56,13 @@ struct ChannelOptions {
   int checksum = -1;  ///< 0 none, 1 header, 2 full
   std::uint32_t mode = 0600;
   OnStale on_stale = OnStale::Recover;
-  std::uint64_t first_position = 0;  ///< for tests that start near a wrap
-  std::uint32_t max_groups = 0;      ///< named groups at a time
-  int history = -1;                  ///< messages kept for late joiners
-  std::uint32_t max_deliveries = 0;  ///< 1 to 15
-  int dead_letters = -1;             ///< kept at most
-  int default_group = -1;            ///< 1: what is sent waits for a receiver; 0: only named groups get it
-  int sync = -1;                     ///< 1: send returns when the message is on the disk (files)
+  std::uint64_t first_position = 0;     ///< for tests that start near a wrap
+  std::uint32_t max_groups = 0;         ///< named groups at a time
+  int history = -1;                     ///< messages kept for late joiners
+  std::uint32_t max_deliveries = 0;     ///< 1 to 15
+  int dead_letters = -1;                ///< kept at most
+  int default_group = -1;               ///< 1: what is sent waits for a receiver; 0: only named groups get it
+  int sync = -1;                        ///< 1: send returns when the message is on the disk (files)
   std::uint64_t default_slot_size = 0;  ///< where a channel is created without `slot_size`; 0: 65536
   /// What every message has to be: metadata entries that describe an array (dsline/metadata.hpp), written and read by the
   /// language binding; the core stores and compares it. Empty: not given. Another one than the channel's is refused.

@@ -162,9 +162,10 @@ void Channel::Impl::unseal(std::uint32_t s) {
   if (region->unseal_slot(s)) return;
   const int failure = errno;
   pool.abort(s, pool.word(s));
-  throw Error(ErrorCode::System,
-              "channel '" + label + "': a sealed slot cannot be made writable again (" + strerror(failure) + ")",
-              failure);
+  throw Error(
+      ErrorCode::System,
+      "channel '" + label + "': a sealed slot cannot be made writable again (" + strerror(failure) + ")",
+      failure);
 }
 
 void Channel::Impl::grow(std::uint32_t s, std::uint64_t need) {
@@ -255,7 +256,7 @@ Outcome Channel::Impl::publish(const Loan& loan, int kind, std::uint64_t schema_
   }
   const std::uint32_t groups = static_cast<std::uint32_t>(state) & region->group_bits();
   if (!publication.publish(loan.slot, SlotWord{loan.word}, groups, me, after == AfterPublish::Keep))
-    [[unlikely]]
+      [[unlikely]]
     return Outcome::Closed;
   count(sent);
   // A group that ended meanwhile leaves its bit to whoever looks next.

@@ -228,7 +228,7 @@ std::string Simulation::describe(const void* at) const {
 
 std::string Simulation::name_of(int p) const {
   if (p == kSurgeon) return "surgeon";
-  static const char* const kNames[] = {"producer", "consumer", "recoverer", "reader"};
+  static const char* const kNames[] = {"producer", "consumer", "recoverer", "reader", "observer"};
   return std::string(kNames[static_cast<int>(setup_.roles[static_cast<std::size_t>(p)].kind)]) +
          std::to_string(p);
 }
@@ -474,7 +474,8 @@ int Simulation::choices(int p) const {
   if (process.phase == kOutside) return !role.succeeds || anybody_to_bury() ? 1 : 0;
   switch (role.kind) {
     case Kind::Producer:
-      return (process.phase == kHolding || process.done < role.messages ? 1 : 0) + (process.kept != 0 ? 1 : 0);
+      return (process.phase == kHolding || process.done < role.messages ? 1 : 0) +
+             (process.kept != 0 ? 1 : 0);
     case Kind::Consumer:
       if (process.phase == kHolding) return role.keeps ? 0 : process.left != 0 ? 2 : 1;
       return process.phase == kIdle && (role.gives_up || role.offers) ? 2 : 1;
@@ -607,10 +608,11 @@ void Simulation::observe(int p) {
   }
   const std::uint32_t sequence = point.sequence();
   const bool is_ready = is_armed && group.anything_waiting() && group.anything_to_take();
-  if (!is_ready) point.sleep(sequence, 0);
+  waiting::Wake wake = waiting::Wake::TimedOut;
+  if (!is_ready) wake = point.sleep(sequence, 0);
   if (is_armed) point.remove(number(p));
   me.phase = kIdle;
-  if (!is_ready && point.sequence() != sequence) group.pass_on();
+  if (wake == waiting::Wake::Woken) group.pass_on();
   if (is_armed) {
     ++me.done;
   } else {
@@ -693,7 +695,8 @@ void Simulation::end_view(int p) {
   const std::uint32_t s = me.kept - 1u;
   if (world.ledger.content[s] != me.kept_message) violate("N3: the payload changed under its publisher");
   const SlotWord word = pool_->word(s);
-  if (word.owner() != number(p) || !word.is_kept()) return violate("N3: a living publisher has lost its view");
+  if (word.owner() != number(p) || !word.is_kept())
+    return violate("N3: a living publisher has lost its view");
   me.kept = me.kept_message = 0;
   Publication(*region_, *pool_).end_keeping(s, word);
 }
@@ -1009,7 +1012,8 @@ void Simulation::check_blocked() {
         violate("a producer sleeps though a slot is free");
       if (role.kind == Kind::Consumer && Group(*region_, world.process[p].member - 1u).anything_waiting())
         violate("a consumer sleeps though a message waits");
-      if (role.kind == Kind::Observer && world.process[p].phase == kHolding && Group(*region_, 0).anything_waiting())
+      if (role.kind == Kind::Observer && world.process[p].phase == kHolding &&
+          Group(*region_, 0).anything_waiting())
         violate("an armed watch sleeps though a message waits");
     }
   }
