@@ -107,6 +107,19 @@ struct Received {
   std::vector<std::byte> long_meta;
 };
 
+/// Where a message is. It names that message for ever: no other has both numbers.
+struct Place {
+  std::uint32_t slot = 0;
+  std::uint64_t sequence = 0;
+};
+
+/// Memory of the slots.
+struct MemoryUse {
+  std::uint64_t used_bytes = 0;  ///< of slots that are written, wait, or are held
+  std::uint64_t idle_bytes = 0;  ///< of slots that are free
+  std::uint32_t used_slots = 0;
+};
+
 struct ChannelStats {
   std::uint64_t depth = 0;
   std::uint64_t next_sequence = 0;
@@ -300,6 +313,24 @@ class Channel {
   bool is_unchanged(const Received& message) const noexcept;
   /// As wait_for_message(), for a message behind `newer_than` in the history.
   Outcome wait_for_newer(bool any, std::uint64_t newer_than, std::int64_t deadline_ns, bool spin);
+
+  // --- a channel as a store: messages are taken by their place, in any order ---------------------------------------
+
+  /// One copy into a slot, without waiting: Ok, Full (no slot, no memory, or slots in use would have more than
+  /// `limit_bytes`) or Closed. Nobody was there for the message: Dropped.
+  Outcome try_place(const void* payload, std::uint64_t payload_bytes, std::uint64_t limit_bytes,
+                    Place& place);
+  /// Takes the message at `place` for the group of this handle: Ok, Empty (it was taken before, or dropped), Closed or
+  /// Corrupted. From then on as after try_recv().
+  Outcome try_take(const Place& place, Received& message);
+  /// The same, one copy out and release. Corrupted also where the message has not `bytes` bytes.
+  Outcome try_take_into(const Place& place, void* to, std::uint64_t bytes);
+  /// Drops the messages of this handle's group that were sent before `before_ns` (CLOCK_REALTIME) and that nobody has
+  /// taken; how many.
+  std::uint32_t discard_older(std::int64_t before_ns) noexcept;
+  MemoryUse memory_use() const noexcept;
+  /// Gives back the memory that free slots have beyond `slot_size`.
+  void trim() noexcept;
 
   // --- waiting ---------------------------------------------------------------------------------------------------
 

@@ -197,7 +197,8 @@ void Channel::Impl::abort(const Loan& loan) noexcept {
     leave_if_idle();
 }
 
-Outcome Channel::Impl::publish(const Loan& loan, int kind, std::uint64_t schema_hash) noexcept {
+Outcome Channel::Impl::publish(const Loan& loan, int kind, std::uint64_t schema_hash,
+                               std::uint64_t* entered_at) noexcept {
   if (!is_mine(loan)) [[unlikely]]
     return Outcome::Closed;
   FrameHeader header{};
@@ -220,7 +221,7 @@ Outcome Channel::Impl::publish(const Loan& loan, int kind, std::uint64_t schema_
     return Outcome::Closed;
   }
   const std::uint32_t groups = static_cast<std::uint32_t>(state) & region->group_bits();
-  if (!publication.publish(loan.slot, SlotWord{loan.word}, groups, me)) [[unlikely]]
+  if (!publication.publish(loan.slot, SlotWord{loan.word}, groups, me, entered_at)) [[unlikely]]
     return Outcome::Closed;
   count(sent);
   // A group that ended meanwhile leaves its bit to whoever looks next.

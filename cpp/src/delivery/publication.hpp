@@ -23,8 +23,9 @@ class Publication {
       : region_(&region), pool_(&pool), ring_(region) {}
 
   /// P1 to P4 for the slot that `me` wrote. `groups` is what `active` held after the slot was taken. False when the slot
-  /// has been taken away.
-  bool publish(std::uint32_t s, slots::SlotWord word, std::uint32_t groups, std::uint32_t me) noexcept {
+  /// has been taken away. `entered_at` becomes its position; it stays as it is where no group is there for the message.
+  bool publish(std::uint32_t s, slots::SlotWord word, std::uint32_t groups, std::uint32_t me,
+               std::uint64_t* entered_at = nullptr) noexcept {
     DSLINE_POINT("publish.before_commit");
     if (!pool_->commit(s, word, groups)) [[unlikely]]
       return false;
@@ -34,6 +35,7 @@ class Publication {
       return true;
     }
     const std::uint64_t position = enter(s, groups);
+    if (entered_at != nullptr) *entered_at = position;
     if (region_->keeps_history()) [[unlikely]] {
       DSLINE_POINT("history.before_cut");
       trim_history(position, me);
