@@ -24,8 +24,9 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from dsline._cpp.channel cimport (
     BackpressureRaise, CppBackpressure, CppChannel, CppChannelOptions, CppChannelStats, CppDeadLetter, CppDeath,
-    CppLoan, CppOnDeath, CppOnStale, CppOpenMode, CppReceived, CppReport, CppStart, CppSubscribeOptions, Outcome,
-    OutcomeClosed, OutcomeCorrupted, OutcomeDropped, OutcomeNotSynced, OutcomeOk, OutcomeTimedOut,
+    CppLoan, CppMemoryUse, CppOnDeath, CppOnStale, CppOpenMode, CppPlace, CppReceived, CppReport, CppStart, CppSubscribeOptions, Outcome,
+    OnDeathDrop, OutcomeClosed, OutcomeCorrupted, OutcomeDropped, OutcomeEmpty, OutcomeFull, OutcomeNotSynced, OutcomeOk,
+    OutcomeTimedOut, available_memory as cpp_available_memory,
     channel_directory as cpp_channel_directory, kArrayMessage, kBytesMessage, list_channels as cpp_list_channels,
 )
 from dsline._cpp.error cimport kErrorCodeCount
@@ -1647,3 +1648,6 @@ def remove_channel(str path not None, int64_t age_ns, bint even_with_messages, b
 cdef str as_text(const string& text):
     """Of a name that a peer has written."""
     return text.decode("utf-8", "replace")
+
+
+include "store.pxi"

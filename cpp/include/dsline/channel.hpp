@@ -410,6 +410,9 @@ class Channel {
   std::unique_ptr<Impl> impl_;
 };
 
+/// Bytes that shared memory may still take, by what the machine and the cgroups of this process leave.
+std::uint64_t available_memory();
+
 /// Directory of the named channels of this user.
 std::string channel_directory();
 /// Names of the regions in it.

@@ -2,6 +2,7 @@
 
 #include "channel/impl.hpp"
 #include "frames/frame_header.hpp"
+#include "memory/budget.hpp"
 
 namespace dsline {
 
@@ -122,5 +123,7 @@ MemoryUse Channel::memory_use() const noexcept { return impl_->memory_use(); }
 void Channel::trim() noexcept {
   if (!impl_->is_inherited() && !impl_->closed_or_shut_down()) impl_->reclaim_free_slots();
 }
+
+std::uint64_t available_memory() { return memory::memory_budget().free_bytes; }
 
 }  // namespace dsline
