@@ -43,6 +43,7 @@ cdef class Lease:
     cdef uint32_t _process
     cdef uint32_t _group
     cdef int64_t _exports
+    cdef int _kind
     cdef bint _held
     cdef bint _nack
     cdef uint32_t _attempts

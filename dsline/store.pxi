@@ -1,5 +1,10 @@
 # The store behind dsline.accelerate: arrays that lie in slots until somebody asks for them by place.
 
+from dsline._cpp.channel cimport (
+    CppMemoryUse, CppPlace, OnDeathDrop, OutcomeEmpty, OutcomeFull, available_memory as cpp_available_memory,
+)
+
+
 
 def available_memory():
     """Bytes that shared memory may still take, by what the machine and the cgroups of this process leave."""
