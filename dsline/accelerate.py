@@ -17,6 +17,7 @@ import multiprocessing.connection
 import os
 import pickle
 import struct
+import sys
 import threading
 import time
 import warnings
@@ -35,6 +36,7 @@ _SLOTS = 256
 _HANDLES = 256
 _LEAST_LIMIT = 16 << 20
 _MOST_LIMIT = 1 << 30
+_SWAPPED = ">" if sys.byteorder == "little" else "<"  # NumPy unpickles it into the machine's own order
 _VARIABLE = "DSLINE_ACCELERATE_STORE"  # tells children that are started anew where the store of the tree is
 _HOLDER = struct.Struct("<II")  # a process that has the store, and its descriptor there
 _PATIENCE = 10.0  # seconds that a loader waits for a free handle
@@ -211,7 +213,7 @@ def _tell_children() -> None:
 
 def _reduce_array(array: Any) -> Any:
     """Reducer of multiprocessing's pickler for arrays, which are exactly ndarrays."""
-    if array.nbytes >= _state.threshold and not array.dtype.hasobject:
+    if array.nbytes >= _state.threshold and not array.dtype.hasobject and array.dtype.byteorder != _SWAPPED:
         reduced = _put(array)
         if reduced is not None:
             return reduced

@@ -5,7 +5,6 @@ from dsline._cpp.channel cimport (
 )
 
 
-
 def available_memory():
     """Bytes that shared memory may still take, by what the machine and the cgroups of this process leave."""
     return cpp_available_memory()

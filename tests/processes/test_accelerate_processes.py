@@ -1,7 +1,6 @@
 """Unmodified programs on multiprocessing with ``import dsline.accelerate``: every start method, deaths, what stays."""
 
 import json
-import multiprocessing.reduction
 import os
 import signal
 import subprocess
@@ -18,15 +17,16 @@ STRICT = ["-X", "dev", "-W", "error", "-W", "ignore:This process:DeprecationWarn
 
 def start(function, *arguments):
     command = [sys.executable, *STRICT, str(PROGRAMS), function, json.dumps(arguments)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
 
 
 def run(function, *arguments):
     program = start(function, *arguments)
     try:
-        out, err = program.communicate(timeout=100)
+        out, err = program.communicate(timeout=45)
     except subprocess.TimeoutExpired:
-        program.kill()
+        os.killpg(program.pid, signal.SIGKILL)  # its children have its pipes
         out, err = program.communicate()
         raise AssertionError(f"it hangs: {err.decode()}") from None
     assert (program.returncode, err.decode()) == (0, ""), err.decode()
@@ -66,6 +66,18 @@ def test_programs(program):
     run(program)
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_tensors_go_by_torchs_own_reducers(method):
+    pytest.importorskip("torch")
+    run("torch_tensors", method)
+
+
+@pytest.mark.parametrize("backend", ["loky", "multiprocessing"])
+def test_joblib_goes_by_its_own_picklers(backend):
+    pytest.importorskip("joblib")
+    run("joblib_parallel", backend)
+
+
 def test_a_daemon_whose_first_process_has_ended(tmp_path):
     run("a_daemon", str(tmp_path / "result"))
     result = tmp_path / "result"
@@ -78,12 +90,6 @@ def is_running(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
-
-
-def shared_memory():
-    """Bytes of shared memory of the machine."""
-    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("Shmem:"))
-    return int(line.split()[1]) * 1024
 
 
 def stores():
@@ -120,7 +126,7 @@ def test_nothing_stays_when_all_are_killed(method):
     assert left == []
 
 
-def test_a_pickle_whose_processes_are_gone_says_so(monkeypatch):
+def test_a_pickle_whose_processes_are_gone_says_so():
     program = start("print_pickle")
     try:
         pickled = bytes.fromhex(json.loads(program.stdout.readline()))
@@ -134,8 +140,11 @@ def test_a_pickle_whose_processes_are_gone_says_so(monkeypatch):
         "except dsline.SerializationError as error:\n    print(error)\n"
     )
     done = subprocess.run(
-        [sys.executable, *STRICT, "-c", script, pickled.hex()], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, *STRICT, "-c", script, pickled.hex()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     assert "cannot be opened from here" in done.stdout
     assert f"process {program.pid}" in done.stdout
-    assert multiprocessing.reduction.ForkingPickler is not None
