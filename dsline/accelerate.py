@@ -350,7 +350,9 @@ def enable(*, threshold: int | None = None, limit: int | None = None) -> None:
     threshold = _size("threshold", threshold, 1)
     limit = _size("limit", limit, _LEAST_LIMIT)
     if limit is not None and multiprocessing.parent_process() is not None:
-        raise InvalidArgumentError("limit is given in the process that starts the others, not in one of these")
+        raise InvalidArgumentError(
+            "limit is given in the process that starts the others, not in one of these"
+        )
     with _state.lock:
         if threshold is not None:
             _state.threshold = threshold

@@ -52,12 +52,14 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "errors": frozenset({"report"}),
     "options": frozenset({"errors"}),
     "dtypes": frozenset({"errors"}),
-    "objects": frozenset({"errors"}),
+    "objects": frozenset(),
     "_core": frozenset({"errors", "dtypes", "objects", "report"}),
     "endpoint": frozenset({"_core", "errors", "options", "report"}),
     "groups": frozenset({"endpoint", "errors", "options"}),
     "channel": frozenset({"_core", "endpoint", "errors", "groups", "options"}),
     "broadcast": frozenset({"channel"}),
+    "accelerate": frozenset({"_core", "errors"}),
+    "rpc": frozenset({"_core", "channel", "endpoint", "errors", "objects", "report"}),
     "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report"}),
     "__init__": frozenset(
         {"_interpreter", "_core", "broadcast", "channel", "errors", "groups", "latest", "options", "report"}
@@ -69,7 +71,7 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "__main__": frozenset({"cli"}),
 }
 PACKAGES: dict[str, frozenset[str]] = {
-    "numpy": frozenset({"_core", "dtypes", "channel", "bench", "testing", "cli"}),
+    "numpy": frozenset({"accelerate", "_core", "dtypes", "channel", "bench", "testing", "cli"}),
     "click": frozenset({"cli"}),
     "tqdm": frozenset({"cli", "bench"}),
     # Never needed: only looked for, or loaded by the user already.

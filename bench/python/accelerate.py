@@ -20,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-PROGRAM = '''
+PROGRAM = """
 import json
 import multiprocessing
 import sys
@@ -78,7 +78,7 @@ if __name__ == "__main__":
     process.join()
     sums += [crc(array) for array in back] + [crc(got)]
     print(json.dumps({"seconds": out, "sums": sums}))
-'''
+"""
 
 RUN_WITH_IMPORT = """
 import sys, runpy
