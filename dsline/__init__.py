@@ -14,6 +14,7 @@ from dsline.groups import Subscriber
 from dsline.latest import Latest
 from dsline.options import Backpressure, Checksum, OnDeath, OnStale, Start, Storage, Sync
 from dsline.report import Blocker, ChannelReport, PeerDeath
+from dsline.rpc import Rpc, RpcServer, RpcServerStats
 
 __all__ = [
     "Backpressure",
@@ -28,6 +29,9 @@ __all__ = [
     "OnDeath",
     "OnStale",
     "PeerDeath",
+    "Rpc",
+    "RpcServer",
+    "RpcServerStats",
     "ShmChannel",
     "Start",
     "Stats",

@@ -1,7 +1,7 @@
 # The store behind dsline.accelerate: arrays that lie in slots until somebody asks for them by place.
 
 from dsline._cpp.channel cimport (
-    CppMemoryUse, CppPlace, OnDeathDrop, OutcomeEmpty, OutcomeFull, available_memory as cpp_available_memory,
+    CppMemoryUse, OnDeathDrop, OutcomeEmpty, OutcomeFull, available_memory as cpp_available_memory,
 )
 
 

@@ -59,10 +59,10 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "channel": frozenset({"_core", "endpoint", "errors", "groups", "options"}),
     "broadcast": frozenset({"channel"}),
     "accelerate": frozenset({"_core", "errors"}),
-    "rpc": frozenset({"_core", "channel", "endpoint", "errors", "objects", "report"}),
+    "rpc": frozenset({"_core", "broadcast", "channel", "errors"}),
     "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report"}),
     "__init__": frozenset(
-        {"_interpreter", "_core", "broadcast", "channel", "errors", "groups", "latest", "options", "report"}
+        {"_interpreter", "_core", "broadcast", "channel", "errors", "groups", "latest", "options", "report", "rpc"}
     ),
     "status": frozenset({"_core", "errors", "report"}),
     "testing": frozenset({"dsline", "_core", "errors"}),

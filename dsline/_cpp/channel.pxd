@@ -245,6 +245,9 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
 
         Outcome try_place(const void*, uint64_t, uint64_t, CppPlace&) except +raise_current_error
         Outcome try_take_into(const CppPlace&, void*, uint64_t) except +raise_current_error
+        Outcome publish_placed "publish"(const CppLoan&, int, uint64_t, CppPlace&) noexcept
+        cbool try_withdraw(const CppPlace&) noexcept
+        cbool is_there(const CppPlace&) noexcept
         uint32_t discard_older(int64_t) noexcept
         CppMemoryUse memory_use() noexcept
         void trim() noexcept

@@ -278,6 +278,8 @@ class Channel {
   /// Makes a written loan visible. Closed when the channel was shut down meanwhile (the loan is aborted then), or when
   /// the loan is no longer the caller's: published or aborted before, or taken by the parent of this process.
   Outcome publish(const Loan& loan, int kind, std::uint64_t schema_hash) noexcept;
+  /// The same, and says where the message is. Dropped: no group is there for it.
+  Outcome publish(const Loan& loan, int kind, std::uint64_t schema_hash, Place& place) noexcept;
   /// Gives it back. Does nothing when it is no longer the caller's.
   void abort(const Loan& loan) noexcept;
   /// try_alloc, one copy, publish.
@@ -326,6 +328,11 @@ class Channel {
   Outcome try_take(const Place& place, Received& message);
   /// The same, one copy out and release. Corrupted also where the message has not `bytes` bytes.
   Outcome try_take_into(const Place& place, void* to, std::uint64_t bytes);
+  /// Takes a message back that its sender has placed or published, from every group that has not taken it: true when none
+  /// had, so that nobody sees it.
+  bool try_withdraw(const Place& place) noexcept;
+  /// False when every group has finished with the message at `place`.
+  bool is_there(const Place& place) const noexcept;
   /// Drops the messages of this handle's group that were sent before `before_ns` (CLOCK_REALTIME) and that nobody has
   /// taken; how many.
   std::uint32_t discard_older(std::int64_t before_ns) noexcept;

@@ -45,8 +45,7 @@ Outcome Channel::Impl::try_place(const void* payload, std::uint64_t bytes, std::
   if (use.used_bytes + use.idle_bytes > limit_bytes && use.idle_bytes != 0) reclaim_free_slots();
   std::memcpy(loan.payload, payload, bytes);
   DSLINE_POINT("place.copied");
-  place.slot = loan.slot;
-  place.sequence = slots::kNoPosition;
+  place = Place{loan.slot, slots::kNoPosition};
   const Outcome outcome = publish(loan, kBytesMessage, 0, &place.sequence);
   return outcome == Outcome::Ok && place.sequence == slots::kNoPosition ? Outcome::Dropped : outcome;
 }
@@ -64,6 +63,25 @@ Outcome Channel::Impl::try_take(const Place& place, Received& message) {
   }
   count(taken);
   return take_frame(held, group, message);
+}
+
+bool Channel::Impl::try_withdraw(const Place& place) noexcept {
+  if (is_inherited() || closed.load(std::memory_order_relaxed)) return false;
+  if (place.slot >= region->geometry().slots) return false;
+  Busy guard(*this);
+  bool any = false, all = true;
+  const std::uint32_t pending = pool.word(place.slot).pending() & region->group_bits();
+  for (std::uint32_t left = pending; left != 0; left &= left - 1) {
+    order::Group of(*region, static_cast<std::uint32_t>(__builtin_ctz(left)));
+    if (of.try_withdraw_at(place.slot, place.sequence, me)) {
+      DSLINE_POINT("withdraw.claimed");
+      pool.clear_pending(place.slot, of.bit());
+      any = true;
+    } else {
+      all = false;
+    }
+  }
+  return any && all;
 }
 
 std::uint32_t Channel::Impl::discard_older(std::int64_t before_ns) noexcept {
@@ -112,6 +130,21 @@ Outcome Channel::try_take_into(const Place& place, void* to, std::uint64_t bytes
   if (!fits) message.fault = "its length is not the one that was asked for";
   release(message);
   return fits ? Outcome::Ok : Outcome::Corrupted;
+}
+
+bool Channel::try_withdraw(const Place& place) noexcept { return impl_->try_withdraw(place); }
+
+bool Channel::is_there(const Place& place) const noexcept {
+  if (place.slot >= impl_->region->geometry().slots) return false;
+  const SlotWord word = impl_->pool.word(place.slot);
+  return word.is(SlotPhase::Committed) && (word.pending() & slots::kGroupBits) != 0 &&
+         impl_->region->slot(place.slot).position.load(std::memory_order_acquire) == place.sequence;
+}
+
+Outcome Channel::publish(const Loan& loan, int kind, std::uint64_t schema_hash, Place& place) noexcept {
+  place = Place{loan.slot, slots::kNoPosition};
+  const Outcome outcome = impl_->publish(loan, kind, schema_hash, &place.sequence);
+  return outcome == Outcome::Ok && place.sequence == slots::kNoPosition ? Outcome::Dropped : outcome;
 }
 
 std::uint32_t Channel::discard_older(std::int64_t before_ns) noexcept {
