@@ -615,8 +615,8 @@ class Rpc:
         Returns
         -------
         concurrent.futures.Future
-            Of the answer. Its `cancel` withdraws the request, which works until a server takes it. Arrays in the result are
-            writable, and of their own.
+            Of the answer. Its `cancel` withdraws the request, which works until a server takes it. Arrays in the result have
+            memory of their own; they can be written to if those that the function returned could.
 
         Raises
         ------
@@ -704,6 +704,9 @@ class Rpc:
             self._replies.close()
         self._requests.close()
         _open_clients.discard(self)
+
+    def __reduce__(self) -> Any:
+        return _client_again, (self._name, self._timeout, self._options)
 
     def __enter__(self) -> Self:
         return self
@@ -841,6 +844,11 @@ class Rpc:
         for call, error in lost:
             if self._forget(call):
                 call._finish(error=error)
+
+
+def _client_again(name: str, timeout: float | None, options: dict[str, Any]) -> Rpc:
+    """Unpickle: another client of the same servers."""
+    return Rpc(name, timeout=timeout, **options)
 
 
 def _take_answers(client_ref: weakref.ref[Rpc], replies: ShmChannel) -> None:

@@ -62,7 +62,18 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "rpc": frozenset({"_core", "broadcast", "channel", "errors"}),
     "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report"}),
     "__init__": frozenset(
-        {"_interpreter", "_core", "broadcast", "channel", "errors", "groups", "latest", "options", "report", "rpc"}
+        {
+            "_interpreter",
+            "_core",
+            "broadcast",
+            "channel",
+            "errors",
+            "groups",
+            "latest",
+            "options",
+            "report",
+            "rpc",
+        }
     ),
     "status": frozenset({"_core", "errors", "report"}),
     "testing": frozenset({"dsline", "_core", "errors"}),

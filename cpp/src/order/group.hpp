@@ -298,8 +298,7 @@ class Group {
     DSLINE_POINT("take_at.before_claim");
     // SYNC claim: as in claim_at(). A claim with this position is of this message for as long as there are positions.
     if (!region_->claim(s, number_)
-             .compare_exchange_strong(found.bits, found.with(attempts, who).bits,
-                                      std::memory_order_acq_rel))
+             .compare_exchange_strong(found.bits, found.with(attempts, who).bits, std::memory_order_acq_rel))
       return false;
     DSLINE_POINT("take_at.claimed");
     note_time(s);

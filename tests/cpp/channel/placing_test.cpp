@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <mutex>
 #include <random>
 #include <string>
@@ -94,6 +95,18 @@ TEST(Placing, AnotherLengthIsRefusedAndTheSlotComesBack) {
   char byte = 0;
   EXPECT_EQ(channel->try_take_into(where, &byte, 1), Outcome::Corrupted);
   EXPECT_EQ(channel->stats().free_slots, 4u);
+}
+
+TEST(Placing, PublishingForNobodyHasNoPlace) {
+  ChannelOptions options = small();
+  options.default_group = 0;
+  ChannelPtr channel = Channel::create_anonymous(options);
+  Loan loan;
+  Place where;
+  ASSERT_EQ(channel->try_alloc(1, 0, Backpressure::Raise, loan), Outcome::Ok);
+  EXPECT_EQ(channel->publish(loan, kBytesMessage, 0, where), Outcome::Dropped);
+  EXPECT_FALSE(channel->is_there(where));
+  EXPECT_FALSE(channel->try_withdraw(where));
 }
 
 TEST(Placing, WithoutAGroupNothingIsKept) {
@@ -285,6 +298,92 @@ TEST(Placing, OldMessagesAreDroppedOnRequest) {
   EXPECT_EQ(take(*channel, young), 3u);
   channel->release(message);
   EXPECT_EQ(channel->stats().free_slots, 4u);
+}
+
+Place publish(Channel& channel, const std::string& text) {
+  Loan loan;
+  Place where;
+  EXPECT_EQ(channel.try_alloc(text.size(), 0, Backpressure::Raise, loan), Outcome::Ok);
+  std::copy(text.begin(), text.end(), reinterpret_cast<char*>(loan.payload));
+  EXPECT_EQ(channel.publish(loan, kBytesMessage, 0, where), Outcome::Ok);
+  return where;
+}
+
+TEST(Placing, AMessageIsWithdrawnUntilSomebodyTakesIt) {
+  ChannelPtr channel = Channel::create_anonymous(small());
+  ChannelPtr sender = adopt(*channel);
+  const Place first = publish(*sender, "first"), second = publish(*sender, "second"),
+              third = publish(*sender, "third");
+  EXPECT_TRUE(sender->is_there(second));
+  EXPECT_TRUE(sender->try_withdraw(second));
+  EXPECT_FALSE(sender->is_there(second));
+  EXPECT_FALSE(sender->try_withdraw(second));
+  Received message;
+  ASSERT_EQ(channel->try_recv(message), Outcome::Ok);
+  EXPECT_EQ(message.sequence, first.sequence);
+  EXPECT_FALSE(sender->try_withdraw(first)) << "it has been taken";
+  EXPECT_TRUE(sender->is_there(first));
+  channel->release(message);
+  EXPECT_FALSE(sender->is_there(first));
+  EXPECT_EQ(next(*channel), "third");
+  EXPECT_FALSE(sender->try_withdraw(third));
+  EXPECT_EQ(channel->stats().free_slots, 4u);
+}
+
+TEST(Placing, AMessageThatWasGivenBackIsWithdrawnAsWell) {
+  ChannelPtr channel = Channel::create_anonymous(small());
+  const Place where = publish(*channel, "once");
+  Received message;
+  ASSERT_EQ(channel->try_recv(message), Outcome::Ok);
+  channel->give_back(message);
+  EXPECT_TRUE(channel->try_withdraw(where));
+  EXPECT_EQ(next(*channel), "(empty)");
+  EXPECT_EQ(channel->stats().free_slots, 4u);
+}
+
+TEST(Placing, WhatOneOfTwoGroupsHasTakenIsNotWithdrawn) {
+  ChannelPtr channel = Channel::create_anonymous(small());
+  SubscribeOptions to;
+  to.group = "other";
+  ChannelPtr other = channel->subscribe(to);
+  const Place where = publish(*channel, "both");
+  EXPECT_EQ(next(*other), "both");
+  EXPECT_TRUE(channel->try_withdraw(where)) << "the group that is done with it has no part in it any more";
+  const Place held = publish(*channel, "held");
+  Received message;
+  ASSERT_EQ(other->try_recv(message), Outcome::Ok);
+  EXPECT_FALSE(channel->try_withdraw(held));
+  EXPECT_EQ(next(*channel), "(empty)");
+  other->release(message);
+  EXPECT_EQ(channel->stats().free_slots, 4u);
+}
+
+TEST(Placing, WithdrawingAndReceivingAtOnceIsOneOfBoth) {
+  ChannelPtr channel = Channel::create_anonymous(small(8));
+  ChannelPtr sender = adopt(*channel);
+  constexpr std::uint64_t kCount = 100'000;
+  std::atomic<bool> done{false};
+  std::uint64_t received = 0, withdrawn = 0;
+  std::thread receiver([&] {
+    for (;;) {
+      const bool last = done;
+      const std::string text = next(*channel);
+      received += text == "x";
+      if (last && text == "(empty)") return;
+    }
+  });
+  for (std::uint64_t i = 0; i < kCount; ++i) {
+    Loan loan;
+    Place where;
+    while (sender->try_alloc(1, 0, Backpressure::Raise, loan) != Outcome::Ok) std::this_thread::yield();
+    *reinterpret_cast<char*>(loan.payload) = 'x';
+    ASSERT_EQ(sender->publish(loan, kBytesMessage, 0, where), Outcome::Ok);
+    withdrawn += sender->try_withdraw(where);
+  }
+  done = true;
+  receiver.join();
+  EXPECT_EQ(received + withdrawn, kCount);
+  EXPECT_EQ(channel->stats().free_slots, 8u);
 }
 
 #ifdef DSLINE_CRASH_POINTS
