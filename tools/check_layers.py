@@ -39,6 +39,7 @@ CPP_LAYERS: dict[str, frozenset[str]] = {
             "liveness",
             "dsline/channel.hpp",
             "dsline/build.hpp",
+            "dsline/watch.hpp",
         }
     ),
 }
@@ -52,15 +53,18 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "errors": frozenset({"report"}),
     "options": frozenset({"errors"}),
     "dtypes": frozenset({"errors"}),
+    "specs": frozenset({"errors", "dtypes"}),
+    "interop": frozenset({"errors"}),
     "objects": frozenset(),
-    "_core": frozenset({"errors", "dtypes", "objects", "report"}),
-    "endpoint": frozenset({"_core", "errors", "options", "report"}),
+    "_core": frozenset({"errors", "dtypes", "interop", "objects", "report", "specs"}),
+    "endpoint": frozenset({"_core", "errors", "interop", "options", "report"}),
     "groups": frozenset({"endpoint", "errors", "options"}),
-    "channel": frozenset({"_core", "endpoint", "errors", "groups", "options"}),
+    "channel": frozenset({"_core", "endpoint", "errors", "groups", "interop", "options", "specs"}),
     "broadcast": frozenset({"channel"}),
     "accelerate": frozenset({"_core", "errors"}),
     "rpc": frozenset({"_core", "broadcast", "channel", "errors"}),
-    "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report"}),
+    "waiting": frozenset({"_core", "endpoint", "errors"}),
+    "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report", "specs"}),
     "__init__": frozenset(
         {
             "_interpreter",
@@ -73,8 +77,11 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
             "options",
             "report",
             "rpc",
+            "specs",
+            "waiting",
         }
     ),
+    "aio": frozenset({"_core", "endpoint", "errors", "waiting"}),
     "status": frozenset({"_core", "errors", "report"}),
     "testing": frozenset({"dsline", "_core", "errors"}),
     "bench": frozenset({"dsline", "errors"}),
@@ -82,7 +89,9 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "__main__": frozenset({"cli"}),
 }
 PACKAGES: dict[str, frozenset[str]] = {
-    "numpy": frozenset({"accelerate", "_core", "dtypes", "channel", "bench", "testing", "cli"}),
+    "numpy": frozenset(
+        {"accelerate", "_core", "aio", "dtypes", "interop", "specs", "channel", "bench", "testing", "cli"}
+    ),
     "click": frozenset({"cli"}),
     "tqdm": frozenset({"cli", "bench"}),
     # Never needed: only looked for, or loaded by the user already.
