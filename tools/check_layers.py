@@ -62,7 +62,8 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "channel": frozenset({"_core", "endpoint", "errors", "groups", "interop", "options", "specs"}),
     "broadcast": frozenset({"channel"}),
     "accelerate": frozenset({"_core", "errors"}),
-    "rpc": frozenset({"_core", "broadcast", "channel", "errors"}),
+    "rpc_server": frozenset({"_core", "broadcast", "channel", "errors"}),
+    "rpc": frozenset({"_core", "broadcast", "channel", "errors", "rpc_server"}),
     "waiting": frozenset({"_core", "endpoint", "errors"}),
     "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report", "specs"}),
     "__init__": frozenset(
@@ -77,6 +78,7 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
             "options",
             "report",
             "rpc",
+            "rpc_server",
             "specs",
             "waiting",
         }

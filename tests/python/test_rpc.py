@@ -428,7 +428,7 @@ def test_one_of_two_servers_closes(serve, connect):
     client = connect()
     first.close()
     assert [client.add(number) for number in range(20)] == list(range(1, 21))
-    assert second.stats().answered >= 1
+    wait_until(lambda: second.stats().answered >= 1)
 
 
 def test_closing_a_client_ends_what_it_waits_for(serve, connect, gate):
