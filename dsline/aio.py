@@ -249,6 +249,20 @@ class AsyncChannel:
             False, functools.partial(self._channel.recv_object, timeout=_TRY, copy=copy), timeout
         )
 
+    def recv_record(
+        self, *, timeout: float | None = _DEFAULT
+    ) -> Coroutine[Any, Any, dict[str, NDArray[Any]]]:
+        """Receive the next message as the record that was sent: a dict with a read-only view per field."""
+        return self._run(False, functools.partial(self._channel.recv_record, timeout=_TRY), timeout)
+
+    def recv_arrow(
+        self, *, timeout: float | None = _DEFAULT, library: str | None = None
+    ) -> Coroutine[Any, Any, Any]:
+        """Receive the next message as the table that was sent by `send_arrow`."""
+        return self._run(
+            False, functools.partial(self._channel.recv_arrow, timeout=_TRY, library=library), timeout
+        )
+
     def recv_into(self, buffer: Any, *, timeout: float | None = _DEFAULT) -> Coroutine[Any, Any, int]:
         """Receive the next message into a buffer (one copy): the number of bytes. Nothing is written before."""
         return self._run(False, functools.partial(self._channel.recv_into, buffer, timeout=_TRY), timeout)
@@ -311,6 +325,14 @@ class AsyncChannel:
         """Pickle any object (protocol 5) into a slot, as `send_object` of the channel; at every try for room again."""
         return self._run(
             True, functools.partial(self._sender("send_object"), obj, timeout=_TRY, meta=meta), timeout
+        )
+
+    def send_arrow(
+        self, data: Any, *, timeout: float | None = _DEFAULT, meta: dict[str, Any] | None = None
+    ) -> Coroutine[Any, Any, bool]:
+        """Send a table as an Arrow IPC stream, as `send_arrow` of the channel; measured at every try for room again."""
+        return self._run(
+            True, functools.partial(self._sender("send_arrow"), data, timeout=_TRY, meta=meta), timeout
         )
 
     def _sender(self, name: str) -> Any:

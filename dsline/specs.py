@@ -211,7 +211,7 @@ def array_text(array: np.ndarray[Any, Any]) -> str:
     return text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 3] + "..."
 
 
-def record_dtype(fields: Mapping[str, ArraySpec]) -> DType:
+def record_dtype(fields: Mapping[Any, Any]) -> DType:
     """The dtype of a record: one aligned structure, with a subarray for each field that has dimensions.
 
     Raises

@@ -1,5 +1,6 @@
 """Typed channels: specs, what is checked where, records, and receiving into an array of the caller."""
 
+import asyncio
 import copy
 import pickle
 import struct
@@ -589,6 +590,30 @@ def test_a_record_waits_for_room_like_anything_else(make_channel):
     for step in (1, 2):
         assert_record(channel.recv_record(timeout=30), step)
     sender.join()
+
+
+def test_records_under_asyncio(make_channel):
+    channel = make_channel(capacity=1, spec=RECORD)
+
+    async def main():
+        messages = dsline.aio.AsyncChannel(channel)
+        sender = asyncio.create_task(send_all(messages))
+        for step in range(3):
+            assert_record(await messages.recv_record(timeout=30), step)
+        await sender
+        with pytest.raises(dsline.SchemaMismatchError):
+            await messages.send(b"x")
+        await messages.send(record())
+        out = np.empty((), np.dtype(channel.recv_array(timeout=0).dtype))
+        await messages.send(record())
+        assert await messages.recv_array(out=out) is out
+        assert out["step"] == 7
+
+    async def send_all(messages):
+        for step in range(3):
+            await messages.send(record(step), timeout=30)
+
+    asyncio.run(main())
 
 
 # --- other kinds of channels ------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ Outcome Channel::Impl::try_place(const void* payload, std::uint64_t bytes, std::
   std::memcpy(loan.payload, payload, bytes);
   DSLINE_POINT("place.copied");
   place = Place{loan.slot, slots::kNoPosition};
-  const Outcome outcome = publish(loan, kBytesMessage, 0, &place.sequence);
+  const Outcome outcome = publish(loan, kBytesMessage, 0, AfterPublish::LetGo, false, &place.sequence);
   return outcome == Outcome::Ok && place.sequence == slots::kNoPosition ? Outcome::Dropped : outcome;
 }
 
@@ -143,7 +143,8 @@ bool Channel::is_there(const Place& place) const noexcept {
 
 Outcome Channel::publish(const Loan& loan, int kind, std::uint64_t schema_hash, Place& place) noexcept {
   place = Place{loan.slot, slots::kNoPosition};
-  const Outcome outcome = impl_->publish(loan, kind, schema_hash, &place.sequence);
+  const Outcome outcome =
+      impl_->publish(loan, kind, schema_hash, AfterPublish::LetGo, false, &place.sequence);
   return outcome == Outcome::Ok && place.sequence == slots::kNoPosition ? Outcome::Dropped : outcome;
 }
 
