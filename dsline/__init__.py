@@ -14,6 +14,8 @@ from dsline.groups import Subscriber
 from dsline.latest import Latest
 from dsline.options import Backpressure, Checksum, OnDeath, OnStale, Start, Storage, Sync
 from dsline.report import Blocker, ChannelReport, PeerDeath
+from dsline.rpc import Rpc
+from dsline.rpc_server import RpcServer, RpcServerStats
 from dsline.specs import ArraySpec
 from dsline.waiting import wait
 
@@ -32,6 +34,9 @@ __all__ = [
     "OnDeath",
     "OnStale",
     "PeerDeath",
+    "Rpc",
+    "RpcServer",
+    "RpcServerStats",
     "ShmChannel",
     "Start",
     "Stats",

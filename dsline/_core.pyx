@@ -26,8 +26,8 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from dsline._cpp.channel cimport (
     BackpressureRaise, CppBackpressure, CppChannel, CppChannelOptions, CppChannelStats, CppDeadLetter, CppDeath,
-    AfterPublishKeep, AfterPublishLetGo, CppAfterPublish, CppLoan, CppOnDeath, CppOnStale, CppOpenMode, CppReceived,
-    CppReport, CppStart, CppSubscribeOptions, Outcome,
+    AfterPublishKeep, AfterPublishLetGo, CppAfterPublish, CppLoan, CppOnDeath, CppOnStale, CppOpenMode, CppPlace,
+    CppReceived, CppReport, CppStart, CppSubscribeOptions, Outcome,
     OutcomeClosed, OutcomeCorrupted, OutcomeDropped, OutcomeNotSynced, OutcomeOk, OutcomeTimedOut,
     channel_directory as cpp_channel_directory, kArrayMessage, kBytesMessage, kObjectMessage,
     list_channels as cpp_list_channels,
@@ -1851,6 +1851,41 @@ cdef class Channel(Receiver):
         parts.write(loan.payload)
         return self._publish(loan, kObjectMessage, 0)
 
+    def _core_send_placed(self, stream, list buffers, timeout, meta):
+        """As `_send_pickled`, with backpressure "block": the place of the message, None when nobody is there for it."""
+        cdef CppLoan loan
+        cdef CppPlace place
+        cdef Outcome outcome
+        cdef PickledParts parts = PickledParts(stream, buffers)
+        require_open(self)
+        check_timeout(timeout)
+        self._alloc(loan, parts.nbytes, encode_meta(meta, None), timeout)
+        parts.write(loan.payload)
+        outcome = self._cpp.publish_placed(loan, kObjectMessage, 0, place)
+        if outcome == OutcomeDropped:
+            return None
+        if outcome != OutcomeOk:
+            raise self._closed_error()
+        self._handle.sent += 1
+        self._handle.bytes_sent += loan.payload_bytes
+        return place.slot, place.sequence
+
+    def _core_withdraw(self, uint32_t slot, uint64_t sequence):
+        """Take a message back: True when nobody had taken it."""
+        cdef CppPlace place
+        require_open(self)
+        place.slot = slot
+        place.sequence = sequence
+        return self._cpp.try_withdraw(place)
+
+    def _core_is_there(self, uint32_t slot, uint64_t sequence):
+        """False when every group has finished with the message."""
+        cdef CppPlace place
+        require_open(self)
+        place.slot = slot
+        place.sequence = sequence
+        return self._cpp.is_there(place)
+
     cdef int send_nogil(self, const void* data, size_t size, long long timeout_ns) except -1 nogil:
         """Send bytes without the GIL: 1 when they entered, 0 when a drop policy discarded them. `timeout_ns` < 0 waits
         for ever. Requires: the caller keeps this object alive and open."""
@@ -2254,4 +2289,5 @@ cdef str as_text(const string& text):
     return text.decode("utf-8", "replace")
 
 
+include "store.pxi"
 include "watch.pxi"

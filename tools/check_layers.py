@@ -63,6 +63,9 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "groups": frozenset({"endpoint", "errors", "options"}),
     "channel": frozenset({"_core", "endpoint", "errors", "groups", "interop", "options", "specs"}),
     "broadcast": frozenset({"channel"}),
+    "accelerate": frozenset({"_core", "errors"}),
+    "rpc_server": frozenset({"_core", "broadcast", "channel", "errors"}),
+    "rpc": frozenset({"_core", "broadcast", "channel", "errors", "rpc_server"}),
     "waiting": frozenset({"_core", "endpoint", "errors"}),
     "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report", "specs"}),
     "__init__": frozenset(
@@ -76,6 +79,8 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
             "latest",
             "options",
             "report",
+            "rpc",
+            "rpc_server",
             "specs",
             "waiting",
         }
@@ -89,7 +94,19 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
 }
 PACKAGES: dict[str, frozenset[str]] = {
     "numpy": frozenset(
-        {"_core", "aio", "dtypes", "expressions", "interop", "specs", "channel", "bench", "testing", "cli"}
+        {
+            "accelerate",
+            "_core",
+            "aio",
+            "dtypes",
+            "expressions",
+            "interop",
+            "specs",
+            "channel",
+            "bench",
+            "testing",
+            "cli",
+        }
     ),
     "click": frozenset({"cli"}),
     "tqdm": frozenset({"cli", "bench"}),
