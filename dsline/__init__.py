@@ -13,6 +13,7 @@ from dsline.errors import __all__ as _error_names
 from dsline.groups import Subscriber
 from dsline.latest import Latest
 from dsline.options import Backpressure, Checksum, OnDeath, OnStale, Start, Storage, Sync
+from dsline.queues import JoinableQueue, Queue, ShutDown, SimpleQueue
 from dsline.report import Blocker, ChannelReport, PeerDeath
 
 __all__ = [
@@ -23,12 +24,16 @@ __all__ = [
     "Checksum",
     "DeadLetter",
     "FileChannel",
+    "JoinableQueue",
     "Latest",
     "Message",
     "OnDeath",
     "OnStale",
     "PeerDeath",
+    "Queue",
     "ShmChannel",
+    "ShutDown",
+    "SimpleQueue",
     "Start",
     "Stats",
     "Storage",
@@ -43,6 +48,6 @@ __all__ = [
 
 def __getattr__(name: str) -> ModuleType:
     # Loaded at first use: nobody who only sends and receives pays for them.
-    if name in ("bench", "status", "testing"):
+    if name in ("bench", "multiprocessing", "status", "testing"):
         return importlib.import_module(f"dsline.{name}")
     raise AttributeError(f"module 'dsline' has no attribute {name!r}")

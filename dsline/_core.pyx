@@ -1647,3 +1647,6 @@ def remove_channel(str path not None, int64_t age_ns, bint even_with_messages, b
 cdef str as_text(const string& text):
     """Of a name that a peer has written."""
     return text.decode("utf-8", "replace")
+
+
+include "queues.pxi"

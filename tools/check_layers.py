@@ -39,6 +39,7 @@ CPP_LAYERS: dict[str, frozenset[str]] = {
             "liveness",
             "dsline/channel.hpp",
             "dsline/build.hpp",
+            "dsline/tally.hpp",
         }
     ),
 }
@@ -57,9 +58,22 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "groups": frozenset({"endpoint", "errors", "options"}),
     "channel": frozenset({"_core", "endpoint", "errors", "groups", "options"}),
     "broadcast": frozenset({"channel"}),
+    "queues": frozenset({"_core", "channel", "errors"}),
+    "multiprocessing": frozenset({"queues"}),
     "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report"}),
     "__init__": frozenset(
-        {"_interpreter", "_core", "broadcast", "channel", "errors", "groups", "latest", "options", "report"}
+        {
+            "_interpreter",
+            "_core",
+            "broadcast",
+            "channel",
+            "errors",
+            "groups",
+            "latest",
+            "options",
+            "queues",
+            "report",
+        }
     ),
     "status": frozenset({"_core", "errors", "report"}),
     "testing": frozenset({"dsline", "_core", "errors"}),
