@@ -8,13 +8,13 @@ and channels form no cycle.
 cimport cython
 cimport numpy as cnp
 from cpython.buffer cimport (
-    PyBUF_C_CONTIGUOUS, PyBUF_F_CONTIGUOUS, PyBUF_FORMAT, PyBUF_FULL_RO, PyBUF_ND,
+    PyBUF_ANY_CONTIGUOUS, PyBUF_C_CONTIGUOUS, PyBUF_F_CONTIGUOUS, PyBUF_FORMAT, PyBUF_FULL_RO, PyBUF_ND,
     PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_IsContiguous, PyBuffer_Release, PyBuffer_ToContiguous,
     PyObject_CheckBuffer, PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.memoryview cimport PyMemoryView_FromObject
+from cpython.memoryview cimport PyMemoryView_FromObject, PyMemoryView_GET_BUFFER
 from cpython.ref cimport Py_INCREF, PyTypeObject
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
@@ -26,7 +26,8 @@ from dsline._cpp.channel cimport (
     BackpressureRaise, CppBackpressure, CppChannel, CppChannelOptions, CppChannelStats, CppDeadLetter, CppDeath,
     CppLoan, CppOnDeath, CppOnStale, CppOpenMode, CppReceived, CppReport, CppStart, CppSubscribeOptions, Outcome,
     OutcomeClosed, OutcomeCorrupted, OutcomeDropped, OutcomeNotSynced, OutcomeOk, OutcomeTimedOut,
-    channel_directory as cpp_channel_directory, kArrayMessage, kBytesMessage, list_channels as cpp_list_channels,
+    channel_directory as cpp_channel_directory, kArrayMessage, kBytesMessage, kObjectMessage,
+    list_channels as cpp_list_channels,
 )
 from dsline._cpp.error cimport kErrorCodeCount
 from dsline._cpp.metadata cimport (
@@ -35,14 +36,16 @@ from dsline._cpp.metadata cimport (
 
 import errno as _errno
 import os as _os
+import sys as _sys
 
 import numpy as np
 
 from dsline import dtypes as _dtypes
+from dsline import objects as _objects
 from dsline import report as _report
 from dsline.errors import (
     BufferEmptyError, BufferFullError, BufferTooSmallError, ChannelClosedError, ChannelSystemError, CorruptedMessageError,
-    DslineError, FeatureUnavailableError, SchemaMismatchError,
+    DslineError, FeatureUnavailableError, SchemaMismatchError, SerializationError,
 )
 
 cnp.import_array()
@@ -304,12 +307,23 @@ cdef class ArrayHold:
         self._lease._exports -= 1
 
 
+cdef str what_it_holds(Lease lease):
+    return f"a pickled object of {lease._nbytes} bytes" if lease._kind == kObjectMessage else f"{lease._nbytes} plain bytes"
+
+
+cdef str how_to_receive(Lease lease):
+    return "use recv_object()" if lease._kind == kObjectMessage else "use recv() or recv_bytes()"
+
+
 cdef object array_over(Lease lease, object base):
     cdef ArrayLayout layout = lease._layout
     if layout is None:
         raise SchemaMismatchError(
-            f"the message holds {lease._nbytes} plain bytes, not an array; use recv() or recv_bytes(), or send an ndarray")
+            f"the message holds {what_it_holds(lease)}, not an array; {how_to_receive(lease)}, or send an ndarray")
     return layout.array_at(<void*> lease._payload, base, False)
+
+
+include "objects.pxi"
 
 
 cdef class Message:
@@ -380,6 +394,13 @@ cdef class Message:
         cdef Lease lease = self._open()
         array = array_over(lease, ArrayHold(lease))
         return array.copy(order="K") if copy else array
+
+    def object(self, *, copy=False):
+        """Return what was sent: the object of `send_object`, or an array, or bytes.
+
+        Unpickles, which runs code that the sender chose. As `recv_object` otherwise, but the message stays held.
+        """
+        return object_of(self._open(), copy)
 
     cdef Lease _unviewed(self):
         """The lease, when it is held and nobody looks at it; None when it was released before."""
@@ -679,6 +700,42 @@ cdef class Receiver:
             lease._nack = True  # the message comes again
             raise
 
+    def recv_object(self, *, timeout=DEFAULT, copy=False):
+        """Receive the next message as the object that was sent. Unpickles it, which runs code that the sender chose.
+
+        Parameters
+        ----------
+        timeout : float or None, optional
+            As for `recv`.
+        copy : bool
+            False: arrays in the object are read-only views on the slot, which is taken until the last of them is gone (those
+            of less than 1 KiB are copies). True: they are writable copies, and the slot is free at once.
+
+        Returns
+        -------
+        object
+            What `send_object` was given; an array or bytes where `send` was used.
+
+        Raises
+        ------
+        SerializationError
+            Unpickling failed. The message is given back: it comes again with the next `attempt`, and can be received raw by
+            `recv_message`; after `max_deliveries` of them it is among the `dead_letters`.
+        BufferEmptyError, ChannelClosedError, CorruptedMessageError
+            As for `recv`.
+        """
+        cdef CppReceived message
+        self._receive(message, timeout)
+        cdef Lease lease = self._lease(message)
+        try:
+            return object_of(lease, copy)
+        except:
+            # Also when it is an interrupt: nobody has got the object. Frames of the traceback may still hold views.
+            lease._nack = True
+            if lease._exports == 0:
+                lease._release()
+            raise
+
     def recv_bytes(self, *, timeout=DEFAULT):
         """Receive the next message as bytes of its own (one copy). Parameters and errors as for `recv`."""
         cdef CppReceived message
@@ -881,6 +938,7 @@ cdef class Receiver:
         lease._group = message.group
         lease._held = True
         self._handle.views += 1
+        lease._kind = message.kind
         if message.kind == kArrayMessage:
             lease._layout = self._layout_of(message)
         self._handle.received += 1
@@ -920,8 +978,8 @@ cdef class Receiver:
         self._handle.bytes_received -= message.payload_bytes
         self._cpp.put_back(message)
         raise SchemaMismatchError(
-            f"the message holds {message.payload_bytes} plain bytes, not an array; it stays in the channel: use recv() or "
-            "recv_bytes(), or send an ndarray")
+            f"the message holds {what_it_holds(lease)}, not an array; it stays in the channel: {how_to_receive(lease)}, or "
+            "send an ndarray")
 
     # --- dead letters, the newest message ------------------------------------------------------------------------
 
@@ -1395,6 +1453,54 @@ cdef class Channel(Receiver):
                 break
         return entered
 
+    def send_object(self, obj, *, timeout=DEFAULT, meta=None):
+        """Pickle any object (protocol 5) into a slot; its large buffers are copied once, not pickled.
+
+        Parameters
+        ----------
+        obj : object
+            Whatever pickle takes: dicts and dataclasses of arrays, frames of pandas and polars, tensors of torch …
+        timeout, meta
+            As for `send`.
+
+        Returns
+        -------
+        bool
+            As for `send`.
+
+        Raises
+        ------
+        SerializationError
+            It cannot be pickled. Nothing was sent.
+        BufferFullError, ChannelClosedError, MessageTooLargeError, SharedMemoryFullError
+            As for `send`.
+
+        Notes
+        -----
+        Pickles before it waits for room. Copies without the GIL from 64 KiB on.
+        """
+        require_open(self)
+        check_timeout(timeout)
+        try:
+            stream, buffers = pickle_object(obj)
+        except Exception as error:
+            raise SerializationError(
+                f"cannot pickle the {type(obj).__name__} to be sent: {type(error).__name__}: {error}; nothing was sent"
+            ) from error
+        return self._send_pickled(stream, buffers, timeout, meta)
+
+    cpdef bint _send_pickled(self, stream, list buffers, timeout=DEFAULT, meta=None) except -1:
+        """Send a pickle and its buffers, as `pickle_object` gives them."""
+        cdef CppLoan loan
+        cdef PickledParts parts = PickledParts(stream, buffers)
+        cdef bytes metadata = None if meta is None else encode_meta(meta, None)
+        require_open(self)
+        check_timeout(timeout)
+        if not self._alloc(loan, parts.nbytes, metadata, timeout):
+            return False
+        parts.write(loan.payload)
+        return self._publish(loan, kObjectMessage, 0)
+
     cdef int send_nogil(self, const void* data, size_t size, long long timeout_ns) except -1 nogil:
         """Send bytes without the GIL: 1 when they entered, 0 when a drop policy discarded them. `timeout_ns` < 0 waits
         for ever. Requires: the caller keeps this object alive and open."""
@@ -1426,7 +1532,7 @@ cdef class Channel(Receiver):
         if not PyObject_CheckBuffer(data):
             raise TypeError(
                 f"cannot send a {type(data).__name__}: send takes bytes-like objects and arrays; encode a str, turn a list "
-                "into an array with numpy.asarray, or serialise other objects yourself")
+                "into an array with numpy.asarray, or pickle other objects with send_object")
         metadata = None if meta is None else encode_meta(meta, None)
         PyObject_GetBuffer(data, &view, PyBUF_FULL_RO)
         try:

@@ -80,9 +80,13 @@ cdef class Reducers:
         found = (<dict> extra).get(kind)
         if kind is cnp.ndarray and (found is None or getattr(found, "__module__", "").startswith("dsline")):
             return reduce_array
-        if found is not None:
-            return found
-        return copyreg_table[kind]
+        if found is None:
+            found = copyreg_table.get(kind)
+        if found is None:
+            found = (<dict> _objects.extra_reducers()).get(kind)
+        if found is None:
+            raise KeyError(kind)
+        return found
 
 
 @cython.final

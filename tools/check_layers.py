@@ -53,7 +53,8 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "errors": frozenset({"report"}),
     "options": frozenset({"errors"}),
     "dtypes": frozenset({"errors"}),
-    "_core": frozenset({"errors", "dtypes", "report"}),
+    "objects": frozenset(),
+    "_core": frozenset({"errors", "dtypes", "objects", "report"}),
     "endpoint": frozenset({"_core", "errors", "options", "report"}),
     "groups": frozenset({"endpoint", "errors", "options"}),
     "channel": frozenset({"_core", "endpoint", "errors", "groups", "options"}),
@@ -85,6 +86,9 @@ PACKAGES: dict[str, frozenset[str]] = {
     "numpy": frozenset({"_core", "dtypes", "channel", "bench", "testing", "cli"}),
     "click": frozenset({"cli"}),
     "tqdm": frozenset({"cli", "bench"}),
+    # Never needed: only looked for, or loaded by the user already.
+    "torch": frozenset({"objects"}),
+    "polars": frozenset({"objects"}),
 }
 # Cython declarations come from these, and from dsline._cpp.
 CIMPORTS = frozenset({"libc", "libcpp", "cpython", "cython", "posix", "numpy"})
@@ -137,7 +141,7 @@ def imported(text: str) -> Iterator[tuple[str, str]]:
 
 
 def python_imports(path: Path) -> Iterator[tuple[str, str]]:
-    if path.suffix == ".pyx":
+    if path.suffix in (".pyx", ".pxi"):
         yield from imported(re.sub(r'"""(?:.|\n)*?"""', "", path.read_text()))
         return
     package = ["dsline", *path.parent.parts[path.parent.parts.index("dsline") + 1 :]]
