@@ -29,9 +29,8 @@ cdef enum:
     FORM_PICKLE = 1  # a pickle
     FORM_BUFFERS = 2  # {n, bytes of the pickle, n times {offset, size}} as uint64, the pickle, the buffers
 
-# A buffer below this is cheaper inside the pickle.
+# Alignment in bytes; what the feeding thread takes at a time; how often it asks for memory, 50 ms apart.
 cdef enum:
-    OUT_OF_BAND_BYTES = 1024
     BUFFER_ALIGNMENT = 64
     FEED_BATCH_BYTES = 8388608
     FEED_TRIES = 100
