@@ -191,7 +191,7 @@ cdef class QueueLink:
     cdef object _pickler
     cdef Sink _sink
     cdef object _shut_down_error
-    cdef object _start_feeder
+    cdef object _make_feeder
     cdef uint64_t _limit  # objects at most; 0: any number
     cdef bint _by_slots  # every slot is one object of the limit: put waits for a slot
     cdef bint _blocks  # put waits for a slot where there is no limit, too
@@ -200,10 +200,11 @@ cdef class QueueLink:
     cdef bint _closed
     cdef int _busy
     cdef object _backlog
-    cdef readonly object feeder
+    cdef readonly object feeder  # the last thread
+    cdef readonly bint feeding  # it has not come to its end
 
     def __init__(self, Channel channel not None, tally, *, limit, by_slots, blocks, counts, copy, backlog, shut_down_error,
-                 start_feeder):
+                 make_feeder):
         """`tally` is a descriptor that is taken over, or None for a new one."""
         cdef int fd
         require_open(channel)
@@ -225,7 +226,7 @@ cdef class QueueLink:
         self._copy = copy
         self._backlog = backlog
         self._shut_down_error = shut_down_error
-        self._start_feeder = start_feeder
+        self._make_feeder = make_feeder
 
     def descriptor(self):
         """Of the tally; it stays the link's."""
@@ -239,6 +240,7 @@ cdef class QueueLink:
         """The objects of the parent's backlog are the parent's to send, and its threads are not here."""
         self._backlog.clear()
         self.feeder = None
+        self.feeding = False
         self._pickler = None
         self._busy = 0
 
@@ -278,8 +280,10 @@ cdef class QueueLink:
         pickler.dump(obj)
         pickler.clear_memo()
         sink.chunks = sink.buffers = None
-        self._pickler = pickler
-        self._sink = sink
+        # Clearing costs what the largest memo so far had, so that of a large object is not kept.
+        if len(chunks) == 1 and len(chunks[0]) < NOGIL_COPY_BYTES:
+            self._pickler = pickler
+            self._sink = sink
         if len(chunks) == 1 and not buffers and PyBytes_CheckExact(chunks[0]):
             return chunks[0]
         return Parcel.make(chunks, buffers)
@@ -426,11 +430,16 @@ cdef class QueueLink:
             self._tally.add_pending(-1)
             raise self._shut_down_error
         self._backlog.append((data, form))
-        if self.feeder is None:
-            try:
-                self.feeder = self._start_feeder(self)
-            except RuntimeError:  # no thread can be started: the interpreter is about to end
-                self.feed()
+        if not self.feeding:
+            # Known before it starts: it may have come to its end before start() returns.
+            thread = self._make_feeder(self)
+            if not self.feeding:  # still, whatever ran meanwhile
+                self.feeding = True
+                self.feeder = thread
+                try:
+                    thread.start()
+                except RuntimeError:  # no thread can be started: the interpreter is about to end
+                    self.feed()
         return 0
 
     def feed(self):
@@ -457,7 +466,7 @@ cdef class QueueLink:
             self._handle.bytes_sent += total
             del entry, taken
         # Under the GIL since the look at the backlog: whoever puts something there now starts another thread.
-        self.feeder = None
+        self.feeding = False
         if self._tally.is_shut_down() and self._tally.pending() == 0:
             self._cpp.shutdown(False)
 

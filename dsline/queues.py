@@ -15,6 +15,7 @@ import multiprocessing.util
 import os
 import queue
 import threading
+import time
 import types
 import weakref
 from queue import Empty, Full
@@ -72,7 +73,7 @@ def _make_channel(slots: int, max_message_size: int | None) -> ShmChannel:
 
 
 class _Feeder:
-    """Starts the thread of a queue that sends what waits in this process for room, and waits for its end."""
+    """Makes the thread of a queue that sends what waits in this process for room; the process waits for it at its end."""
 
     def __init__(self) -> None:
         self.waits_at_exit = True
@@ -80,7 +81,6 @@ class _Feeder:
 
     def __call__(self, link: _core.QueueLink) -> threading.Thread:
         thread = threading.Thread(target=link.feed, name="QueueFeederThread", daemon=True)
-        thread.start()
         if self.waits_at_exit:
             # As multiprocessing does: a process ends when what it has put is on its way.
             self._finalizer = multiprocessing.util.Finalize(
@@ -101,7 +101,7 @@ class _Feeder:
 
 def _join(reference: weakref.ref[threading.Thread]) -> None:
     thread = reference()
-    if thread is not None:
+    if thread is not None and thread.ident is not None:
         thread.join()
 
 
@@ -190,7 +190,7 @@ class Queue(_core.QueueEnd, multiprocessing.queues.Queue):  # type: ignore[misc,
             copy=copy,
             backlog=collections.deque(),
             shut_down_error=ShutDown,
-            start_feeder=self._feeder,
+            make_feeder=self._feeder,
         )
         # A subclass may say what becomes of an object that cannot be pickled, as it may for multiprocessing's.
         hook = type(self)._on_queue_feeder_error
@@ -230,9 +230,14 @@ class Queue(_core.QueueEnd, multiprocessing.queues.Queue):  # type: ignore[misc,
         if not self._closed:
             raise AssertionError(f"Queue {self!r} not closed")
         if self._feeder.waits_at_exit:
-            thread = self._core_link().feeder
-            if thread is not None:
-                thread.join()
+            link = self._core_link()
+            while (thread := link.feeder) is not None:
+                try:
+                    thread.join()
+                except RuntimeError:  # another thread is about to start it
+                    time.sleep(0.001)
+                else:
+                    break
 
     def cancel_join_thread(self) -> None:
         """Let the process end without waiting for room for what it has put; that is lost then."""
@@ -308,7 +313,7 @@ class SimpleQueue(_core.SimpleQueueEnd, multiprocessing.queues.SimpleQueue):  # 
                 copy=copy,
                 backlog=collections.deque(),
                 shut_down_error=ShutDown,
-                start_feeder=None,
+                make_feeder=None,
             )
         )
         _queues.add(self)

@@ -19,17 +19,15 @@ theirs.multiprocessing = dsline.multiprocessing
 theirs.ProcessesMixin.Queue = staticmethod(dsline.multiprocessing.Queue)
 theirs.ProcessesMixin.JoinableQueue = staticmethod(dsline.multiprocessing.JoinableQueue)
 
-# The classes about queues, and those whose tests pass a queue along.
-CLASSES = (
-    "WithProcessesTestQueue",
-    "WithProcessesTestProcess",
-    "WithProcessesTestSubclassingProcess",
-    "WithProcessesTestCondition",
-    "TestSimpleQueue",
-    "TestStartMethod",
-    "TestStdinBadfiledescriptor",
-    "TestNoForkBomb",
-)
+# The classes about queues, and tests of others that use them: {class: methods, or None for all}.
+TESTS = {
+    "WithProcessesTestQueue": None,
+    "TestSimpleQueue": None,
+    "WithProcessesTestProcess": ("test_process", "test_process_mainthread_native_id", "test_lose_target_ref"),
+    "TestStartMethod": ("test_context", "test_set_get", "test_get_all", "test_mixed_startmethod"),
+    "TestStdinBadfiledescriptor": ("test_queue_in_process",),
+}
+LEAST = 15
 
 # What cannot apply: {method: why}. Every other method of these classes must pass.
 NOT_OURS = {
@@ -53,11 +51,9 @@ class PrintingQueue(dsline.Queue):
 def chosen(names):
     """The tests, and those that are left out with the reason."""
     suite, left_out = unittest.TestSuite(), []
-    for name in CLASSES:
-        if name not in names:
-            continue
+    for name, methods in TESTS.items():
         kind = names[name]
-        for method in unittest.defaultTestLoader.getTestCaseNames(kind):
+        for method in methods or unittest.defaultTestLoader.getTestCaseNames(kind):
             label = f"{name}.{method}"
             if label in NOT_OURS:
                 left_out.append((label, NOT_OURS[label]))
@@ -70,10 +66,8 @@ def chosen(names):
 
 
 def main(start_method):
-    names = {}
     theirs.install_tests_in_module_dict(globals(), start_method)
-    names.update({name: found for name, found in globals().items() if name in CLASSES})
-    suite, left_out = chosen(names)
+    suite, left_out = chosen(globals())
     setUpModule()  # noqa: F821
     try:
         result = unittest.TextTestRunner(verbosity=2, stream=sys.stdout).run(suite)
@@ -84,11 +78,11 @@ def main(start_method):
     for case, why in result.skipped:
         print(f"skipped: {case.id()}: {why}")
     print(f"ran {result.testsRun} tests, {len(result.failures) + len(result.errors)} failed")
-    return 0 if result.wasSuccessful() and result.testsRun >= 30 else 1
+    return 0 if result.wasSuccessful() and result.testsRun >= LEAST else 1
 
 
 if __name__ != "__main__":
     # In a child: its tests are found by the names of their classes here.
-    theirs.install_tests_in_module_dict(globals(), multiprocessing.get_start_method(allow_none=True) or "fork")
+    theirs.install_tests_in_module_dict(globals(), multiprocessing.get_start_method())
 else:
     sys.exit(main(sys.argv[1]))
