@@ -15,8 +15,11 @@ from dsline.latest import Latest
 from dsline.options import Backpressure, Checksum, OnDeath, OnStale, Start, Storage, Sync
 from dsline.queues import JoinableQueue, Queue, ShutDown, SimpleQueue
 from dsline.report import Blocker, ChannelReport, PeerDeath
+from dsline.specs import ArraySpec
+from dsline.waiting import wait
 
 __all__ = [
+    "ArraySpec",
     "Backpressure",
     "Blocker",
     "Broadcast",
@@ -42,12 +45,13 @@ __all__ = [
     "__version__",
     "build_config",
     "get_include",
+    "wait",
     *(name for name in _error_names if name != "TimeoutError"),
 ]
 
 
 def __getattr__(name: str) -> ModuleType:
     # Loaded at first use: nobody who only sends and receives pays for them.
-    if name in ("bench", "multiprocessing", "status", "testing"):
+    if name in ("aio", "bench", "multiprocessing", "status", "testing"):
         return importlib.import_module(f"dsline.{name}")
     raise AttributeError(f"module 'dsline' has no attribute {name!r}")

@@ -33,19 +33,22 @@ from dsline._cpp.error cimport kErrorCodeCount
 from dsline._cpp.metadata cimport (
     CppMetadata, CppMetadataBuilder, CppTag, array_bytes, parse_metadata, schema_hash,
 )
+from dsline._cpp.watch cimport CppWaited, CppWatch, SideMessage, SideRoom, most_waited, pretend_old_kernel, wait_for_any
 
 import errno as _errno
+from collections.abc import Mapping as _Mapping
 import os as _os
 import sys as _sys
 
 import numpy as np
 
 from dsline import dtypes as _dtypes
+from dsline import interop as _interop
 from dsline import objects as _objects
 from dsline import report as _report
 from dsline.errors import (
-    BufferEmptyError, BufferFullError, BufferTooSmallError, ChannelClosedError, ChannelSystemError, CorruptedMessageError,
-    DslineError, FeatureUnavailableError, SchemaMismatchError, SerializationError,
+    BufferEmptyError, BufferFullError, BufferTooSmallError, ChannelClosedError, ChannelLayoutError, ChannelSystemError,
+    CorruptedMessageError, DslineError, FeatureUnavailableError, SchemaMismatchError, SerializationError,
 )
 
 cnp.import_array()
@@ -99,6 +102,15 @@ def build_config():
 
 cdef object DEFAULT = object()
 DEFAULT_TIMEOUT = DEFAULT
+
+# In the place of a timeout: as 0, but with WouldBlock, which costs nothing to make, in the place of the error.
+cdef object TRY_ONCE = object()
+TRY = TRY_ONCE
+
+
+class WouldBlock(Exception):
+    """There is nothing to receive, or no room, now."""
+
 
 # A copy shorter than this costs less than letting go of the GIL and taking it again (60 to 90 ns).
 cdef enum:
@@ -157,7 +169,7 @@ def leave_all():
 
 cdef inline int check_timeout(object timeout) except -1:
     """Bad timeouts are refused also where nothing has to be waited for."""
-    if timeout is not DEFAULT and timeout is not None and not (type(timeout) in (int, float) and timeout >= 0):
+    if timeout is not DEFAULT and timeout is not TRY_ONCE and timeout is not None and not (type(timeout) in (int, float) and timeout >= 0):
         deadline_of(timeout)
     return 0
 
@@ -200,6 +212,7 @@ cdef class ArrayLayout:
             self.strides[i] = step
             step *= self.shape[i]
         self.nbytes = step
+        self.masked = self.names is not None and ndim == 0 and _interop.is_masked(dtype)
         return self
 
     cdef object array_at(self, void* data, object base, bint writable):
@@ -320,7 +333,11 @@ cdef object array_over(Lease lease, object base):
     if layout is None:
         raise SchemaMismatchError(
             f"the message holds {what_it_holds(lease)}, not an array; {how_to_receive(lease)}, or send an ndarray")
-    return layout.array_at(<void*> lease._payload, base, False)
+    array = layout.array_at(<void*> lease._payload, base, False)
+    return _interop.join_masked(array) if layout.masked else array
+
+
+include "dlpack.pxi"
 
 
 include "objects.pxi"
@@ -394,6 +411,60 @@ cdef class Message:
         cdef Lease lease = self._open()
         array = array_over(lease, ArrayHold(lease))
         return array.copy(order="K") if copy else array
+
+    def __array__(self, dtype=None, copy=None):
+        """The array that was sent, for `numpy.asarray`: a read-only view unless it has to be copied."""
+        array = self.array()
+        if dtype is not None and array.dtype != dtype:
+            if copy is False:
+                raise ValueError(f"the message holds {_specs.dtype_text(array.dtype)}: {dtype} needs a copy")
+            return array.astype(dtype)
+        return array.copy(order="K") if copy else array
+
+    def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
+        """The array that was sent, as a DLPack capsule: for `torch.from_dlpack(message)` and the like.
+
+        Parameters
+        ----------
+        stream : None or -1
+        max_version : tuple of int, optional
+            What the consumer understands. From (1, 0) on the capsule is marked read-only.
+        dl_device : tuple of int, optional
+            Only (1, 0), the memory of the host.
+        copy : bool, optional
+            True gives writable memory of the consumer's own; False and None a view on the slot.
+
+        Raises
+        ------
+        BufferError
+            Plain bytes were sent, DLPack has no such dtype, or the consumer asked for what cannot be.
+        ValueError
+            The message has been released.
+
+        Notes
+        -----
+        Does not copy unless asked to. The slot is taken until the consumer's tensor is gone.
+        """
+        return dlpack_of(self._open(), stream, max_version, dl_device, copy)
+
+    def __dlpack_device__(self):
+        """(1, 0): the memory of the host."""
+        return (DL_CPU, 0)
+
+    def record(self):
+        """Return the record that was sent: a dict with a read-only view per field, as `recv_record` does.
+
+        Raises
+        ------
+        SchemaMismatchError
+            Something else was sent.
+        ValueError
+            The message has been released.
+        """
+        cdef Lease lease = self._open()
+        if lease._layout is None or fields_of(lease._layout) is None:
+            raise SchemaMismatchError("the message holds no record; use payload or array()")
+        return record_over(lease._layout, lease._payload, ArrayHold(lease))
 
     def object(self, *, copy=False):
         """Return what was sent: the object of `send_object`, or an array, or bytes.
@@ -595,6 +666,9 @@ cdef dict decode_meta(bytes metadata):
     return meta
 
 
+include "schema.pxi"
+
+
 cdef inline int require_open(Receiver receiver) except -1:
     if receiver._cpp == NULL:
         raise ChannelClosedError("the channel was never opened")
@@ -611,6 +685,14 @@ cdef class Receiver:
         self._receives = self._cpp.can_receive()
         self._synced = self._cpp.is_synced()
         self._timeout = timeout
+        cdef bytes encoded = as_bytes(self._cpp.schema())
+        if encoded:
+            try:
+                self._schema = Schema.decode(encoded)
+            except (TypeError, ValueError) as error:
+                raise ChannelLayoutError(
+                    _errno.EINVAL, f"channel '{self._label()}' has a spec that cannot be read: {error}") from None
+            self._received_layout = self._checked_layout = self._schema.layout
         return 0
 
     def _join(self, Receiver parent, str group, int start, int on_death, bint durable, timeout):
@@ -666,7 +748,7 @@ cdef class Receiver:
         self._receive(message, 0)
         return PyMemoryView_FromObject(self._lease(message))
 
-    def recv_array(self, *, timeout=DEFAULT, copy=False):
+    def recv_array(self, *, timeout=DEFAULT, copy=False, out=None):
         """Receive the next message as the array that was sent.
 
         Parameters
@@ -675,22 +757,40 @@ cdef class Receiver:
             As for `recv`.
         copy : bool
             False gives a read-only view on the slot (no copy); True a writable array of its own (one copy).
+        out : numpy.ndarray, optional
+            Filled with the array (one copy) and returned; the slot is free at once. Writable, of the message's dtype and
+            shape, with any strides.
 
         Returns
         -------
         numpy.ndarray
-            With the dtype, shape and order that were sent.
+            With the dtype, shape and order that were sent; a masked array where one was sent; `out` where it is given. Of
+            a record, the structure without dimensions: see `recv_record`.
 
         Raises
         ------
         SchemaMismatchError
-            Plain bytes were sent. The message stays in the channel, to be received by `recv`.
+            Plain bytes were sent, or an array of another dtype or shape than `out` has. The message stays in the channel.
+        ValueError
+            `out` cannot be written. Nothing was taken.
+
+        Notes
+        -----
+        Releases the GIL while it waits, and while it copies 64 KiB and more into `out`.
         """
+        if out is not None:
+            if not cnp.PyArray_Check(out):
+                raise TypeError(f"out is a {type(out).__name__}, must be a numpy.ndarray")
+            if not cnp.PyArray_ISWRITEABLE(out):
+                raise ValueError("out is read-only, must be an array that can be written")
         cdef CppReceived message
         self._receive(message, timeout)
         cdef Lease lease = self._lease(message)
         if lease._layout is None:
             self._undo(lease, message)
+        if out is not None:
+            self._copy_to(out, lease, message)
+            return out
         array = array_over(lease, lease)
         if not copy:
             return array
@@ -699,6 +799,40 @@ cdef class Receiver:
         except:
             lease._nack = True  # the message comes again
             raise
+
+    def recv_record(self, *, timeout=DEFAULT):
+        """Receive the next message as the record that was sent.
+
+        Parameters
+        ----------
+        timeout : float or None, optional
+            As for `recv`.
+
+        Returns
+        -------
+        dict of str to numpy.ndarray
+            A read-only view per field; fields without dimensions are arrays of shape (). The slot is taken until the last
+            of them is gone.
+
+        Raises
+        ------
+        SchemaMismatchError
+            Something else was sent. The message stays in the channel.
+
+        Notes
+        -----
+        Does not copy. Releases the GIL while it waits.
+        """
+        cdef CppReceived message
+        self._receive(message, timeout)
+        cdef Lease lease = self._lease(message)
+        if lease._layout is None or fields_of(lease._layout) is None:
+            kind = what_it_holds(lease) if lease._layout is None else "an array that is no record"
+            self._untake(lease, message)
+            raise SchemaMismatchError(
+                f"the message holds {kind}; it stays in the channel: use recv() or recv_array(), or send a dict on a channel "
+                "whose spec is a dict")
+        return record_over(lease._layout, lease._payload, lease)
 
     def recv_object(self, *, timeout=DEFAULT, copy=False):
         """Receive the next message as the object that was sent. Unpickles it, which runs code that the sender chose.
@@ -739,7 +873,7 @@ cdef class Receiver:
     def recv_bytes(self, *, timeout=DEFAULT):
         """Receive the next message as bytes of its own (one copy). Parameters and errors as for `recv`."""
         cdef CppReceived message
-        self._receive(message, timeout)
+        self._receive_raw(message, timeout)
         cdef bytes copy
         try:
             copy = PyBytes_FromStringAndSize(<const char*> message.payload, message.payload_bytes)
@@ -776,7 +910,7 @@ cdef class Receiver:
         cdef uint64_t room
         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS)
         try:
-            self._receive(message, timeout)
+            self._receive_raw(message, timeout)
             room = view.len
             if message.payload_bytes > room:
                 self._cpp.put_back(message)
@@ -883,6 +1017,11 @@ cdef class Receiver:
             if outcome == OutcomeCorrupted:
                 raise self._corrupted_error(message)
             if deadline == -1:
+                if self._watch is not None:
+                    self._watch._cpp.get().arm_again()
+                if timeout is TRY_ONCE:
+                    self._between_slices()
+                    raise WouldBlock
                 deadline = deadline_of(timeout)
             if last or (timeout is not None and timeout == 0):
                 raise self._empty_error(timeout)
@@ -894,6 +1033,26 @@ cdef class Receiver:
             outcome = self._cpp.try_recv(message)
             if outcome == OutcomeOk:
                 return 0
+
+    cdef int _receive_raw(self, CppReceived& message, object timeout) except -1:
+        """Takes the next message for its bytes alone."""
+        self._receive(message, timeout)
+        if self._schema is not None:
+            try:
+                self._check_schema(self._layout_of(message) if message.kind == kArrayMessage else None, message)
+            except:
+                self._cpp.release(message.slot, message.process, message.group)
+                raise
+        return 0
+
+    cdef int _check_schema(self, ArrayLayout layout, CppReceived& message) except -1:
+        """Refuses a message that is not what the channel's spec says, as only a peer that ignores it can send it."""
+        if layout is not None and layout is self._checked_layout and message.schema_hash == layout.hash:
+            return 0
+        if not self._schema.fits(layout) or hash_of(layout) != message.schema_hash:
+            raise self._malformed_error(message, f"it is not what the spec of the channel says, {self._schema.text()}")
+        self._checked_layout = layout
+        return 0
 
     cdef int _refuse_receiving(self) except -1:
         require_open(self)
@@ -941,6 +1100,8 @@ cdef class Receiver:
         lease._kind = message.kind
         if message.kind == kArrayMessage:
             lease._layout = self._layout_of(message)
+        if self._schema is not None:
+            self._check_schema(lease._layout, message)
         self._handle.received += 1
         self._handle.bytes_received += message.payload_bytes
         return lease
@@ -972,14 +1133,68 @@ cdef class Receiver:
 
     cdef int _undo(self, Lease lease, CppReceived& message) except -1:
         """Puts a message back that is no array."""
+        self._untake(lease, message)
+        raise SchemaMismatchError(
+            f"the message holds {what_it_holds(lease)}, not an array; it stays in the channel: {how_to_receive(lease)}, or "
+            "send an ndarray")
+
+    cdef int _untake(self, Lease lease, CppReceived& message) noexcept:
+        """Puts a message back that nobody has seen; it comes next, as if it had not been taken."""
         lease._held = False
         self._handle.views -= 1
         self._handle.received -= 1
         self._handle.bytes_received -= message.payload_bytes
         self._cpp.put_back(message)
-        raise SchemaMismatchError(
-            f"the message holds {what_it_holds(lease)}, not an array; it stays in the channel: {how_to_receive(lease)}, or "
-            "send an ndarray")
+        return 0
+
+    cdef int _copy_to(self, object array, Lease lease, CppReceived& message) except -1:
+        """Fills an array of the caller with a message, and releases it."""
+        cdef cnp.ndarray target = array
+        cdef ArrayLayout layout = lease._layout
+        cdef const void* payload = lease._payload
+        cdef void* data = cnp.PyArray_DATA(target)
+        cdef size_t size = layout.nbytes
+        cdef object dtype = target.dtype
+        if (cnp.PyArray_NDIM(target) != layout.ndim
+                or memcmp(layout.shape, cnp.PyArray_DIMS(target), layout.ndim * sizeof(Py_ssize_t)) != 0
+                or (dtype is not layout.dtype and dtype != layout.dtype)):
+            self._untake(lease, message)
+            sent = tuple([layout.shape[i] for i in range(layout.ndim)])
+            raise SchemaMismatchError(
+                f"the message holds {_specs.dtype_text(layout.dtype)} {sent}, out is {_specs.array_text(array)}; the message "
+                "stays in the channel: give an array of its dtype and shape")
+        try:
+            if not cnp.PyArray_IS_F_CONTIGUOUS(target) if layout.fortran else not cnp.PyArray_IS_C_CONTIGUOUS(target):
+                PyArray_CopyInto(target, array_over(lease, lease))
+            elif size < NOGIL_COPY_BYTES:
+                memcpy(data, payload, size)
+            else:
+                with nogil:
+                    memcpy(data, payload, size)
+        except:
+            lease._nack = True  # the message comes again
+            raise
+        return 0
+
+    def _core_recv_encoded(self, str encoding, timeout):
+        """Receive the next message if it carries this encoding, as a `Message`; else it stays."""
+        cdef CppReceived message
+        cdef Message out = Message.__new__(Message)
+        self._receive(message, timeout)
+        self._fill(out, message)
+        try:
+            found = out.meta.get("encoding")
+        except CorruptedMessageError:
+            raise
+        except:
+            self._untake(out._lease, message)
+            raise
+        if found != encoding or message.kind != kBytesMessage:
+            self._untake(out._lease, message)
+            raise SchemaMismatchError(
+                f"the message is not marked with encoding {encoding!r}; it stays in the channel: use recv(), recv_array() or "
+                "recv_message()")
+        return out
 
     # --- dead letters, the newest message ------------------------------------------------------------------------
 
@@ -1051,11 +1266,15 @@ cdef class Receiver:
         cdef object value
         if message.kind == kArrayMessage:
             layout = self._layout_of(message)
+            if self._schema is not None:
+                self._check_schema(layout, message)
             if layout.nbytes == 0:
                 return layout.array_at(<void*> message.payload, None, False).copy(order="K")
             value = layout.new_array()
             target = <char*> cnp.PyArray_DATA(value)
         else:
+            if self._schema is not None:
+                self._check_schema(None, message)
             value = PyBytes_FromStringAndSize(NULL, message.payload_bytes)
             target = PyBytes_AS_STRING(value)
         if message.payload_bytes < NOGIL_COPY_BYTES:
@@ -1063,6 +1282,8 @@ cdef class Receiver:
         else:
             with nogil:
                 memcpy(target, message.payload, message.payload_bytes)
+        if message.kind == kArrayMessage and layout.masked:
+            return _interop.join_masked(value)
         return value
 
     def _core_wait_newer(self, newer_than, timeout):
@@ -1217,6 +1438,31 @@ cdef class Receiver:
         with nogil:
             self._cpp.unlink()
 
+    def fileno(self):
+        """Descriptor that is readable when there may be something to receive, for selectors and event loops.
+
+        Returns
+        -------
+        int
+            The same at every call, the handle's own: do not read from it, or close it. It goes with this object.
+
+        Raises
+        ------
+        FeatureUnavailableError
+            The channel is a Broadcast, which has no receivers but its subscribers.
+
+        Notes
+        -----
+        Readable when a message waits, and when receiving would raise an error at once (closed, shut down). It may be readable
+        for nothing, since others may take the message. It becomes unreadable by a receiving call that finds nothing, and by
+        this call: so receive until there is nothing, or call this again before each wait, as `select.select` does.
+        The first call starts a thread that watches all such handles of this process. Does not block.
+        """
+        if self._watch is None:
+            self._watch = Watch(self, False)
+        self._watch._cpp.get().arm()
+        return self._watch._cpp.get().descriptor()
+
     def fileno_shared(self):
         """Descriptor of the shared bytes, -1 for heap; it stays the channel's."""
         require_open(self)
@@ -1281,6 +1527,11 @@ cdef class Receiver:
     def _core_checksum(self):
         require_open(self)
         return self._cpp.checksum()
+
+    @property
+    def spec(self):
+        """What every message is: an `ArraySpec`, or a dict of them for records. None: messages of any kind."""
+        return None if self._schema is None else self._schema.spec
 
     def _core_handle(self):
         return self._handle
@@ -1352,6 +1603,11 @@ cdef class Channel(Receiver):
         given.dead_letters = options.get("dead_letters", -1)
         given.default_group = options.get("default_group", -1)
         given.sync = options.get("sync", -1)
+        cdef Schema schema = options.get("schema")
+        if schema is not None:
+            given.schema = schema.encoded
+            if schema.fixed:
+                given.default_slot_size = max(schema.layout.nbytes, 1)
         deadline_of(timeout)
         if kind == "named" or kind == "file":
             place = target
@@ -1383,7 +1639,9 @@ cdef class Channel(Receiver):
         ----------
         data : bytes, bytearray, memoryview, numpy.ndarray or any buffer exporter
             Arrays arrive as arrays: every dtype of fixed width, every shape, C and Fortran order kept; other strides
-            are gathered into C order by the one copy.
+            are gathered into C order by the one copy. Arrays of other packages are looked at by their `__dlpack__`,
+            `__array_interface__` or `__array__`; masked arrays travel with mask and fill value. On a channel with a spec, what the spec says and nothing else; for a
+            record, a dict with a value per field, each of which is copied once, straight into the slot.
         timeout : float or None, optional
             Seconds to wait for room with backpressure "block": None for ever, 0 not at all. The handle's by default.
         meta : dict, optional
@@ -1402,6 +1660,8 @@ cdef class Channel(Receiver):
             This handle is closed or the channel is shut down.
         MessageTooLargeError
             Larger than max_message_size.
+        SchemaMismatchError
+            Not what the channel's spec says; nothing was sent.
         SharedMemoryFullError
             The slot must grow and the memory is not there; nothing was written.
         TypeError
@@ -1496,6 +1756,8 @@ cdef class Channel(Receiver):
         cdef bytes metadata = None if meta is None else encode_meta(meta, None)
         require_open(self)
         check_timeout(timeout)
+        if self._schema is not None:
+            raise self._mismatch("a pickled object", "send an array")
         if not self._alloc(loan, parts.nbytes, metadata, timeout):
             return False
         parts.write(loan.payload)
@@ -1507,6 +1769,9 @@ cdef class Channel(Receiver):
         if self._cpp == NULL:
             with gil:
                 require_open(self)
+        if <void*> self._schema != <void*> None:
+            with gil:
+                raise self._mismatch("plain bytes", "send an array")
         cdef int64_t deadline = kForever if timeout_ns < 0 else monotonic_ns() + timeout_ns
         cdef Outcome outcome = self._cpp.send(data, size, self._policy, deadline)
         if outcome == OutcomeOk:
@@ -1525,11 +1790,16 @@ cdef class Channel(Receiver):
         cdef bytes metadata
         require_open(self)
         check_timeout(timeout)
+        if self._schema is not None:
+            return self._send_typed(data, timeout, meta)
         if PyBytes_CheckExact(data) and meta is None:
             return self._send_frame(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), kBytesMessage, None, 0, timeout)
         if cnp.PyArray_Check(data):
             return self._send_array(data, timeout, meta)
         if not PyObject_CheckBuffer(data):
+            array = _interop.as_array(data)
+            if array is not None:
+                return self._send_array(array, timeout, meta)
             raise TypeError(
                 f"cannot send a {type(data).__name__}: send takes bytes-like objects and arrays; encode a str, turn a list "
                 "into an array with numpy.asarray, or pickle other objects with send_object")
@@ -1545,6 +1815,72 @@ cdef class Channel(Receiver):
             return self._send_gathered(&view, metadata, timeout)
         finally:
             PyBuffer_Release(&view)
+
+    cdef bint _send_typed(self, object data, object timeout, object meta) except -1:
+        """What `send` does on a channel with a spec."""
+        if cnp.PyArray_CheckExact(data):
+            return self._send_array(data, timeout, meta)
+        if self._schema.record and isinstance(data, (dict, _Mapping)):
+            return self._send_record(data, timeout, meta)
+        if not cnp.PyArray_Check(data):
+            array = array_of(data)
+            if array is None:
+                given = f"{len(data)} plain bytes" if isinstance(data, (bytes, bytearray)) else f"a {type(data).__name__}"
+                raise self._mismatch(given, "send a dict of its fields" if self._schema.record else "send an array")
+            data = array
+        return self._send_array(data, timeout, meta)
+
+    cdef bint _send_masked(self, object array, object timeout, object meta) except -1:
+        """Data, mask and fill value of a masked array as one structure."""
+        cdef ArrayLayout layout = self._masked_layout
+        if self._schema is not None:
+            raise self._mismatch("a masked array", "send .filled()")
+        dtype, values = _interop.split_masked(array)
+        if layout is None or layout.dtype is not dtype:
+            layout = ArrayLayout.make(dtype, 0, NULL, False, None)
+            describe(layout)
+            self._masked_layout = layout
+        metadata = layout.metadata if meta is None else encode_meta(meta, layout)
+        return self._send_fields(layout, values, metadata, timeout)
+
+    cdef bint _send_record(self, object data, object timeout, object meta) except -1:
+        cdef ArrayLayout layout = self._schema.layout
+        cdef tuple fields = fields_of(layout)
+        cdef Field field
+        cdef bytes metadata
+        cdef list values = []
+        # Everything that can fail, and every line of Python, comes before the slot is taken.
+        for field in fields:
+            try:
+                value = data[field.name]
+            except KeyError:
+                raise self._mismatch(f"a dict without {field.name!r}", "give every field a value") from None
+            values.append(field_value(field, value))
+        if len(data) != len(fields):
+            extra = [name for name in data if name not in self._schema.spec]
+            raise self._mismatch(f"a dict with {', '.join(map(repr, extra))} beside", "leave these out")
+        metadata = layout.metadata if meta is None else encode_meta(meta, layout)
+        return self._send_fields(layout, values, metadata, timeout)
+
+    cdef bint _send_fields(self, ArrayLayout layout, list values, bytes metadata, object timeout) except -1:
+        """Copies each value into its field, straight into the slot. Requires: dtypes and shapes are those of the fields."""
+        cdef tuple fields = fields_of(layout)
+        cdef CppLoan loan
+        cdef Py_ssize_t i
+        if not self._alloc(loan, layout.nbytes, metadata, timeout):
+            return False
+        try:
+            for i in range(len(fields)):
+                write_field(loan.payload, fields[i], values[i])
+        except:
+            self._cpp.abort(loan)
+            raise
+        return self._publish(loan, kArrayMessage, layout.hash)
+
+    cdef object _mismatch(self, str given, str way):
+        return SchemaMismatchError(
+            f"channel '{self._label()}' takes {self._schema.text()}, and {given} was given; {way}, or use a channel with "
+            "another spec; nothing was sent")
 
     cdef bint _send_frame(self, const void* payload, uint64_t size, int kind, bytes metadata, uint64_t schema,
                           object timeout) except -1:
@@ -1589,12 +1925,12 @@ cdef class Channel(Receiver):
 
     cdef bint _send_array(self, object array, object timeout, object meta) except -1:
         if not cnp.PyArray_CheckExact(array) and isinstance(array, MaskedArray):
-            raise TypeError("cannot send a masked array: its mask would be lost; send .filled(), or .data and .mask")
+            return self._send_masked(array, timeout, meta)
         cdef cnp.ndarray source = array
         cdef ArrayLayout layout = self._layout_for(source)
         cdef bytes metadata = layout.metadata if meta is None else encode_meta(meta, layout)
         cdef CppLoan loan
-        if cnp.PyArray_IS_C_CONTIGUOUS(source) or (layout.fortran and cnp.PyArray_IS_F_CONTIGUOUS(source)):
+        if cnp.PyArray_IS_F_CONTIGUOUS(source) if layout.fortran else cnp.PyArray_IS_C_CONTIGUOUS(source):
             return self._send_frame(cnp.PyArray_DATA(source), layout.nbytes, kArrayMessage, metadata, layout.hash, timeout)
         if not self._alloc(loan, layout.nbytes, metadata, timeout):
             return False
@@ -1647,6 +1983,9 @@ cdef class Channel(Receiver):
             timeout = self._timeout
         if self._policy == BackpressureRaise:
             raise self._full_error(0)
+        if timeout is TRY_ONCE:
+            self._between_slices()
+            raise WouldBlock
         if deadline[0] == -1:
             deadline[0] = deadline_of(timeout)
         elif deadline[0] != kForever and monotonic_ns() >= deadline[0]:
@@ -1660,6 +1999,35 @@ cdef class Channel(Receiver):
         self._between_slices()
         return 0
 
+    def _core_send_filled(self, uint64_t size, fill, dict meta, timeout):
+        """Let `fill(window)` write a message of at most `size` bytes straight into its slot; it returns how many it wrote."""
+        cdef CppLoan loan
+        cdef Window window
+        cdef bytes metadata = encode_meta(meta, None)
+        require_open(self)
+        check_timeout(timeout)
+        if self._schema is not None:
+            raise self._mismatch("something else", "send an array")
+        if not self._alloc(loan, size, metadata, timeout):
+            return False
+        try:
+            window = Window.__new__(Window)
+            window._at = loan.payload
+            window._size = size
+            try:
+                written = fill(window)
+                if window._exports != 0:
+                    raise BufferError("the message is being written to after its writer has ended")
+                if not 0 <= written <= size:
+                    raise ValueError(f"the writer reports {written} bytes in a room of {size}")
+            finally:
+                window._at = NULL
+        except:
+            self._cpp.abort(loan)
+            raise
+        loan.payload_bytes = written
+        return self._publish(loan, kBytesMessage, 0)
+
     cdef ArrayLayout _layout_for(self, object array):
         """The layout of an array to be sent; the last one is remembered."""
         cdef cnp.ndarray source = array
@@ -1667,25 +2035,21 @@ cdef class Channel(Receiver):
         cdef int ndim = cnp.PyArray_NDIM(source)
         cdef bint fortran = cnp.PyArray_IS_F_CONTIGUOUS(source) and not cnp.PyArray_IS_C_CONTIGUOUS(source)
         cdef object dtype = source.dtype
-        cdef CppMetadataBuilder builder
         cdef int64_t shape[64]
-        cdef int64_t strides[64]
         cdef int i
         if (layout is not None and layout.dtype is dtype and (layout.names is None or layout.names == dtype.names)
                 and layout.ndim == ndim and layout.fortran == fortran
                 and memcmp(layout.shape, cnp.PyArray_DIMS(source), ndim * sizeof(Py_ssize_t)) == 0):
             return layout
-        for i in range(ndim):
-            shape[i] = cnp.PyArray_DIMS(source)[i]
-        layout = ArrayLayout.make(dtype, ndim, shape, fortran, None)
-        for i in range(ndim):
-            strides[i] = layout.strides[i]
-        if fortran:
-            add_layout(builder, dtype, ndim, shape, strides)
+        if self._schema is not None:
+            layout = self._schema.layout_for(source)
+            if layout is None:
+                raise self._mismatch(_specs.array_text(source), "convert it (astype, reshape)")
         else:
-            add_layout(builder, dtype, ndim, shape, NULL)
-        layout.metadata = as_bytes(builder.bytes())
-        layout.hash = schema_hash(PyBytes_AS_STRING(layout.metadata), PyBytes_GET_SIZE(layout.metadata))
+            for i in range(ndim):
+                shape[i] = cnp.PyArray_DIMS(source)[i]
+            layout = ArrayLayout.make(dtype, ndim, shape, fortran, None)
+            describe(layout)
         self._sent_layout = layout
         return layout
 
@@ -1710,6 +2074,38 @@ cdef class Channel(Receiver):
     def _not_synced_error(self):
         return ChannelSystemError(
             _errno.EIO, f"the message entered channel '{self._label()}' but its file could not be written to the disk")
+
+
+cdef object array_of(object data):
+    """The array that an object is or offers; None where it is none: text, bytes, plain buffers, scalars, lists."""
+    cdef Py_buffer view
+    cdef bint plain
+    if cnp.PyArray_Check(data):
+        return data
+    if PyObject_CheckBuffer(data):
+        PyObject_GetBuffer(data, &view, PyBUF_FULL_RO)
+        plain = view.ndim == 1 and (view.format == NULL or view.format[0] in b"Bbc" and view.format[1] == 0)
+        PyBuffer_Release(&view)
+        return None if plain else array_from_buffer(data)
+    return _interop.as_array(data)
+
+
+cdef object field_value(Field field, object value):
+    """The array of exactly a field's dtype and shape that holds `value`."""
+    cdef ArrayLayout layout = field.layout
+    cdef cnp.ndarray source
+    if cnp.PyArray_CheckExact(value):
+        source = value
+        if (source.dtype is layout.dtype and cnp.PyArray_NDIM(source) == layout.ndim
+                and memcmp(layout.shape, cnp.PyArray_DIMS(source), layout.ndim * sizeof(Py_ssize_t)) == 0):
+            return value
+    elif layout.ndim == 0 and isinstance(value, (float, int)):
+        return _specs.scalar_of_field(field.name, value, layout.dtype)
+    elif not isinstance(value, (np.generic, int, float, str, bytes, complex)):
+        array = array_of(value)
+        value = value if array is None else array
+    shape = tuple([layout.shape[i] for i in range(layout.ndim)])
+    return _specs.value_of_field(field.name, value, layout.dtype, shape)
 
 
 cdef object array_from_buffer(object data):
@@ -1756,3 +2152,4 @@ cdef str as_text(const string& text):
 
 
 include "queues.pxi"
+include "watch.pxi"

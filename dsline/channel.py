@@ -6,9 +6,14 @@ import os
 import pathlib
 from typing import Any, NoReturn, Self
 
-from dsline import _core
+from dsline import _core, interop
 from dsline.endpoint import Endpoint, Stats, descriptor_for_child, teach_multiprocessing
-from dsline.errors import ChannelNotFoundError, FeatureUnavailableError, InvalidArgumentError
+from dsline.errors import (
+    ChannelNotFoundError,
+    FeatureUnavailableError,
+    InvalidArgumentError,
+    SchemaMismatchError,
+)
 from dsline.groups import Subscriber
 from dsline.options import (
     BACKPRESSURE_CODES,
@@ -24,6 +29,7 @@ from dsline.options import (
     Sync,
     parse_enum,
 )
+from dsline.specs import ArraySpec, Spec, spec_text
 
 __all__ = ["FileChannel", "ShmChannel", "Stats"]
 
@@ -66,16 +72,23 @@ def _options(
     max_deliveries: int | None = None,
     dead_letters: int | None = None,
     sync: Sync | str | None = None,
+    spec: Spec | None = None,
 ) -> dict[str, Any]:
     """Check what a creator may choose, in the form that `_core` takes."""
     if type(mode) is not int or not 0o600 <= mode <= 0o666 or mode & 0o111:
         raise InvalidArgumentError(f"mode is {mode!r}, must be permission bits from 0o600 to 0o666")
     kept = _size("history", history, 1 << 20, least=0)
     letters = _size("dead_letters", dead_letters, 1 << 20, least=0)
+    schema = None if spec is None else _core.make_schema(spec)
+    most = _size("max_message_size", max_message_size)
+    if schema is not None and schema.fixed and most is not None and most < schema.layout.nbytes:
+        raise InvalidArgumentError(
+            f"max_message_size is {most}, and every message of {spec_text(schema.spec)} has {schema.layout.nbytes} bytes"
+        )
     return {
         "capacity": _size("capacity", capacity, 1 << 20),
         "slot_size": _size("slot_size", slot_size),
-        "max_message_size": _size("max_message_size", max_message_size),
+        "max_message_size": most,
         "max_handles": _size("max_handles", max_handles, 256),
         "checksum": -1 if checksum is None else CHECKSUM_CODES[parse_enum(Checksum, checksum, "checksum")],
         "mode": mode,
@@ -85,6 +98,7 @@ def _options(
         "max_deliveries": _size("max_deliveries", max_deliveries, 15),
         "dead_letters": -1 if letters is None else letters,
         "sync": -1 if sync is None else SYNC_CODES[parse_enum(Sync, sync, "sync")],
+        "schema": schema,
     }
 
 
@@ -99,8 +113,27 @@ class _Channel(Endpoint, _core.Channel):
     ) -> None:
         self._backpressure = parse_enum(Backpressure, policy, "backpressure")
         options = {**options, "default_group": int(self._default_group)}
-        self._open(kind, target, options, mode, BACKPRESSURE_CODES[self._backpressure], timeout)
+        try:
+            self._open(kind, target, options, mode, BACKPRESSURE_CODES[self._backpressure], timeout)
+        except SchemaMismatchError as error:
+            raise self._other_spec(error, options["schema"].spec) from None
         self._default_timeout = timeout
+
+    def _other_spec(self, error: SchemaMismatchError, asked: Spec) -> SchemaMismatchError:
+        """Name both specs."""
+        has: Spec | None = None
+        if error._schema:
+            try:
+                has = _core.read_schema(error._schema).spec
+            except (TypeError, ValueError) as why:
+                return SchemaMismatchError(f"channel {self._name!r} has a spec that cannot be read: {why}")
+        hint = ""
+        if isinstance(has, dict) and not isinstance(asked, ArraySpec) and has == dict(asked):
+            hint = " (the same fields in another order)"
+        return SchemaMismatchError(
+            f"channel {self._name!r} carries {spec_text(has)}, and {spec_text(asked)} was asked for{hint}; open it without "
+            "a spec to take the channel's, or choose another name"
+        )
 
     @property
     def backpressure(self) -> Backpressure:
@@ -149,6 +182,46 @@ class _Channel(Endpoint, _core.Channel):
         if timeout is _core.DEFAULT_TIMEOUT:
             timeout = self._default_timeout
         return Subscriber._of(self, group, start, on_death, durable, timeout)
+
+    def send_arrow(
+        self,
+        data: Any,
+        *,
+        timeout: float | None = _core.DEFAULT_TIMEOUT,
+        meta: dict[str, Any] | None = None,
+    ) -> bool:
+        """Send a table or record batch as an Arrow IPC stream, written straight into the slot.
+
+        Parameters
+        ----------
+        data : object with ``__arrow_c_stream__`` or ``__arrow_c_array__``
+            A pyarrow Table or RecordBatch, a polars or pandas DataFrame, and the like.
+        timeout, meta : optional
+            As for `send`. The message is marked by ``meta["encoding"] == "arrow"``, which cannot be given.
+
+        Returns
+        -------
+        bool
+            As for `send`.
+
+        Raises
+        ------
+        FeatureUnavailableError
+            Neither pyarrow nor polars is installed.
+        SerializationError
+            Arrow cannot write it.
+        TypeError
+            `data` is no table.
+        Other errors as for `send`.
+
+        Notes
+        -----
+        Copies once. pyarrow writes where it is installed, else polars, which encodes the frame twice: once to learn its size.
+        """
+        if meta is not None and "encoding" in meta:
+            raise InvalidArgumentError("meta has an 'encoding', which send_arrow sets itself; leave it out")
+        size, fill = interop.arrow_writer(data)
+        return self._core_send_filled(size, fill, {**(meta or {}), "encoding": interop.ARROW}, timeout)
 
     def alloc(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not built yet: raises FeatureUnavailableError."""
@@ -230,6 +303,7 @@ class SharedMemoryChannel(_Channel):
         history: int | None = None,
         max_deliveries: int | None = None,
         dead_letters: int | None = None,
+        spec: Spec | None = None,
     ) -> None:
         options = _options(
             capacity=capacity,
@@ -243,6 +317,7 @@ class SharedMemoryChannel(_Channel):
             history=history,
             max_deliveries=max_deliveries,
             dead_letters=dead_letters,
+            spec=spec,
         )
         self._begin(name, options, _OPEN_OR_CREATE, backpressure, timeout, storage)
 
@@ -285,6 +360,7 @@ class SharedMemoryChannel(_Channel):
         history: int | None = None,
         max_deliveries: int | None = None,
         dead_letters: int | None = None,
+        spec: Spec | None = None,
     ) -> Self:
         """Create a channel; ChannelExistsError when one of that name is in use. Parameters as for the class."""
         options = _options(
@@ -299,6 +375,7 @@ class SharedMemoryChannel(_Channel):
             history=history,
             max_deliveries=max_deliveries,
             dead_letters=dead_letters,
+            spec=spec,
         )
         channel = cls.__new__(cls)
         channel._begin(name, options, _CREATE, backpressure, timeout, storage)
@@ -311,14 +388,18 @@ class SharedMemoryChannel(_Channel):
         *,
         backpressure: Backpressure | str = Backpressure.BLOCK,
         timeout: float | None = None,
+        spec: Spec | None = None,
     ) -> Self:
-        """Open the channel of that name, whatever its geometry; ChannelNotFoundError when there is none."""
+        """Open the channel of that name, whatever its geometry; ChannelNotFoundError when there is none.
+
+        With a `spec`, SchemaMismatchError when the channel has another one, or none.
+        """
         channel = cls.__new__(cls)
         if name is None:
             raise TypeError(
                 "name is None, but an anonymous channel cannot be opened: pass its handle to the process"
             )
-        options = _options()
+        options = _options(spec=spec)
         channel._begin(name, options, _OPEN, backpressure, timeout, Storage.SHM)
         return channel
 
@@ -377,11 +458,17 @@ class ShmChannel(SharedMemoryChannel):
         Deliveries of a message whose receivers die or give it back, before it becomes a dead letter: 3 when created, up to 15.
     dead_letters : int, optional
         Dead letters that are kept, in slots of the channel, 16 when created; the oldest goes for a newer one.
+    spec : ArraySpec or dict of str to ArraySpec, optional
+        What every message is: an array of this shape, dtype and order, or a record with these fields. Kept with the channel
+        and checked whenever it is opened and at every send; an opener without a spec takes the channel's. `slot_size` is
+        the size of such a message then, unless given.
 
     Raises
     ------
     ChannelMismatchError
         The channel exists with another geometry than the one given.
+    SchemaMismatchError
+        The channel exists with another spec than the one given.
     SharedMemoryFullError
         The memory cannot be reserved.
     ChannelLayoutError, ChannelPermissionError
@@ -430,6 +517,7 @@ class FileChannel(_Channel):
         max_deliveries: int | None = None,
         dead_letters: int | None = None,
         sync: Sync | str | None = None,
+        spec: Spec | None = None,
     ) -> Self:
         """Create the file; ChannelExistsError when it exists (on_stale="reset" replaces a channel that nobody uses).
 
@@ -452,6 +540,7 @@ class FileChannel(_Channel):
             max_deliveries=max_deliveries,
             dead_letters=dead_letters,
             sync=sync,
+            spec=spec,
         )
         return cls._at(path, options, _CREATE, backpressure, timeout)
 
@@ -462,9 +551,13 @@ class FileChannel(_Channel):
         *,
         backpressure: Backpressure | str = Backpressure.BLOCK,
         timeout: float | None = None,
+        spec: Spec | None = None,
     ) -> Self:
-        """Open the channel in a file; ChannelNotFoundError when there is none."""
-        options = _options()
+        """Open the channel in a file; ChannelNotFoundError when there is none.
+
+        With a `spec`, SchemaMismatchError when the channel has another one, or none.
+        """
+        options = _options(spec=spec)
         return cls._at(path, options, _OPEN, backpressure, timeout)
 
     @classmethod

@@ -148,7 +148,9 @@ class CorruptedMessageError(ChannelError):
 
 
 class SchemaMismatchError(ChannelError, TypeError):
-    """The message is not of the kind that was asked for."""
+    """What is sent, received or opened is not of the kind that the channel carries, or that was asked for."""
+
+    _schema: bytes | None = None  # the channel's, encoded, until it is put into words
 
 
 class TooManyHandlesError(ChannelError):
@@ -210,6 +212,7 @@ CORE_ERRORS: tuple[type[DslineError], ...] = (
     BufferTooSmallError,
     TimeoutError,
     TooManyGroupsError,
+    SchemaMismatchError,
 )
 
 _DEFAULT_ERRNO: dict[type[DslineError], int] = {
@@ -223,7 +226,7 @@ _DEFAULT_ERRNO: dict[type[DslineError], int] = {
 }
 
 
-def from_core(code: int, os_errno: int, message: str) -> DslineError:
+def from_core(code: int, os_errno: int, message: str, detail: bytes = b"") -> DslineError:
     """Make the exception for an error of the C++ core.
 
     Parameters
@@ -234,6 +237,8 @@ def from_core(code: int, os_errno: int, message: str) -> DslineError:
         The errno of the failed system call, 0 where none failed.
     message : str
         What went wrong, for people.
+    detail : bytes
+        Of a SchemaMismatchError: the schema that the channel has.
 
     Returns
     -------
@@ -243,4 +248,7 @@ def from_core(code: int, os_errno: int, message: str) -> DslineError:
     cls = CORE_ERRORS[code] if 0 <= code < len(CORE_ERRORS) else ChannelError
     if issubclass(cls, OSError):
         return cls(os_errno or _DEFAULT_ERRNO[cls], message)
-    return cls(message)
+    error = cls(message)
+    if isinstance(error, SchemaMismatchError):
+        error._schema = detail
+    return error

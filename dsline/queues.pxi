@@ -236,6 +236,10 @@ cdef class QueueLink:
     def channel(self):
         return self._channel
 
+    @property
+    def closed(self):
+        return self._closed
+
     def after_fork(self):
         """The objects of the parent's backlog are the parent's to send, and its threads are not here."""
         self._backlog.clear()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.context
 import multiprocessing.queues
 import multiprocessing.reduction
@@ -272,6 +273,33 @@ class JoinableQueue(Queue, multiprocessing.queues.JoinableQueue):  # type: ignor
         self._core_join()
 
 
+class _PipeEnd:
+    """What programs find in the place of a pipe of multiprocessing's SimpleQueue: concurrent.futures waits for its
+    `_reader` among other things and receives from it."""
+
+    def __init__(self, owner: SimpleQueue) -> None:
+        self._owner = owner
+
+    @property
+    def closed(self) -> bool:
+        return self._owner._core_link().closed
+
+    def fileno(self) -> int:
+        return self._owner._core_link().channel.fileno()
+
+    def poll(self, timeout: float | None = 0.0) -> bool:
+        return not self._owner.empty() or bool(multiprocessing.connection.wait([self], timeout))
+
+    def recv(self) -> Any:
+        return self._owner.get()
+
+    def send(self, obj: Any) -> None:
+        self._owner.put(obj)
+
+    def close(self) -> None:
+        self._owner.close()
+
+
 class SimpleQueue(_core.SimpleQueueEnd, multiprocessing.queues.SimpleQueue):  # type: ignore[misc,type-arg]
     """A queue of few words, to be put in the place of `multiprocessing.SimpleQueue`: put, get, empty, close.
 
@@ -329,3 +357,9 @@ class SimpleQueue(_core.SimpleQueueEnd, multiprocessing.queues.SimpleQueue):  # 
 
     def _after_fork(self) -> None:
         self._core_link().after_fork()
+
+    @property
+    def _reader(self) -> _PipeEnd:
+        return _PipeEnd(self)
+
+    _writer = _reader

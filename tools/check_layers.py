@@ -40,6 +40,7 @@ CPP_LAYERS: dict[str, frozenset[str]] = {
             "dsline/channel.hpp",
             "dsline/build.hpp",
             "dsline/tally.hpp",
+            "dsline/watch.hpp",
         }
     ),
 }
@@ -53,15 +54,18 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "errors": frozenset({"report"}),
     "options": frozenset({"errors"}),
     "dtypes": frozenset({"errors"}),
+    "specs": frozenset({"errors", "dtypes"}),
+    "interop": frozenset({"errors"}),
     "objects": frozenset(),
-    "_core": frozenset({"errors", "dtypes", "objects", "report"}),
-    "endpoint": frozenset({"_core", "errors", "options", "report"}),
+    "_core": frozenset({"errors", "dtypes", "interop", "objects", "report", "specs"}),
+    "endpoint": frozenset({"_core", "errors", "interop", "options", "report"}),
     "groups": frozenset({"endpoint", "errors", "options"}),
-    "channel": frozenset({"_core", "endpoint", "errors", "groups", "options"}),
+    "channel": frozenset({"_core", "endpoint", "errors", "groups", "interop", "options", "specs"}),
     "broadcast": frozenset({"channel"}),
     "queues": frozenset({"_core", "channel", "errors"}),
     "multiprocessing": frozenset({"queues"}),
-    "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report"}),
+    "waiting": frozenset({"_core", "endpoint", "errors"}),
+    "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report", "specs"}),
     "__init__": frozenset(
         {
             "_interpreter",
@@ -74,8 +78,11 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
             "options",
             "queues",
             "report",
+            "specs",
+            "waiting",
         }
     ),
+    "aio": frozenset({"_core", "endpoint", "errors", "waiting"}),
     "status": frozenset({"_core", "errors", "report"}),
     "testing": frozenset({"dsline", "_core", "errors"}),
     "bench": frozenset({"dsline", "errors"}),
@@ -83,7 +90,7 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "__main__": frozenset({"cli"}),
 }
 PACKAGES: dict[str, frozenset[str]] = {
-    "numpy": frozenset({"_core", "dtypes", "channel", "bench", "testing", "cli"}),
+    "numpy": frozenset({"_core", "aio", "dtypes", "interop", "specs", "channel", "bench", "testing", "cli"}),
     "click": frozenset({"cli"}),
     "tqdm": frozenset({"cli", "bench"}),
     # Never needed: only looked for, or loaded by the user already.

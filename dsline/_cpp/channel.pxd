@@ -61,6 +61,8 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         int dead_letters
         int default_group
         int sync
+        uint64_t default_slot_size
+        string schema
 
     cdef cppclass CppSubscribeOptions "dsline::SubscribeOptions":
         string group
@@ -265,6 +267,7 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         uint32_t max_deliveries() noexcept
         cbool has_default_group() noexcept
         cbool is_synced() noexcept
+        const string& schema() noexcept
         string group() except +raise_current_error
         cbool can_receive() noexcept
         string storage() except +raise_current_error

@@ -31,7 +31,6 @@ LEAST = 15
 
 # What cannot apply: {method: why}. Every other method of these classes must pass.
 NOT_OURS = {
-    "TestSimpleQueue.test_closed": "probes private attributes, the pipes of multiprocessing's class",
     "TestStartMethod.test_mixed_startmethod": (
         "demands that a queue made for fork is refused by a spawned process; dsline's has no lock that forces this, and works"
     ),

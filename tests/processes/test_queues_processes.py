@@ -392,6 +392,9 @@ if __name__ == "__main__":
         assert other.apply(square, (3,)) == 9
     with mp.Manager() as manager:
         assert list(manager.list([1])) == [1]
+    from concurrent.futures import ProcessPoolExecutor
+    with ProcessPoolExecutor(2, mp_context=mp.get_context(sys.argv[1])) as executor:
+        assert list(executor.map(square, range(20))) == [x * x for x in range(20)]
     print(type(q).__module__, mp.get_start_method())
 """
 

@@ -63,6 +63,10 @@ struct ChannelOptions {
   int dead_letters = -1;             ///< kept at most
   int default_group = -1;            ///< 1: what is sent waits for a receiver; 0: only named groups get it
   int sync = -1;                     ///< 1: send returns when the message is on the disk (files)
+  std::uint64_t default_slot_size = 0;  ///< where a channel is created without `slot_size`; 0: 65536
+  /// What every message has to be: metadata entries that describe an array (dsline/metadata.hpp), written and read by the
+  /// language binding; the core stores and compares it. Empty: not given. Another one than the channel's is refused.
+  std::string schema;
 };
 
 /// Which group a handle takes part in.
@@ -230,6 +234,9 @@ enum class Removal : int {
   TooYoung = 4,
 };
 
+class Watch;
+struct Waited;
+
 /// One open handle of a channel: sends and receives.
 ///
 /// Threads: any number may call; close() must not run while another thread is inside a try_ call (send() and recv() may,
@@ -359,6 +366,8 @@ class Channel {
   std::uint32_t max_deliveries() const noexcept;
   bool has_default_group() const noexcept;
   bool is_synced() const noexcept;
+  /// The creator's schema; empty: messages may be of any kind.
+  const std::string& schema() const noexcept;
   /// Name of the group that this handle receives for; empty: the default group.
   std::string group() const;
   /// False for a handle that can only send: the channel has no default group, and this handle no group of its own.
@@ -374,6 +383,9 @@ class Channel {
   int descriptor() const noexcept;
 
  private:
+  friend class Watch;  // watch.hpp
+  friend Outcome wait_for_any(Waited* list, std::size_t count, std::int64_t deadline_ns, bool spin);
+
   struct Impl;
   explicit Channel(std::unique_ptr<Impl> impl);
   static std::shared_ptr<Channel> make(std::unique_ptr<Impl> impl);

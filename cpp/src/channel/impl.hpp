@@ -13,6 +13,7 @@
 #include "delivery/dead_letters.hpp"
 #include "delivery/publication.hpp"
 #include "dsline/channel.hpp"
+#include "dsline/watch.hpp"
 #include "liveness/membership.hpp"
 #include "order/group.hpp"
 #include "order/order_ring.hpp"
@@ -130,6 +131,27 @@ struct Channel::Impl {
 
   // --- waiting.cpp ---
   class Sleeper;
+  class Watched;
+  void begin_to_sleep(waiting::WaitPoint point, std::uint32_t& count, std::uint64_t reason);
+  void end_sleep(waiting::WaitPoint point, std::uint32_t& count);
+  void begin_to_sleep(Side side);
+  void end_sleep(Side side);
+  waiting::WaitPoint point(Side side) noexcept {
+    return side == Side::Room ? pool.space() : group.messages();
+  }
+  bool message_or_end() noexcept;
+  bool certain_message_or_end() noexcept;
+  bool is_at_end() noexcept;
+  bool room_or_end(bool surely) noexcept;
+  /// Whether a wait is over, for who does not try himself. `surely`: for the last look before sleeping.
+  bool is_ready(Side side, bool surely) noexcept {
+    if (side == Side::Room) return room_or_end(surely);
+    return message_or_end() && (!surely || certain_message_or_end());
+  }
+  /// What somebody who waits does after a slice in vain; true when he had better try again.
+  bool look_after(Side side) noexcept;
+  /// Called by who was woken and takes nothing.
+  void pass_on(Side side) noexcept;
   template <class Ready, class Surely>
   Outcome wait(waiting::WaitPoint point, std::uint32_t& count, std::uint64_t reason,
                waiting::AdaptiveSpin& spinner, Ready ready, Surely surely, std::uint64_t done,
@@ -150,6 +172,7 @@ struct Channel::Impl {
   void shutdown(bool at_once);
   void wake_receivers() noexcept;
   void close() noexcept;
+  void end_watches() noexcept;
   void leave_if_idle() noexcept;
   void leave() noexcept;
   void leave_group() noexcept;

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 
 #include "memory/layout.hpp"
 #include "memory/storage.hpp"
@@ -18,10 +19,12 @@ namespace dsline::memory {
 /// Threads: any number.
 class Region {
  public:
-  /// Lays out a new region in an empty storage and reserves it; slots, order and groups are still zero. Nobody else
+  /// Lays out a new region in an empty storage and reserves it, with a schema of
+  /// geometry.schema_bytes; slots, order and groups are still zero. Nobody else
   /// can reach it yet.
   static std::unique_ptr<Region> create(std::unique_ptr<Storage> storage, const Geometry& geometry,
-                                        const Rules& rules, std::uint64_t first_position);
+                                        const Rules& rules, std::uint64_t first_position,
+                                        std::string_view schema = {});
   /// Maps a region that exists. Throws Error(ChannelLayout) when the bytes are not one of this version.
   static std::unique_ptr<Region> attach(std::unique_ptr<Storage> storage);
   ~Region();
@@ -29,6 +32,8 @@ class Region {
   const Geometry& geometry() const noexcept { return geometry_; }
   Storage& storage() const noexcept { return *storage_; }
   const Rules& rules() const noexcept { return rules_; }
+  /// What every message has to be, as the creator wrote it (a private copy); empty: anything.
+  const std::string& schema() const noexcept { return schema_; }
   Checksum checksum() const noexcept { return static_cast<Checksum>(rules_.checksum); }
   bool keeps_history() const noexcept { return rules_.history != 0; }
   /// Number of the retention group. Requires: keeps_history().
@@ -83,6 +88,7 @@ class Region {
   std::unique_ptr<Storage> storage_;
   Geometry geometry_{};
   Rules rules_{};
+  std::string schema_;
   std::byte* control_ = nullptr;
   const std::byte* arena_ = nullptr;
   base::Atomic<std::byte*> writable_arena_{nullptr};
@@ -106,6 +112,7 @@ enum class Found {
 struct Inspection {
   Found found;
   std::string reason;  ///< for people, empty for Channel
+  std::string schema;  ///< of a Channel
 };
 Inspection inspect(const Storage& storage);
 
