@@ -318,16 +318,19 @@ cdef class QueueLink:
                 else:
                     with nogil:
                         parcel.fill(<char*> loan.payload)
-                outcome = self._publish(loan, form)
+                outcome = self._publish(loan, form, False)
         if outcome == OutcomeOk:
             self._handle.sent += 1
             self._handle.bytes_sent += size
         return outcome
 
-    cdef Outcome _publish(self, CppLoan& loan, int form) noexcept nogil:
+    cdef Outcome _publish(self, CppLoan& loan, int form, bint kept) noexcept nogil:
+        """Publishes; `kept` says that the object has waited here for room."""
         cdef Outcome outcome
         if self._counts:
             self._tally.enter()
+        if kept:
+            self._tally.let_go()
         outcome = self._cpp.publish(loan, kBytesMessage, form)
         if outcome != OutcomeOk and self._counts:
             self._tally.take_back()
@@ -407,7 +410,7 @@ cdef class QueueLink:
         cdef bint last = False
         while True:
             word = self._tally.room_word()
-            if self._cpp.depth() + self._tally.pending() < self._limit:
+            if self.size() < self._limit:
                 return 0
             if self._tally.is_shut_down():
                 raise self._shut_down_error
@@ -428,10 +431,11 @@ cdef class QueueLink:
             self._offer(data, parcel, form)  # raises
         if parcel is not None:
             data = parcel.flat()
-        self._tally.add_pending(1)
+        self._tally.keep()
         # Dekker with shutdown(): it sets the flag, then looks whether anything is pending.
         if self._tally.is_shut_down():
-            self._tally.add_pending(-1)
+            self._tally.let_go()
+            self._tally.sent()
             raise self._shut_down_error
         self._backlog.append((data, form))
         if not self.feeding:
@@ -488,7 +492,8 @@ cdef class QueueLink:
                     _time.sleep(0.05)
                     continue
                 _traceback.print_exc()
-                self._tally.add_pending(-1)
+                self._tally.let_go()
+                self._tally.sent()
                 at += 1
             failures = 0
         return 0
@@ -502,16 +507,18 @@ cdef class QueueLink:
             outcome = OutcomeClosed
             if not gone and not self._tally.is_shut_down_at_once():
                 outcome = self._cpp.try_alloc(sizes[at[0]], 0, BackpressureBlock, loan)
-            if outcome == OutcomeOk:
-                memcpy(loan.payload, payloads[at[0]], sizes[at[0]])
-                outcome = self._publish(loan, forms[at[0]])
             if outcome == OutcomeFull:
                 outcome = self._cpp.wait_for_space(monotonic_ns() + kQueueSliceNs, spin)
                 spin = outcome == OutcomeOk
                 continue
+            if outcome == OutcomeOk:
+                memcpy(loan.payload, payloads[at[0]], sizes[at[0]])
+                outcome = self._publish(loan, forms[at[0]], True)
+            else:
+                self._tally.let_go()
             gone = outcome != OutcomeOk
             at[0] += 1
-            self._tally.add_pending(-1)
+            self._tally.sent()
         return 0
 
     def waiting_here(self):
@@ -647,7 +654,9 @@ cdef class QueueLink:
     # --- the rest ------------------------------------------------------------------------------------------------
 
     cdef uint64_t size(self) noexcept:
-        return self._cpp.depth() + self._tally.pending()
+        # In this order an object that enters meanwhile is left out, and does not make the queue look full.
+        cdef uint64_t depth = self._cpp.depth()
+        return depth + self._tally.waiting()
 
     def shutdown(self, bint immediate):
         self._tally.shut_down(immediate)

@@ -18,9 +18,12 @@ cdef extern from "dsline/tally.hpp" namespace "dsline" nogil:
         cbool is_shut_down() noexcept
         cbool is_shut_down_at_once() noexcept
 
-        void add_pending(int64_t) except +raise_current_error
+        void keep() except +raise_current_error
+        void let_go() noexcept
+        void sent() noexcept
         uint64_t own_pending() noexcept
         uint64_t pending() noexcept
+        uint64_t waiting() noexcept
         cbool forget_the_dead() except +raise_current_error
 
         void enter() noexcept

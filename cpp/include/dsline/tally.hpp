@@ -11,7 +11,7 @@ namespace dsline {
 /// objects that are done with, objects that wait in the memory of a process for room, and whether the queue is shut down.
 /// Two pages of anonymous shared memory.
 ///
-/// Threads: any number of any processes, but the first add_pending() of a process runs alone.
+/// Threads: any number of any processes, but the first keep() of a process runs alone.
 /// Death: what a process had pending no longer counts once somebody has called forget_the_dead(). A process that dies
 ///   between enter() and the publication of its message leaves one object too many in the count.
 class Tally {
@@ -32,12 +32,18 @@ class Tally {
 
   // --- objects that wait in the memory of a process -------------------------------------------------------------
 
-  /// Changes the count of this process. Throws Error(TooManyHandles) when 256 processes have one.
-  void add_pending(std::int64_t change);
-  /// Of this process.
+  /// One more of this process. Throws Error(TooManyHandles) when 256 processes have one.
+  void keep();
+  /// One of them is about to be published, or is given up: it is not waiting() any more.
+  void let_go() noexcept;
+  /// It has been published, or was given up: it is not pending() any more.
+  void sent() noexcept;
+  /// Of this process, not sent.
   std::uint64_t own_pending() const noexcept;
-  /// Of all processes.
+  /// Of all processes, not sent.
   std::uint64_t pending() const noexcept;
+  /// Of all processes, not let go: with the messages of the channel, what the queue holds.
+  std::uint64_t waiting() const noexcept;
   /// Sets the counts of processes that have died to zero; true when there were any.
   bool forget_the_dead();
 
@@ -47,7 +53,7 @@ class Tally {
   void enter() noexcept;
   /// It was not published after all.
   void take_back() noexcept;
-  /// Entered or pending, and not done. Never less than at the time of the call.
+  /// Entered or waiting, and not done. Never less than at the time of the call.
   std::uint64_t unfinished() const noexcept;
   /// One of them is done; false when there is none.
   bool finish_one() noexcept;

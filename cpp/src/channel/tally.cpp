@@ -35,9 +35,16 @@ struct TallyState {
   base::Atomic<std::uint32_t> room_waiters;           // one that dies stays counted: needless wake-ups
 
   // Of the process that holds the kernel lock of that number; of nobody, or of a dead one, where nobody does.
-  alignas(64) base::Atomic<std::uint64_t> pending[kEntries];
+  alignas(64) base::Atomic<std::uint64_t> pending[kEntries];  // not sent
+  alignas(64) base::Atomic<std::uint64_t> waiting[kEntries];  // not let go: pending, but for the one that enters now
 };
 static_assert(sizeof(TallyState) <= kBytes && std::is_standard_layout_v<TallyState>);
+
+std::uint64_t sum(const base::Atomic<std::uint64_t> (&counts)[kEntries]) noexcept {
+  std::uint64_t all = 0;
+  for (const auto& count : counts) all += count.load();
+  return all;
+}
 
 }  // namespace
 
@@ -51,7 +58,7 @@ struct Tally::Impl {
       : storage(std::move(bytes)), process(base::fork_generation()) {}
   ~Impl() {
     if (state == nullptr) return;
-    if (has_entry()) state->pending[mine].store(0);
+    if (has_entry()) reset(mine);
     storage->unmap(reinterpret_cast<std::byte*>(state), kBytes);
   }
   Impl(const Impl&) = delete;
@@ -62,6 +69,11 @@ struct Tally::Impl {
         reinterpret_cast<TallyState*>(storage->map(0, kBytes, memory::Access::ReadWrite));
   }
   bool has_entry() const noexcept { return mine != kNoEntry && process == base::fork_generation(); }
+
+  void reset(std::uint32_t number) noexcept {
+    state->pending[number].store(0);
+    state->waiting[number].store(0);
+  }
 
   /// In a forked child the number is the parent's.
   void renew() {
@@ -76,7 +88,7 @@ struct Tally::Impl {
     if (mine != kNoEntry) return;
     for (std::uint32_t i = 0; i < kEntries; ++i) {
       if (storage->is_locked(i) || !storage->try_lock(i)) continue;
-      state->pending[i].store(0);  // what a dead one left
+      reset(i);  // what a dead one left
       mine = i;
       return;
     }
@@ -118,20 +130,20 @@ void Tally::shut_down(bool at_once) noexcept {
 bool Tally::is_shut_down() const noexcept { return impl_->state->end.load() != 0; }
 bool Tally::is_shut_down_at_once() const noexcept { return (impl_->state->end.load() & kShutAtOnce) != 0; }
 
-void Tally::add_pending(std::int64_t change) {
+void Tally::keep() {
   if (!impl_->has_entry()) impl_->claim_entry();
-  impl_->state->pending[impl_->mine].fetch_add(static_cast<std::uint64_t>(change));
+  impl_->state->pending[impl_->mine].fetch_add(1);
+  impl_->state->waiting[impl_->mine].fetch_add(1);
 }
+void Tally::let_go() noexcept { impl_->state->waiting[impl_->mine].fetch_sub(1); }
+void Tally::sent() noexcept { impl_->state->pending[impl_->mine].fetch_sub(1); }
 
 std::uint64_t Tally::own_pending() const noexcept {
   return impl_->has_entry() ? impl_->state->pending[impl_->mine].load() : 0;
 }
 
-std::uint64_t Tally::pending() const noexcept {
-  std::uint64_t sum = 0;
-  for (const auto& count : impl_->state->pending) sum += count.load();
-  return sum;
-}
+std::uint64_t Tally::pending() const noexcept { return sum(impl_->state->pending); }
+std::uint64_t Tally::waiting() const noexcept { return sum(impl_->state->waiting); }
 
 bool Tally::forget_the_dead() {
   impl_->renew();
@@ -140,7 +152,7 @@ bool Tally::forget_the_dead() {
     if (i == impl_->mine || impl_->state->pending[i].load() == 0) continue;
     if (impl_->storage->is_locked(i) || !impl_->storage->try_lock(i)) continue;
     // It may have been claimed and left in order meanwhile; under the lock nobody else writes it.
-    impl_->state->pending[i].store(0);
+    impl_->reset(i);
     impl_->storage->unlock(i);
     any = true;
   }
@@ -150,19 +162,19 @@ bool Tally::forget_the_dead() {
 void Tally::enter() noexcept { impl_->state->entered.fetch_add(1); }
 void Tally::take_back() noexcept { impl_->state->entered.fetch_sub(1); }
 
-// An object is pending until after it has entered, and is done after that. Read in the opposite order it is counted
+// An object is waiting until after it has entered, and is done after that. Read in the opposite order it is counted
 // twice at worst, and never left out.
 std::uint64_t Tally::unfinished() const noexcept {
   const std::uint64_t done = impl_->state->done.load();
-  const std::uint64_t pending = this->pending();
-  const std::uint64_t all = pending + impl_->state->entered.load();
+  const std::uint64_t waiting = this->waiting();
+  const std::uint64_t all = waiting + impl_->state->entered.load();
   return all > done ? all - done : 0;
 }
 
 bool Tally::finish_one() noexcept {
   TallyState& state = *impl_->state;
   for (std::uint64_t done = state.done.load();;) {
-    if (pending() + state.entered.load() <= done) return false;
+    if (waiting() + state.entered.load() <= done) return false;
     if (state.done.compare_exchange_weak(done, done + 1)) break;
   }
   if (unfinished() == 0) {
