@@ -111,12 +111,14 @@ def SimpleQueue() -> queues.SimpleQueue:
 
 
 _OWN = ("JoinableQueue", "Queue", "SimpleQueue", "get_context")
-__all__ = sorted({*_original.__all__, *_OWN})  # noqa: PLE0605
+__all__ = sorted({*_original.__all__, *_OWN})
 globals().update({name: getattr(_original, name) for name in __all__ if name not in _OWN})
 
 # `import dsline.multiprocessing.pool` finds the modules here.
 for _name in _SUBMODULES:
-    globals()[_name] = sys.modules[f"{__name__}.{_name}"] = importlib.import_module(f"multiprocessing.{_name}")
+    globals()[_name] = sys.modules[f"{__name__}.{_name}"] = importlib.import_module(
+        f"multiprocessing.{_name}"
+    )
 sys.modules[f"{__name__}.queues"] = queues
 
 

@@ -119,7 +119,7 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-class Queue(_core.QueueEnd, multiprocessing.queues.Queue):  # type: ignore[misc,type-arg]
+class Queue(_core.QueueEnd, multiprocessing.queues.Queue):  # type: ignore[type-arg]
     """A queue between processes, to be put in the place of `multiprocessing.Queue`.
 
     Objects go through shared memory: arrays and other large buffers in them are copied into it once and out of it once.
@@ -157,7 +157,7 @@ class Queue(_core.QueueEnd, multiprocessing.queues.Queue):  # type: ignore[misc,
     """
 
     _counts = False
-    __class_getitem__ = classmethod(types.GenericAlias)
+    __class_getitem__: Any = classmethod(types.GenericAlias)
 
     def __init__(
         self,
@@ -245,7 +245,7 @@ class Queue(_core.QueueEnd, multiprocessing.queues.Queue):  # type: ignore[misc,
         self._feeder.cancel()
 
 
-class JoinableQueue(Queue, multiprocessing.queues.JoinableQueue):  # type: ignore[misc,type-arg]
+class JoinableQueue(Queue, multiprocessing.queues.JoinableQueue):  # type: ignore[type-arg]
     """A `Queue` that counts the objects that are not done yet, to be put in the place of `multiprocessing.JoinableQueue`.
 
     Parameters and errors as for `Queue`.
@@ -288,7 +288,7 @@ class _PipeEnd:
         return self._owner._core_link().channel.fileno()
 
     def poll(self, timeout: float | None = 0.0) -> bool:
-        return not self._owner.empty() or bool(multiprocessing.connection.wait([self], timeout))
+        return not self._owner.empty() or bool(multiprocessing.connection.wait([self.fileno()], timeout))
 
     def recv(self) -> Any:
         return self._owner.get()
@@ -300,7 +300,7 @@ class _PipeEnd:
         self._owner.close()
 
 
-class SimpleQueue(_core.SimpleQueueEnd, multiprocessing.queues.SimpleQueue):  # type: ignore[misc,type-arg]
+class SimpleQueue(_core.SimpleQueueEnd, multiprocessing.queues.SimpleQueue):  # type: ignore[type-arg]
     """A queue of few words, to be put in the place of `multiprocessing.SimpleQueue`: put, get, empty, close.
 
     Parameters
@@ -323,7 +323,7 @@ class SimpleQueue(_core.SimpleQueueEnd, multiprocessing.queues.SimpleQueue):  # 
     1
     """
 
-    __class_getitem__ = classmethod(types.GenericAlias)
+    __class_getitem__: Any = classmethod(types.GenericAlias)
 
     def __init__(self, *, ctx: Any = None, copy: bool = True, max_message_size: int | None = None) -> None:
         self._build(_make_channel(_MOST_SLOTS, max_message_size), None, bool(copy))

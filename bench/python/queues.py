@@ -246,7 +246,9 @@ def tables(rows: list[dict[str, Any]]) -> str:
         texts = []
         for kind in kinds:
             ours, theirs = cells.get((mine, kind)), cells.get((name, kind))
-            texts.append(f"{statistics.median(ours) / statistics.median(theirs):.1f}" if ours and theirs else "-")
+            texts.append(
+                f"{statistics.median(ours) / statistics.median(theirs):.1f}" if ours and theirs else "-"
+            )
         lines.append("| " + " | ".join([name, *texts]) + " |")
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ import multiprocessing
 import sys
 import traceback
 import unittest
+
 from test import _test_multiprocessing as theirs
 
 import dsline

@@ -298,7 +298,9 @@ class BreaksWhenRead:
         return int, ("not a number",)
 
 
-@pytest.mark.parametrize("make", [dsline.Queue, dsline.JoinableQueue, dsline.SimpleQueue, lambda: dsline.Queue(1)])
+@pytest.mark.parametrize(
+    "make", [dsline.Queue, dsline.JoinableQueue, dsline.SimpleQueue, lambda: dsline.Queue(1)]
+)
 def test_put_raises_what_pickling_raises_and_puts_nothing(make):
     q = make()
     with pytest.raises(AttributeError, match="not today") as caught:

@@ -36,7 +36,8 @@ struct TallyState {
 
   // Of the process that holds the kernel lock of that number; of nobody, or of a dead one, where nobody does.
   alignas(64) base::Atomic<std::uint64_t> pending[kEntries];  // not sent
-  alignas(64) base::Atomic<std::uint64_t> waiting[kEntries];  // not let go: pending, but for the one that enters now
+  alignas(64)
+      base::Atomic<std::uint64_t> waiting[kEntries];  // not let go: pending, but for the one that enters now
 };
 static_assert(sizeof(TallyState) <= kBytes && std::is_standard_layout_v<TallyState>);
 
@@ -64,10 +65,7 @@ struct Tally::Impl {
   Impl(const Impl&) = delete;
   Impl& operator=(const Impl&) = delete;
 
-  void map() {
-    state =
-        reinterpret_cast<TallyState*>(storage->map(0, kBytes, memory::Access::ReadWrite));
-  }
+  void map() { state = reinterpret_cast<TallyState*>(storage->map(0, kBytes, memory::Access::ReadWrite)); }
   bool has_entry() const noexcept { return mine != kNoEntry && process == base::fork_generation(); }
 
   void reset(std::uint32_t number) noexcept {
