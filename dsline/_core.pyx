@@ -2290,4 +2290,5 @@ cdef str as_text(const string& text):
 
 
 include "store.pxi"
+include "queues.pxi"
 include "watch.pxi"
