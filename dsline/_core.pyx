@@ -182,7 +182,8 @@ def leave_all():
 
 cdef inline int check_timeout(object timeout) except -1:
     """Bad timeouts are refused also where nothing has to be waited for."""
-    if timeout is not DEFAULT and timeout is not TRY_ONCE and timeout is not None and not (type(timeout) in (int, float) and timeout >= 0):
+    if (timeout is not DEFAULT and timeout is not TRY_ONCE and timeout is not None
+            and not (type(timeout) in (int, float) and timeout >= 0)):
         deadline_of(timeout)
     return 0
 
@@ -1797,7 +1798,7 @@ cdef class Channel(Receiver):
                     "sealing it for one seals it for all; use zero_copy=True, or a memfd (name=None)")
             raise FeatureUnavailableError(
                 f"zero_copy='strict' seals whole pages, and the slots of channel '{self._label()}' are packed (slot_size "
-                f"{self._cpp.slot_size()}, max_message_size {self._cpp.max_message_size()}); create it with slot_size>=4096, or "
+                f"{self._cpp.slot_size()}, max_message_size {self._cpp.max_message_size()}); create it with slot_size>=4096 or "
                 "without a max_message_size below that")
         self._zero_copy = level
 

@@ -237,19 +237,6 @@ class AsyncChannel:
         """Receive the next message as the array that was sent; options as for `recv_array` of the channel."""
         return self._run(False, functools.partial(self._channel.recv_array, timeout=_TRY, **options), timeout)
 
-    def recv_record(
-        self, *, timeout: float | None = _DEFAULT
-    ) -> Coroutine[Any, Any, dict[str, NDArray[Any]]]:
-        """Receive the next message as the record that was sent."""
-        return self._run(False, functools.partial(self._channel.recv_record, timeout=_TRY), timeout)
-
-    def recv_arrow(
-        self, *, timeout: float | None = _DEFAULT, library: str | None = None
-    ) -> Coroutine[Any, Any, Any]:
-        """Receive the next message as the table that was sent by `send_arrow`."""
-        call = functools.partial(self._channel.recv_arrow, timeout=_TRY, library=library)
-        return self._run(False, call, timeout)
-
     def recv_bytes(self, *, timeout: float | None = _DEFAULT) -> Coroutine[Any, Any, bytes]:
         """Receive the next message as bytes of its own (one copy)."""
         return self._run(False, functools.partial(self._channel.recv_bytes, timeout=_TRY), timeout)
