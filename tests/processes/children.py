@@ -76,6 +76,46 @@ def send_records(name, first):
             step += 1
 
 
+def take_and_hold(name):
+    """Take a message and keep it until killed."""
+    with dsline.ShmChannel(name, timeout=30) as channel:
+        view = channel.recv()
+        report("holds")
+        wait_for_ever()
+        del view
+
+
+def idle_with_channel(name):
+    with dsline.ShmChannel(name, timeout=30):
+        report("open")
+        wait_for_ever()
+
+
+def hold_as_subscriber(name):
+    """The only member of a group, with a message in its hands, until killed."""
+    with dsline.Broadcast(name, timeout=30) as channel, channel.subscribe("one") as subscriber:
+        report("subscribed")
+        read_word()
+        view = subscriber.recv()
+        report("holds")
+        wait_for_ever()
+        del view
+
+
+def watch_and_end(name, how):
+    """End with a watch armed, and with the thread asleep on it."""
+    channel = dsline.ShmChannel(name, timeout=30)
+    channel.fileno()
+    report("watches")
+    read_word()
+    if how == "os._exit":
+        os._exit(3)
+    if how == "exception":
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        raise RuntimeError
+    sys.exit(0)
+
+
 def echo(there, back):
     """Send back twice of what comes, until the channel ends."""
     with dsline.ShmChannel(there, timeout=30) as inbox, dsline.ShmChannel(back) as outbox:

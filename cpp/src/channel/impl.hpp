@@ -140,10 +140,13 @@ struct Channel::Impl {
     return side == Side::Room ? pool.space() : group.messages();
   }
   bool message_or_end() noexcept;
+  bool certain_message_or_end() noexcept;
+  bool is_at_end() noexcept;
   bool room_or_end(bool surely) noexcept;
-  /// Whether a wait is over. `surely`: for the last look before sleeping.
+  /// Whether a wait is over, for who does not try himself. `surely`: for the last look before sleeping.
   bool is_ready(Side side, bool surely) noexcept {
-    return side == Side::Room ? room_or_end(surely) : message_or_end();
+    if (side == Side::Room) return room_or_end(surely);
+    return message_or_end() && (!surely || certain_message_or_end());
   }
   /// What somebody who waits does after a slice in vain; true when he had better try again.
   bool look_after(Side side) noexcept;

@@ -56,6 +56,16 @@ void Channel::Impl::end_sleep(Side side) {
 
 bool Channel::Impl::message_or_end() noexcept {
   if (group.anything_waiting() || closed.load(std::memory_order_relaxed) || !may_receive()) return true;
+  return is_at_end();
+}
+
+bool Channel::Impl::certain_message_or_end() noexcept {
+  if (closed.load(std::memory_order_relaxed) || !may_receive()) return true;
+  return group.anything_to_take() || is_at_end();
+}
+
+/// Of a channel that was shut down: nothing will come any more.
+bool Channel::Impl::is_at_end() noexcept {
   const std::uint64_t state = active();
   return (state & memory::kShutDown) != 0 && ((state & memory::kShutDownAtOnce) != 0 || is_drained());
 }
@@ -79,7 +89,7 @@ bool Channel::Impl::look_after(Side side) noexcept {
 void Channel::Impl::pass_on(Side side) noexcept {
   if (is_inherited() || left) return;
   if (side == Side::Message) {
-    if (may_receive() && group.anything_waiting()) group.messages().wake_one_if_anyone();
+    if (may_receive()) group.pass_on();
   } else if (pool.anything_free() ||
              (region->geometry().slots <= slots::kMostSlotsForHints && pool.anything_free_by_scan())) {
     pool.space().wake_one_if_anyone();

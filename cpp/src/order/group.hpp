@@ -58,6 +58,28 @@ class Group {
     return look_at(p).what != Look::Empty;
   }
 
+  /// Whether try_take() would find something now, without taking it; puts right what says so in vain: the redeliver flag,
+  /// which recovery raises whether or not it gave anything back, and a cursor that somebody did not move on.
+  bool anything_to_take() noexcept {
+    std::uint64_t loaded = state().redeliver.load(std::memory_order_seq_cst);
+    if ((loaded & 1) != 0) {
+      for (std::uint32_t s = 0; s < region_->geometry().slots; ++s) {
+        if (is_pending(s) && claim(s).who() == slots::Claim::kRedeliver) return true;
+      }
+      if (!state().redeliver.compare_exchange_strong(loaded, loaded & ~std::uint64_t{1},
+                                                     std::memory_order_acq_rel))
+        return true;  // raised again meanwhile
+    }
+    std::uint64_t position = 0;
+    std::uint32_t slot = 0;
+    return next_unclaimed(position, slot);
+  }
+
+  /// For who was woken and takes nothing: another member has it then.
+  void pass_on() noexcept {
+    if (anything_waiting()) messages_.wake_one_if_anyone();
+  }
+
   /// T0 to T2: takes the next message for participant `me`. False when there is none.
   bool try_take(std::uint32_t me, Held& held) noexcept {
     const std::uint32_t who = slots::Claim::holder(me);

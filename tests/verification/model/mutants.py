@@ -427,6 +427,23 @@ MUTANTS = [
         "      if (!MUTANT(46) && try_alloc_at(s, me)) return s;\n      SlotWord seen = word(s);\n",
         ("one-slot-kill",),
     ),
+    Mutant(
+        61,
+        "who takes nothing keeps the wake-up",
+        "order/group.hpp",
+        "    if (anything_waiting()) messages_.wake_one_if_anyone();\n",
+        "    if (anything_waiting() && !MUTANT(61)) messages_.wake_one_if_anyone();\n",
+        ("sleep-watched",),
+    ),
+    Mutant(
+        62,
+        "a look without taking stores the lowered flag",
+        "order/group.hpp",
+        "      if (!state().redeliver.compare_exchange_strong(loaded, loaded & ~std::uint64_t{1},\n",
+        "      if (MUTANT(62)) state().redeliver.store(0, std::memory_order_seq_cst);\n"
+        "      if (!MUTANT(62) && !state().redeliver.compare_exchange_strong(loaded, loaded & ~std::uint64_t{1},\n",
+        ("sleep-watched-nack",),
+    ),
 ]
 
 

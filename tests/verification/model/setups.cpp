@@ -43,6 +43,7 @@ Role impatient(Role role) {
   role.sleeps = role.gives_up = true;
   return role;
 }
+Role observer(int rounds) { return {.kind = Kind::Observer, .messages = rounds}; }
 Role gives_back_and_goes() { return {.kind = Kind::Consumer, .nacks = 1, .goes = true}; }
 Role offering(Role role) {
   role.offers = true;
@@ -83,6 +84,22 @@ const std::vector<Setup>& setups() {
       {.name = "sleep-nack",
        .what = "1 producer, 2 consumers that sleep, one gives back and goes",
        .roles = {producer(1), sleeping(consumer()), sleeping(gives_back_and_goes())}},
+      {.name = "sleep-watched",
+       .what = "1 producer x 2, 1 consumer that sleeps, an observer that takes nothing",
+       .roles = {producer(2), sleeping(consumer()), observer(1)}},
+      {.name = "sleep-watched-twice",
+       .what = "1 producer x 2, 1 consumer that sleeps, 2 observers that take nothing",
+       .is_long = true,
+       .roles = {producer(2), sleeping(consumer()), observer(1), observer(1)}},
+      {.name = "sleep-watched-nack",
+       .what = "1 producer, 1 consumer that sleeps, one that gives back and goes, an observer",
+       .is_long = true,
+       .roles = {producer(1), sleeping(consumer()), sleeping(gives_back_and_goes()), observer(1)}},
+      {.name = "sleep-watched-kill",
+       .what = "1 producer x 2, 1 consumer that sleeps, an observer, 1 kill",
+       .kills = 1,
+       .is_long = true,
+       .roles = {producer(2), sleeping(consumer()), observer(1)}},
       {.name = "one-slot-kill",
        .what = "2 producers, 1 consumer, recoverer, one slot, 1 kill",
        .slots = 1,

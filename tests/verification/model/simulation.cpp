@@ -477,6 +477,7 @@ int Simulation::choices(int p) const {
     case Kind::Recoverer:
       return anybody_to_bury() ? 1 : 0;
     case Kind::Reader:
+    case Kind::Observer:
       return 1;
   }
   return 0;
@@ -494,6 +495,8 @@ void Simulation::run(int p, int choice) {
       return;
     case Kind::Reader:
       return read_letters(p);
+    case Kind::Observer:
+      return observe(p);
   }
 }
 
@@ -586,6 +589,29 @@ void Simulation::sleep_for_message(int p, std::uint32_t number_of_group) {
   if (!group.anything_waiting()) wake = point.sleep(sequence, 0);
   point.remove(number(p));
   if (wake == waiting::Wake::TimedOut) end_slice(p);
+}
+
+// The thread of channel/watcher.cpp: a watch that is armed, told of, and not armed again for a while.
+void Simulation::observe(int p) {
+  Process& me = world.process[p];
+  Group group(*region_, 0);
+  waiting::WaitPoint& point = group.messages();
+  const bool is_armed = me.done < role(p).messages;
+  if (is_armed) {
+    point.add(number(p));
+    me.phase = kHolding;
+  }
+  const std::uint32_t sequence = point.sequence();
+  const bool is_ready = is_armed && group.anything_waiting() && group.anything_to_take();
+  if (!is_ready) point.sleep(sequence, 0);
+  if (is_armed) point.remove(number(p));
+  me.phase = kIdle;
+  if (!is_ready && point.sequence() != sequence) group.pass_on();
+  if (is_armed) {
+    ++me.done;
+  } else {
+    me.phase = kGone;
+  }
 }
 
 void Simulation::sleep_for_space(int p) {
@@ -743,7 +769,7 @@ void Simulation::consume(int p, int choice) {
     if (choice == 1 && role.offers) return Group(*region_, group).offer_what_was_passed();
     if (choice == 1) {
       // Gives up: a wake-up that it may have got goes on to another.
-      if (Group(*region_, group).anything_waiting()) Group(*region_, group).messages().wake_one_if_anyone();
+      Group(*region_, group).pass_on();
       me.phase = kGone;
       return;
     }
@@ -963,6 +989,8 @@ void Simulation::check_blocked() {
         violate("a producer sleeps though a slot is free");
       if (role.kind == Kind::Consumer && Group(*region_, world.process[p].member - 1u).anything_waiting())
         violate("a consumer sleeps though a message waits");
+      if (role.kind == Kind::Observer && world.process[p].phase == kHolding && Group(*region_, 0).anything_waiting())
+        violate("an armed watch sleeps though a message waits");
     }
   }
   // At the end of their slices they look again.

@@ -19,6 +19,7 @@ enum class Kind : std::uint8_t {
   Consumer,   ///< takes and releases for `group`, for ever
   Recoverer,  ///< looks after the dead whenever there are any
   Reader,     ///< takes dead letters and releases them
+  Observer,   ///< sleeps as a consumer `messages` times, then once more unregistered, and takes nothing (channel/watcher.cpp)
 };
 
 struct Role {
@@ -108,6 +109,7 @@ class Simulation final : public Subject {
   void leave_group(int p);
   bool may_receive(int p) const;
   void tidy(int p);
+  void observe(int p);
   void sleep_for_message(int p, std::uint32_t group);
   void sleep_for_space(int p);
   void end_slice(int p);
