@@ -5,7 +5,7 @@ from types import ModuleType
 
 from dsline import _interpreter as _interpreter  # first: it refuses subinterpreters
 from dsline._core import VERSION as __version__
-from dsline._core import DeadLetter, Message, build_config
+from dsline._core import DeadLetter, Loan, Message, build_config
 from dsline.broadcast import Broadcast
 from dsline.channel import FileChannel, ShmChannel, Stats, get_include
 from dsline.errors import *  # noqa: F403
@@ -27,6 +27,7 @@ __all__ = [
     "DeadLetter",
     "FileChannel",
     "Latest",
+    "Loan",
     "Message",
     "OnDeath",
     "OnStale",
@@ -47,6 +48,6 @@ __all__ = [
 
 def __getattr__(name: str) -> ModuleType:
     # Loaded at first use: nobody who only sends and receives pays for them.
-    if name in ("aio", "bench", "status", "testing"):
+    if name in ("aio", "bench", "expressions", "status", "testing"):
         return importlib.import_module(f"dsline.{name}")
     raise AttributeError(f"module 'dsline' has no attribute {name!r}")

@@ -29,8 +29,10 @@ __all__ = [
     "ChannelSystemError",
     "CorruptedMessageError",
     "DslineError",
+    "ExpressionError",
     "FeatureUnavailableError",
     "InvalidArgumentError",
+    "LoanEndedError",
     "MessageTooLargeError",
     "OperatorError",
     "PeerDiedError",
@@ -153,6 +155,10 @@ class SchemaMismatchError(ChannelError, TypeError):
     _schema: bytes | None = None  # the channel's, encoded, until it is put into words
 
 
+class LoanEndedError(ChannelError, ValueError):
+    """The loan was published or aborted before, or belongs to the parent of this process."""
+
+
 class TooManyHandlesError(ChannelError):
     """The channel has as many open handles as it was created for."""
 
@@ -179,6 +185,18 @@ class PipelineError(DslineError):
 
 class PipelineBuildError(PipelineError, ValueError):
     """The description of a pipeline is wrong."""
+
+
+class ExpressionError(PipelineBuildError):
+    """A text that is no expression over the columns it was given, or data that do not fit it.
+
+    Attributes
+    ----------
+    column : int or None
+        Where in the text, from 1; None where it is the data.
+    """
+
+    column: int | None = None
 
 
 class PipelineRuntimeError(PipelineError):

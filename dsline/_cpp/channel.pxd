@@ -76,6 +76,11 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         uint64_t payload_bytes
         void* meta
         void* payload
+        const void* shown
+
+    cdef enum CppAfterPublish "dsline::AfterPublish":
+        AfterPublishLetGo "dsline::AfterPublish::LetGo"
+        AfterPublishKeep "dsline::AfterPublish::Keep"
 
     cdef cppclass CppReceived "dsline::Received":
         uint32_t slot
@@ -116,6 +121,7 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         uint32_t corrupted_slots
         uint32_t pinned_by_me
         uint32_t dead_letters
+        uint32_t kept_slots
         uint32_t participants
 
     cdef cppclass CppDeadLetter "dsline::DeadLetter":
@@ -143,6 +149,7 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         uint32_t group
         cbool alive
         uint32_t writing
+        uint32_t kept
         uint32_t held
         int64_t held_for_ns
 
@@ -214,7 +221,12 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         shared_ptr[CppChannel] subscribe(const CppSubscribeOptions&) except +raise_current_error
 
         Outcome try_alloc(uint64_t, uint32_t, CppBackpressure, CppLoan&) except +raise_current_error
+        Outcome try_alloc(uint64_t, uint32_t, CppBackpressure, CppLoan&, cbool for_copy) except +raise_current_error
         Outcome publish(const CppLoan&, int, uint64_t) noexcept
+        Outcome publish(const CppLoan&, int, uint64_t, CppAfterPublish, cbool seal) except +raise_current_error
+        void end_keeping(const CppLoan&) noexcept
+        cbool can_seal() noexcept
+        cbool part_with_loans() noexcept
         void abort(const CppLoan&) noexcept
         Outcome try_send(const void*, uint64_t, int, const void*, uint32_t, uint64_t,
                          CppBackpressure) except +raise_current_error

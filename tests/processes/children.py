@@ -57,25 +57,6 @@ def receive_proofs(name):
         report([check_proof(view) for view in channel])
 
 
-def proven_record(step):
-    """A record whose fields prove each other."""
-    return {"frame": np.full((64, 96), step % 251, "u1"), "step": step, "half": step / 2}
-
-
-def send_records(name, first):
-    """Send records without an end, to be killed; first show that another spec is refused."""
-    try:
-        dsline.ShmChannel(name, spec=dsline.ArraySpec((3,), "f4"))
-    except dsline.SchemaMismatchError as error:
-        report(str(error))
-    with dsline.ShmChannel(name, timeout=30) as channel:
-        report(sorted(channel.spec))
-        step = first
-        while True:
-            channel.send(proven_record(step))
-            step += 1
-
-
 def take_and_hold(name):
     """Take a message and keep it until killed."""
     with dsline.ShmChannel(name, timeout=30) as channel:
@@ -114,6 +95,25 @@ def watch_and_end(name, how):
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         raise RuntimeError
     sys.exit(0)
+
+
+def proven_record(step):
+    """A record whose fields prove each other."""
+    return {"frame": np.full((64, 96), step % 251, "u1"), "step": step, "half": step / 2}
+
+
+def send_records(name, first):
+    """Send records without an end, to be killed; first show that another spec is refused."""
+    try:
+        dsline.ShmChannel(name, spec=dsline.ArraySpec((3,), "f4"))
+    except dsline.SchemaMismatchError as error:
+        report(str(error))
+    with dsline.ShmChannel(name, timeout=30) as channel:
+        report(sorted(channel.spec))
+        step = first
+        while True:
+            channel.send(proven_record(step))
+            step += 1
 
 
 def echo(there, back):
@@ -365,6 +365,33 @@ def threads_in_child(channel, count):
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def lend(name, count, zero_copy):
+    """Publish arrays that grow, the last of which stays in view until the parent says so."""
+    with dsline.ShmChannel(name, zero_copy=zero_copy, timeout=30) as channel:
+        for number in range(count):
+            with channel.alloc(1000 * (number + 1), np.int32) as loan:
+                kept = loan.array
+                kept[:] = number
+        del loan
+        report("sent")
+        read_word()
+        assert set(kept.tolist()) == {count - 1}
+        del kept
+        report("dropped")
+
+
+def lend_and_wait(name, what):
+    """Keep an open loan, or the array of a published one."""
+    with dsline.ShmChannel(name, zero_copy=True, timeout=30) as channel:
+        loan = channel.alloc(4, np.int32, fill=5)
+        array = loan.array
+        if what == "kept":
+            loan.publish()
+        report("ready")
+        read_word()
+        assert array.tolist() == [5] * 4
 
 
 if __name__ == "__main__":

@@ -282,7 +282,9 @@ def test_errors_of_the_channel_come_through(run, pair):
             await messages.recv_into(bytearray(1))
         # It stays, also for whoever comes behind the one who could not use it.
         tasks = [asyncio.create_task(messages.recv_array()), asyncio.create_task(messages.recv_bytes())]
-        assert isinstance((await asyncio.gather(*tasks, return_exceptions=True))[0], dsline.SchemaMismatchError)
+        assert isinstance(
+            (await asyncio.gather(*tasks, return_exceptions=True))[0], dsline.SchemaMismatchError
+        )
         assert tasks[1].result() == b"plain"
 
     run(main())

@@ -98,15 +98,18 @@ struct Channel::Impl {
   }
 
   // --- sending.cpp ---
-  Outcome try_alloc(std::uint64_t payload_bytes, std::uint32_t meta_bytes, Backpressure policy, Loan& loan);
+  Outcome try_alloc(std::uint64_t payload_bytes, std::uint32_t meta_bytes, Backpressure policy, Loan& loan,
+                    bool for_copy = true);
   void abort(const Loan& loan) noexcept;
-  Outcome publish(const Loan& loan, int kind, std::uint64_t schema_hash) noexcept;
+  Outcome publish(const Loan& loan, int kind, std::uint64_t schema_hash, AfterPublish after, bool seal);
+  void end_keeping(const Loan& loan) noexcept;
   bool is_mine(const Loan& loan) const noexcept;
   std::uint32_t take_slot(std::uint64_t payload_bytes) noexcept;
   std::uint32_t wait_for_hot_slot(std::uint64_t payload_bytes) noexcept;
   std::uint32_t take_slot_when_full(Backpressure policy);
   void fit(std::uint32_t s, std::uint64_t frame);
   void grow(std::uint32_t s, std::uint64_t need);
+  void unseal(std::uint32_t s);
   bool reclaim_free_slots() noexcept;
 
   // --- receiving.cpp ---

@@ -183,8 +183,8 @@ class Group {
     for (std::uint32_t s = 0; s < region_->geometry().slots; ++s) {
       slots::Claim found = claim(s);
       const slots::SlotWord word{region_->slot(s).word.load(std::memory_order_acquire)};
-      if (!word.is(slots::SlotPhase::Committed) || (word.pending() & bit()) == 0 ||
-          (word.pending() & slots::kEnqueueing) != 0 || found.who() != slots::Claim::kNobody ||
+      if (!word.is(slots::SlotPhase::Committed) || (word.pending() & bit()) == 0 || word.is_entering() ||
+          found.who() != slots::Claim::kNobody ||
           found.position_low() == slots::kNoPositionLow || slots::distance(found.position_low(), cursor) >= 0)
         continue;
       const slots::Claim offered = found.with(0, slots::Claim::kRedeliver);
@@ -251,8 +251,8 @@ class Group {
 
   // The cell does not say: it is damaged, or the cursor is, or the group was made while a lap went by. The first message
   // at or behind `p` that the group needs is found by its claim, and the cursor goes there; never beyond the tail that
-  // was loaded before, behind which messages enter. A message that is still entering has its final claim only when it
-  // is no longer ENQ, so it is waited for.
+  // was loaded before, behind which messages enter. A message that is still entering does not have its final claim yet, so
+  // it is waited for.
   Seen look_by_claims(std::uint64_t p) const noexcept {
     const std::uint64_t tail = order_.tail_guess();
     Seen seen{Look::Nothing, 0, tail};
@@ -269,7 +269,7 @@ class Group {
         continue;
       seen.next += static_cast<std::uint64_t>(before_next);
       seen.slot = s;
-      is_entering = (word.pending() & slots::kEnqueueing) != 0;
+      is_entering = word.is_entering();
       if (seen.next == p && !is_entering) return {Look::Message, s, slots::next_position(p)};
     }
     if (seen.next == p) seen.what = Look::Empty;
