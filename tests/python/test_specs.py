@@ -592,6 +592,33 @@ def test_a_record_waits_for_room_like_anything_else(make_channel):
     sender.join()
 
 
+def test_records_and_arrays_are_written_in_place(make_channel):
+    channel = make_channel(spec=RECORD, zero_copy=True)
+    structure = np.empty((), ArraySpec.of(_structure(channel)).dtype).dtype
+    for step in range(3):
+        with channel.alloc((), structure) as loan:
+            for field, value in record(step).items():
+                loan.array[field] = value
+        assert_record(channel.recv_record(timeout=0), step)
+    for shape, dtype in (((1,), structure), ((), "f4"), ((4, 6), "u1")):
+        with pytest.raises(dsline.SchemaMismatchError):
+            channel.alloc(shape, dtype)
+    arrays = make_channel(spec=ArraySpec((None, 3), "f4"), zero_copy=True)
+    with arrays.alloc((5, 3), "f4", fill=2) as loan:
+        loan.meta["a"] = 1
+    with arrays.recv_message(timeout=0) as message:
+        assert message.meta == {"a": 1}
+        assert message.array().sum() == 30
+    with pytest.raises(dsline.SchemaMismatchError):
+        arrays.alloc((5, 4), "f4")
+    assert arrays.stats().free_slots == 64
+
+
+def _structure(channel):
+    channel.send(record())
+    return channel.recv_array(timeout=0)
+
+
 def test_records_under_asyncio(make_channel):
     channel = make_channel(capacity=1, spec=RECORD)
 
