@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dsline
-from dsline import ArraySpec
+from dsline import ArraySpec, _core
 from dsline._core import channel_directory
 
 RECORD = {
@@ -291,6 +291,36 @@ def test_a_damaged_spec_is_noticed(name, offset):
         name, capacity=3
     ) as channel:  # replaced, as any damaged channel that nobody has open
         assert (channel.spec, channel.capacity) == (None, 3)
+
+
+def tag(key, kind, value):
+    """A metadata entry of docs/design/frame-format.md."""
+    entry = bytes([len(key), kind]) + key + value
+    return struct.pack("<HHI", 6, 0, len(entry)) + entry + bytes(-len(entry) % 8)
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        b"",
+        b"nonsense",
+        tag(b"record", 1, b"\1"),
+        _core.make_schema(RECORD).encoded + tag(b"open", 2, struct.pack("<q", 1)),
+        _core.make_schema(RECORD).encoded + tag(b"open", 2, struct.pack("<q", -1)),
+        _core.make_schema(ArraySpec((3,), "f4")).encoded + tag(b"open", 2, struct.pack("<q", 2)),
+        _core.make_schema(ArraySpec((3,), "f4")).encoded + tag(b"record", 1, b"\1"),
+        _core.make_schema(ArraySpec((), "f4")).encoded + tag(b"record", 1, b"\1"),
+        _core.make_schema(ArraySpec((), "f4")).encoded[:-8],
+    ],
+)
+def test_what_is_no_schema_is_refused(encoded):
+    with pytest.raises(ValueError):
+        _core.read_schema(encoded)
+
+
+def test_unknown_tags_of_a_schema_are_passed_over():
+    encoded = _core.make_schema(ArraySpec((3,), "f4")).encoded + tag(b"color", 4, b"red")
+    assert _core.read_schema(encoded).spec == ArraySpec((3,), "f4")
 
 
 # --- sending ----------------------------------------------------------------------------------------------------
