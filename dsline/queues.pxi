@@ -19,7 +19,6 @@ cdef object QueueFull = _queue.Full
 cdef object QueueEmpty = _queue.Empty
 cdef object Pickler = _pickle.Pickler
 cdef object PickleBuffer = _pickle.PickleBuffer
-cdef object unpickle = _pickle.loads
 cdef object array_from_pickled_buffer = np.zeros(1, np.uint8).__reduce_ex__(5)[0]  # where it lives depends on NumPy's version
 cdef dict copyreg_table = _copyreg.dispatch_table
 
@@ -630,8 +629,8 @@ cdef class QueueLink:
         if form == FORM_BYTES:
             return data
         if buffers is None:
-            return unpickle(data)
-        return unpickle(data, buffers=buffers)
+            return pickle_loads(data)
+        return pickle_loads(data, buffers=buffers)
 
     cdef int _malformed(self, CppReceived& message) except -1:
         error = self._channel._malformed_error(message, "it is not a message of a queue")
