@@ -1798,8 +1798,8 @@ cdef class Channel(Receiver):
                     "sealing it for one seals it for all; use zero_copy=True, or a memfd (name=None)")
             raise FeatureUnavailableError(
                 f"zero_copy='strict' seals whole pages, and the slots of channel '{self._label()}' are packed (slot_size "
-                f"{self._cpp.slot_size()}, max_message_size {self._cpp.max_message_size()}); create it with slot_size>=4096 or "
-                "without a max_message_size below that")
+                f"{self._cpp.slot_size()}, max_message_size {self._cpp.max_message_size()}); create it with slot_size>=4096, "
+                "or without a max_message_size below that")
         self._zero_copy = level
 
     def send_object(self, obj, *, timeout=DEFAULT, meta=None):
