@@ -219,7 +219,10 @@ def compare(rounds: int, seconds: float, kinds: tuple[str, ...], peers: list[Pee
                 else:
                     row["runs"].append(rate)
                     row["cpu_ns"].append(cpu)
-                print(f"{kind:<14} round {turn}  {peer.name:<26} {rate:>12,.0f} objects/s {cpu:>12,.0f} ns", file=sys.stderr)
+                print(
+                    f"{kind:<14} round {turn}  {peer.name:<26} {rate:>12,.0f} objects/s {cpu:>12,.0f} ns",
+                    file=sys.stderr,
+                )
     return list(rows.values())
 
 
@@ -237,7 +240,9 @@ def tables(rows: list[dict[str, Any]]) -> str:
             values = [value * scale for value in found[name, kind][key]] if (name, kind) in found else []
             show = human_rate if key == "runs" else (lambda value: f"{value:.3g}")
             texts.append(
-                f"{show(statistics.median(values))} ({show(min(values))} to {show(max(values))})" if values else "-"
+                f"{show(statistics.median(values))} ({show(min(values))} to {show(max(values))})"
+                if values
+                else "-"
             )
         return "| " + " | ".join([name, *texts]) + " |"
 

@@ -599,6 +599,7 @@ def test_dsline_multiprocessing_is_multiprocessing_with_these_queues():
 
 def test_a_queue_that_is_dropped_leaves_no_descriptor(tmp_path):
     import gc
+
     def count():
         gc.collect()
         return len(os.listdir("/proc/self/fd"))
