@@ -241,10 +241,26 @@ class AsyncChannel:
         """Receive the next message as bytes of its own (one copy)."""
         return self._run(False, functools.partial(self._channel.recv_bytes, timeout=_TRY), timeout)
 
-    def recv_object(self, *, timeout: float | None = _DEFAULT, copy: bool = False) -> Coroutine[Any, Any, Any]:
+    def recv_object(
+        self, *, timeout: float | None = _DEFAULT, copy: bool = False
+    ) -> Coroutine[Any, Any, Any]:
         """Receive the next message as the object that was sent. Unpickles it, which runs code that the sender chose."""
         return self._run(
             False, functools.partial(self._channel.recv_object, timeout=_TRY, copy=copy), timeout
+        )
+
+    def recv_record(
+        self, *, timeout: float | None = _DEFAULT
+    ) -> Coroutine[Any, Any, dict[str, NDArray[Any]]]:
+        """Receive the next message as the record that was sent: a dict with a read-only view per field."""
+        return self._run(False, functools.partial(self._channel.recv_record, timeout=_TRY), timeout)
+
+    def recv_arrow(
+        self, *, timeout: float | None = _DEFAULT, library: str | None = None
+    ) -> Coroutine[Any, Any, Any]:
+        """Receive the next message as the table that was sent by `send_arrow`."""
+        return self._run(
+            False, functools.partial(self._channel.recv_arrow, timeout=_TRY, library=library), timeout
         )
 
     def recv_into(self, buffer: Any, *, timeout: float | None = _DEFAULT) -> Coroutine[Any, Any, int]:
@@ -261,9 +277,7 @@ class AsyncChannel:
         """Receive the next message with all that came with it: a `Message`."""
         return self._run(False, functools.partial(self._channel.recv_message, timeout=_TRY), timeout)
 
-    def recv_many(
-        self, n: int, *, timeout: float | None = _DEFAULT
-    ) -> Coroutine[Any, Any, list[memoryview]]:
+    def recv_many(self, n: int, *, timeout: float | None = _DEFAULT) -> Coroutine[Any, Any, list[memoryview]]:
         """Receive up to `n` messages: waits for the first, then takes what is there."""
         return self._run(False, functools.partial(self._channel.recv_many, n, timeout=_TRY), timeout)
 
@@ -301,7 +315,9 @@ class AsyncChannel:
 
         `data` is copied when there is room: leave it as it is until the call is over.
         """
-        return self._run(True, functools.partial(self._sender("send"), data, timeout=_TRY, meta=meta), timeout)
+        return self._run(
+            True, functools.partial(self._sender("send"), data, timeout=_TRY, meta=meta), timeout
+        )
 
     def send_object(
         self, obj: Any, *, timeout: float | None = _DEFAULT, meta: dict[str, Any] | None = None
@@ -309,6 +325,14 @@ class AsyncChannel:
         """Pickle any object (protocol 5) into a slot, as `send_object` of the channel; at every try for room again."""
         return self._run(
             True, functools.partial(self._sender("send_object"), obj, timeout=_TRY, meta=meta), timeout
+        )
+
+    def send_arrow(
+        self, data: Any, *, timeout: float | None = _DEFAULT, meta: dict[str, Any] | None = None
+    ) -> Coroutine[Any, Any, bool]:
+        """Send a table as an Arrow IPC stream, as `send_arrow` of the channel; measured at every try for room again."""
+        return self._run(
+            True, functools.partial(self._sender("send_arrow"), data, timeout=_TRY, meta=meta), timeout
         )
 
     def _sender(self, name: str) -> Any:

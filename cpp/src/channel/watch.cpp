@@ -120,15 +120,15 @@ Outcome wait_for_any(Waited* list, std::size_t count, std::int64_t deadline_ns, 
   }
   const bool at_once = look(true);
   if (!at_once) {
+    std::size_t hit = 0;
     wake = waiting::futex_wait_many(words.data(), count,
-                                    std::min(deadline_ns, base::monotonic_ns() + kSliceNs));
+                                    std::min(deadline_ns, base::monotonic_ns() + kSliceNs), hit);
   }
   for (std::size_t i = 0; i < count; ++i) list[i].channel->impl_->end_sleep(list[i].side);
   const bool any = at_once || look(true);
   for (std::size_t i = 0; i < count; ++i) {
     Impl& impl = *list[i].channel->impl_;
-    const bool may_have_swallowed = words[i].word->load(std::memory_order_seq_cst) != words[i].value;
-    if (!at_once && may_have_swallowed) impl.pass_on(list[i].side);
+    if (!at_once && wake == waiting::Wake::Woken) impl.pass_on(list[i].side);
     if (wake == waiting::Wake::TimedOut && !any) {
       list[i].is_ready = impl.look_after(list[i].side);
     } else if (!at_once) {

@@ -29,7 +29,8 @@ struct Watched::Crew {
 
   const bool can_wait_for_many;  // else it sleeps for one watch, or for `control`
   std::vector<Watched*> entries;
-  std::vector<Watched*> slept_on;  // entries of the last sleep; a dropped one is in it until the thread has woken up
+  std::vector<Watched*>
+      slept_on;  // entries of the last sleep; a dropped one is in it until the thread has woken up
   base::Atomic<std::uint32_t> control{0};  // changes when the thread must look at its entries again
   Watched* looking_after = nullptr;
   std::size_t next = 0;  // the entry that was looked after last
@@ -71,7 +72,8 @@ void Watcher::renew(Watched& watched) {
   if (event < 0) throw Error(ErrorCode::System, "there is no descriptor left to watch a channel with", errno);
   watched.event = event;
   watched.crew = nullptr;
-  watched.is_armed = watched.is_signalled = watched.is_slept_on = watched.is_swallowed = false;
+  watched.is_armed = watched.is_signalled = watched.is_slept_on = watched.is_swallowed = watched.is_hit =
+      false;
   watched.generation = generation_ + 1;  // 0: never used
 }
 
@@ -184,7 +186,7 @@ void Watcher::drop(Watched& watched, std::unique_lock<std::mutex>& lock) noexcep
   over_.wait(lock, [&] { return !watched.is_slept_on && crew->looking_after != &watched; });
   watched.crew = nullptr;
   if (watched.is_swallowed) watched.pass_on();
-  watched.is_swallowed = false;
+  watched.is_swallowed = watched.is_hit = false;
 }
 
 void Watcher::drop_all_of(const void* owner) noexcept {
@@ -249,7 +251,8 @@ void Watcher::settle(Crew& crew, bool slice_over) noexcept {
     const bool swallowed = each.is_swallowed;
     each.is_swallowed = false;
     if (swallowed) each.pass_on();
-    const bool goes = !was_armed && (swallowed || (slice_over && !each.is_recent));
+    const bool goes = !was_armed && (each.is_hit || (slice_over && !each.is_recent));
+    each.is_hit = false;
     if (slice_over) each.is_recent = false;
     if (goes) {
       each.crew = nullptr;
@@ -276,16 +279,19 @@ void Watcher::sleep(Crew& crew, std::unique_lock<std::mutex>& lock) {
   const std::int64_t deadline = crew.entries.empty() ? INT64_MAX : crew.slice_end_ns;
   crew.is_asleep = true;
   lock.unlock();
-  if (crew.can_wait_for_many) {
-    waiting::futex_wait_many(words, count, deadline);
-  } else {
-    waiting::futex_wait(*words[0].word, words[0].value, deadline);
-  }
+  std::size_t hit = count;
+  const waiting::Wake wake = crew.can_wait_for_many
+                                 ? waiting::futex_wait_many(words, count, deadline, hit)
+                                 : waiting::futex_wait(*words[0].word, words[0].value, deadline);
   lock.lock();
   crew.is_asleep = false;
-  for (Watched* each : crew.slept_on) {
-    // Every waker changes the sequence first, so who was woken is among these.
-    each->is_swallowed = each->is_swallowed || each->point().sequence() != each->waited;
+  const std::size_t first = count - crew.slept_on.size();
+  for (std::size_t i = 0; i < crew.slept_on.size(); ++i) {
+    Watched* each = crew.slept_on[i];
+    // More than one word may have been woken, and the waker may have changed the sequence before it was loaded for this
+    // sleep: so any of them may have taken a wake-up.
+    each->is_swallowed = each->is_swallowed || wake == waiting::Wake::Woken;
+    each->is_hit = each->is_hit || first + i == hit || each->point().sequence() != each->waited;
     each->is_slept_on = false;
   }
   crew.slept_on.clear();

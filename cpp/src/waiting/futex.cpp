@@ -43,7 +43,8 @@ void pretend_not_to_wait_for_many(bool pretend) noexcept {
   pretending.store(pretend, std::memory_order_relaxed);
 }
 
-Wake futex_wait_many(const Expected* words, std::size_t count, std::int64_t deadline_ns) noexcept {
+Wake futex_wait_many(const Expected* words, std::size_t count, std::int64_t deadline_ns,
+                     std::size_t& hit) noexcept {
   std::array<KernelWaiter, kMostWords> waiters;
   for (std::size_t i = 0; i < count; ++i) {
     waiters[i] = {words[i].value, reinterpret_cast<std::uintptr_t>(words[i].word), kFutex32, 0};
@@ -52,6 +53,7 @@ Wake futex_wait_many(const Expected* words, std::size_t count, std::int64_t dead
                     static_cast<long>(deadline_ns % 1'000'000'000)};
   const long result =
       syscall(kFutexWaitv, waiters.data(), count, 0, &deadline, static_cast<long>(CLOCK_MONOTONIC));
+  hit = result >= 0 ? static_cast<std::size_t>(result) : count;
   if (result >= 0 || errno == EAGAIN) return Wake::Woken;
   if (errno == ETIMEDOUT) return Wake::TimedOut;
   if (errno != EINTR) {

@@ -22,9 +22,11 @@ struct Expected {
 /// Words of one futex_wait_many() at most.
 inline constexpr std::size_t kMostWords = 128;
 
-/// As futex_wait() for several words: over as soon as one of them was woken or has changed. More than one may have been
-/// woken; who has been is told by the words only. Requires: can_wait_for_many(), 1 to kMostWords of them.
-Wake futex_wait_many(const Expected* words, std::size_t count, std::int64_t deadline_ns) noexcept;
+/// As futex_wait() for several words: over as soon as one of them was woken or has changed. `hit` becomes the number of one
+/// that was woken; others may have been woken as well, of which nothing tells. Unless the result is Woken none was.
+/// Requires: can_wait_for_many(), 1 to kMostWords of them.
+Wake futex_wait_many(const Expected* words, std::size_t count, std::int64_t deadline_ns,
+                     std::size_t& hit) noexcept;
 
 /// Whether this kernel has futex_waitv (Linux 5.16) and lets this process call it.
 bool can_wait_for_many() noexcept;
