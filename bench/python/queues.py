@@ -3,9 +3,11 @@
     P1 put() ──▶ get() C1    from the first put to the return of the last get
 
 Objects: 64 bytes, a tuple of 64 bytes of content, a dict with one array of 1 MiB and of 6 MiB. The receiver's arrays are its
-own and can be written, for every queue. Bounds are the same for all: room for 64 small objects, or 8 with arrays; faster-fifo
-bounds bytes, so it gets as many bytes as that takes. "any number" rows are the default constructors (maxsize=0). faster-fifo
-is also run by get_many(), its documented way to more throughput, with room for 10,000 small objects.
+own and can be written, for every queue. Bounds: 1000 small objects, or 8 with arrays; faster-fifo bounds bytes, so it gets its
+default of 1,000,000 bytes for small objects, and the bytes of 8 with arrays. "any number" rows are the default constructors
+(maxsize=0). faster-fifo is also run by get_many(), its documented way to more throughput.
+
+The CPU time of both processes together is less at the mercy of other programs than the throughput is.
 
 Every process is started anew for each run; starting it and the warm-up are not timed. Checked: every 16th object's number,
 and every byte of the first 64 and of the last objects.
@@ -46,7 +48,7 @@ def _array_bytes(kind: str) -> int:
 
 
 def _bound(kind: str) -> int:
-    return 8 if _array_bytes(kind) else 64
+    return 8 if _array_bytes(kind) else 1000
 
 
 def objects(kind: str) -> list[Any]:
@@ -109,23 +111,15 @@ def _fifo(context: Any, kind: str) -> Any:
     import faster_fifo
     import faster_fifo_reduction  # noqa: F401  (its queues travel to other processes)
 
-    each = _array_bytes(kind) + 1024 if _array_bytes(kind) else 128
-    return faster_fifo.Queue(max_size_bytes=_bound(kind) * each)
-
-
-def _fifo_many(context: Any, kind: str) -> Any:
-    import faster_fifo
-    import faster_fifo_reduction  # noqa: F401
-
-    each = _array_bytes(kind) + 1024 if _array_bytes(kind) else 128
-    return faster_fifo.Queue(max_size_bytes=(_bound(kind) if _array_bytes(kind) else 10_000) * each)
+    size = _array_bytes(kind)
+    return faster_fifo.Queue(max_size_bytes=_bound(kind) * (size + 1024) if size else 1_000_000)
 
 
 PEERS = [
     Peer("dsline.Queue", _dsline),
     Peer("mp.Queue", _theirs),
     Peer("faster-fifo", _fifo),
-    Peer("faster-fifo get_many", _fifo_many, many=True),
+    Peer("faster-fifo get_many", _fifo, many=True),
     Peer("dsline.Queue, any number", _dsline_any, kinds=KINDS[:2]),
     Peer("mp.Queue, any number", _theirs_any, kinds=KINDS[:2]),
 ]
@@ -138,12 +132,14 @@ def _put_main(peer: Peer, queue: Any, kind: str, count: int, control: Connection
         put(made[number % DIFFERENT])
     control.send("warm")
     control.recv()
+    used = time.process_time_ns()
     start = time.monotonic_ns()
     for _ in range(count // DIFFERENT):
         for one in made:
             put(one)
     control.send(start)
     control.recv()  # the receiver has everything
+    control.send(time.process_time_ns() - used)
     if "mp." in peer.name:
         queue.close()
         queue.join_thread()
@@ -169,6 +165,7 @@ def _get_main(peer: Peer, queue: Any, kind: str, count: int, control: Connection
         if not is_whole(got, made[number % DIFFERENT]):
             raise RuntimeError(f"{peer.name}: object {number} arrived damaged")
     control.send("warm")
+    used = time.process_time_ns()
     if peer.many:
         for got in stream(count):
             if seen % DIFFERENT == 0 and number_of(got) != 0:
@@ -182,13 +179,14 @@ def _get_main(peer: Peer, queue: Any, kind: str, count: int, control: Connection
             for _ in range(DIFFERENT - 1):
                 got = get()
     end = time.monotonic_ns()
+    used = time.process_time_ns() - used
     if not is_whole(got, made[DIFFERENT - 1]):
         raise RuntimeError(f"{peer.name}: the last object arrived damaged")
-    control.send(end)
+    control.send((end, used))
 
 
-def throughput(peer: Peer, kind: str, count: int) -> float:
-    """Run once and return objects per second."""
+def run(peer: Peer, kind: str, count: int) -> tuple[float, float]:
+    """Run once and return objects per second, and nanoseconds of CPU per object of both processes together."""
     context = multiprocessing.get_context("spawn")
     queue = peer.make(context, kind)
     with Crew(context) as crew:
@@ -198,9 +196,10 @@ def throughput(peer: Peer, kind: str, count: int) -> float:
         crew.hear(getter)
         putter.send("go")
         start = crew.hear(putter)
-        seconds = (crew.hear(getter) - start) / 1e9
+        end, used = crew.hear(getter)
         putter.send("arrived")
-    return count / float(seconds)
+        used += crew.hear(putter)
+    return count / (end - start) * 1e9, used / count
 
 
 def compare(rounds: int, seconds: float, kinds: tuple[str, ...], peers: list[Peer]) -> list[dict[str, Any]]:
@@ -213,43 +212,57 @@ def compare(rounds: int, seconds: float, kinds: tuple[str, ...], peers: list[Pee
                 if kind not in peer.kinds:
                     continue
                 key = (peer.name, kind)
-                row = rows.setdefault(key, {"peer": peer.name, "kind": kind, "runs": []})
-                rate = throughput(peer, kind, counts.get(key, LEAST[kind]) // DIFFERENT * DIFFERENT)
+                row = rows.setdefault(key, {"peer": peer.name, "kind": kind, "runs": [], "cpu_ns": []})
+                rate, cpu = run(peer, kind, counts.get(key, LEAST[kind]) // DIFFERENT * DIFFERENT)
                 if turn == 0:
                     counts[key] = max(LEAST[kind], min(int(rate * seconds), 2_000_000))
                 else:
                     row["runs"].append(rate)
-                print(f"{kind:<14} round {turn}  {peer.name:<26} {rate:>12,.0f} objects/s", file=sys.stderr)
+                    row["cpu_ns"].append(cpu)
+                print(
+                    f"{kind:<14} round {turn}  {peer.name:<26} {rate:>12,.0f} objects/s {cpu:>12,.0f} ns",
+                    file=sys.stderr,
+                )
     return list(rows.values())
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     names = list(dict.fromkeys(row["peer"] for row in rows))
-    cells = {(row["peer"], row["kind"]): row["runs"] for row in rows if row["runs"]}
-    lines = ["| objects/s | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
-    for name in names:
+    found = {(row["peer"], row["kind"]): row for row in rows if row["runs"]}
+
+    def head(first: str) -> list[str]:
+        return ["", f"| {first} | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
+
+    def line(name: str, key: str, scale: float) -> str:
         texts = []
         for kind in kinds:
-            runs = cells.get((name, kind))
+            values = [value * scale for value in found[name, kind][key]] if (name, kind) in found else []
+            show = human_rate if key == "runs" else (lambda value: f"{value:.3g}")
             texts.append(
-                f"{human_rate(statistics.median(runs))} ({human_rate(min(runs))} to {human_rate(max(runs))})"
-                if runs
+                f"{show(statistics.median(values))} ({show(min(values))} to {show(max(values))})"
+                if values
                 else "-"
             )
-        lines.append("| " + " | ".join([name, *texts]) + " |")
-    lines += ["", "| dsline.Queue to | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
-    for name in names:
-        if name.startswith("dsline"):
-            continue
+        return "| " + " | ".join([name, *texts]) + " |"
+
+    def ratios(name: str, key: str) -> str:
         mine = "dsline.Queue, any number" if name.endswith("any number") else "dsline.Queue"
         texts = []
         for kind in kinds:
-            ours, theirs = cells.get((mine, kind)), cells.get((name, kind))
-            texts.append(
-                f"{statistics.median(ours) / statistics.median(theirs):.1f}" if ours and theirs else "-"
-            )
-        lines.append("| " + " | ".join([name, *texts]) + " |")
+            ours, theirs = found.get((mine, kind)), found.get((name, kind))
+            if ours and theirs:
+                ratio = statistics.median(ours[key]) / statistics.median(theirs[key])
+                texts.append(f"{ratio if key == 'runs' else 1 / ratio:.1f}")
+            else:
+                texts.append("-")
+        return "| " + " | ".join([name, *texts]) + " |"
+
+    others = [name for name in names if not name.startswith("dsline")]
+    lines = head("objects/s") + [line(name, "runs", 1) for name in names]
+    lines += head("CPU us per object") + [line(name, "cpu_ns", 1e-3) for name in names]
+    lines += head("times the throughput of") + [ratios(name, "runs") for name in others]
+    lines += head("times less CPU than") + [ratios(name, "cpu_ns") for name in others]
     return "\n".join(lines)
 
 

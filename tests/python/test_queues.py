@@ -3,6 +3,7 @@
 import collections
 import datetime
 import multiprocessing
+import os
 import pickle
 import queue
 import threading
@@ -598,7 +599,6 @@ def test_dsline_multiprocessing_is_multiprocessing_with_these_queues():
 
 def test_a_queue_that_is_dropped_leaves_no_descriptor(tmp_path):
     import gc
-    import os
 
     def count():
         gc.collect()
@@ -613,3 +613,14 @@ def test_a_queue_that_is_dropped_leaves_no_descriptor(tmp_path):
             q.get()
     del q
     assert count() == before
+
+
+def test_a_queue_is_not_made_of_other_descriptors():
+    q = dsline.Queue()
+    link = q._core_link()
+    for descriptor in (link.channel.fileno_shared(), os.open("/dev/null", os.O_RDWR)):
+        copy = os.dup(descriptor)
+        if descriptor != link.channel.fileno_shared():
+            os.close(descriptor)
+        with pytest.raises(dsline.ChannelLayoutError):
+            dsline.Queue.__new__(dsline.Queue)._build(link.channel, copy, 0, False, True)
