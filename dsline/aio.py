@@ -126,6 +126,8 @@ class _Line:
     def _on_readable(self) -> None:
         self._watch.clear()
         self._call_first()
+        if not self.places and self._channel.closed:
+            self.end()
 
     def _call_first(self) -> None:
         if self.places:
