@@ -256,7 +256,9 @@ class AsyncChannel:
         """Receive the next message as bytes of its own (one copy)."""
         return self._run(False, functools.partial(self._channel.recv_bytes, timeout=_TRY), timeout)
 
-    def recv_object(self, *, timeout: float | None = _DEFAULT, copy: bool = False) -> Coroutine[Any, Any, Any]:
+    def recv_object(
+        self, *, timeout: float | None = _DEFAULT, copy: bool = False
+    ) -> Coroutine[Any, Any, Any]:
         """Receive the next message as the object that was sent. Unpickles it, which runs code that the sender chose."""
         return self._run(
             False, functools.partial(self._channel.recv_object, timeout=_TRY, copy=copy), timeout
@@ -276,9 +278,7 @@ class AsyncChannel:
         """Receive the next message with all that came with it: a `Message`."""
         return self._run(False, functools.partial(self._channel.recv_message, timeout=_TRY), timeout)
 
-    def recv_many(
-        self, n: int, *, timeout: float | None = _DEFAULT
-    ) -> Coroutine[Any, Any, list[memoryview]]:
+    def recv_many(self, n: int, *, timeout: float | None = _DEFAULT) -> Coroutine[Any, Any, list[memoryview]]:
         """Receive up to `n` messages: waits for the first, then takes what is there."""
         return self._run(False, functools.partial(self._channel.recv_many, n, timeout=_TRY), timeout)
 
@@ -316,7 +316,9 @@ class AsyncChannel:
 
         `data` is copied when there is room: leave it as it is until the call is over.
         """
-        return self._run(True, functools.partial(self._sender("send"), data, timeout=_TRY, meta=meta), timeout)
+        return self._run(
+            True, functools.partial(self._sender("send"), data, timeout=_TRY, meta=meta), timeout
+        )
 
     def send_object(
         self, obj: Any, *, timeout: float | None = _DEFAULT, meta: dict[str, Any] | None = None

@@ -126,4 +126,3 @@ def _wait_by_poll(given: list[Any], timeout: float | None, for_send: bool) -> li
         ]
         if result or left == 0:
             return result
-

@@ -59,6 +59,7 @@ def test_a_stream_from_another_process(run, make_channel, name):
 
 def test_a_stream_to_another_process(run, make_channel, name):
     channel = make_channel(name, capacity=4, slot_size=256)
+
     async def main():
         messages = AsyncChannel(channel)
         for number in range(3000):
@@ -218,7 +219,9 @@ def test_a_forked_child_watches_by_itself(make_channel, name):
             assert selector.select(TIMEOUT)
         answers.send(channel.recv_bytes(timeout=0))
 
-    thread = threading.Thread(target=lambda: (answers.recv_bytes(timeout=TIMEOUT), channel.send(b"for the child")))
+    thread = threading.Thread(
+        target=lambda: (answers.recv_bytes(timeout=TIMEOUT), channel.send(b"for the child"))
+    )
     thread.start()
     forked(child)
     thread.join()

@@ -45,8 +45,7 @@ void Channel::Impl::end_sleep(waiting::WaitPoint point, std::uint32_t& count) {
 }
 
 void Channel::Impl::begin_to_sleep(Side side) {
-  begin_to_sleep(point(side),
-                 side == Side::Room ? local->sleeping_for_space : local->sleeping_for_message,
+  begin_to_sleep(point(side), side == Side::Room ? local->sleeping_for_space : local->sleeping_for_message,
                  side == Side::Room ? kWaitsForRoom : kWaitsForMessage);
 }
 
@@ -163,8 +162,8 @@ Outcome Channel::Impl::wait_for_newer(bool any, std::uint64_t newer_than, std::i
     return closed_or_shut_down() || find_latest(any, newer_than, slot, position, word);
   };
   order::Group retention(*region, region->retention_group());
-  return wait(retention.messages(), local->sleeping_for_newer, kWaitsForMessage, local->message_spin, ready, ready,
-              taken.load(std::memory_order_relaxed), deadline_ns, spin);
+  return wait(retention.messages(), local->sleeping_for_newer, kWaitsForMessage, local->message_spin, ready,
+              ready, taken.load(std::memory_order_relaxed), deadline_ns, spin);
 }
 
 void Channel::Impl::pass_on_wake() noexcept {

@@ -29,7 +29,8 @@ struct Watched::Crew {
 
   const bool can_wait_for_many;  // else it sleeps for one watch, or for `control`
   std::vector<Watched*> entries;
-  std::vector<Watched*> slept_on;  // entries of the last sleep; a dropped one is in it until the thread has woken up
+  std::vector<Watched*>
+      slept_on;  // entries of the last sleep; a dropped one is in it until the thread has woken up
   base::Atomic<std::uint32_t> control{0};  // changes when the thread must look at its entries again
   Watched* looking_after = nullptr;
   std::size_t next = 0;  // the entry that was looked after last
@@ -71,7 +72,8 @@ void Watcher::renew(Watched& watched) {
   if (event < 0) throw Error(ErrorCode::System, "there is no descriptor left to watch a channel with", errno);
   watched.event = event;
   watched.crew = nullptr;
-  watched.is_armed = watched.is_signalled = watched.is_slept_on = watched.is_swallowed = watched.is_hit = false;
+  watched.is_armed = watched.is_signalled = watched.is_slept_on = watched.is_swallowed = watched.is_hit =
+      false;
   watched.generation = generation_ + 1;  // 0: never used
 }
 

@@ -42,11 +42,11 @@ class Watched {
   friend class Watcher;
   struct Crew;
 
-  Crew* crew = nullptr;       // whose entries it is in
-  int event = -1;             // eventfd of this generation
+  Crew* crew = nullptr;  // whose entries it is in
+  int event = -1;        // eventfd of this generation
   std::uint32_t generation = 0;
-  std::uint32_t looked = 0;   // the point's sequence before the last look
-  std::uint32_t waited = 0;   // the point's sequence that the thread sleeps, or slept last, with
+  std::uint32_t looked = 0;  // the point's sequence before the last look
+  std::uint32_t waited = 0;  // the point's sequence that the thread sleeps, or slept last, with
   bool is_armed = false;
   bool is_signalled = false;  // the eventfd's counter is not 0
   bool is_slept_on = false;   // the thread sleeps on its word

@@ -181,7 +181,8 @@ TEST_P(Watching, WhoIsSignalledAndDoesNotTakeLetsOthersHaveIt) {
   auto sender = adopt(*channel);
   Watch watch(channel, Side::Message);
   const int rounds = 20;
-  const int slept = times_slept_through(*receiver, *sender, [&] { watch.arm(); }, rounds);
+  const int slept = times_slept_through(
+      *receiver, *sender, [&] { watch.arm(); }, rounds);
   EXPECT_LT(slept, rounds / 4);
 }
 
@@ -193,7 +194,8 @@ TEST_P(Watching, WhoWasWatchedAMomentAgoLetsOthersHaveIt) {
   const int rounds = 20;
   const auto watched_before = [&] {
     watch.arm();
-    send(*sender, "x");  // signals, unless the other receiver takes it first, and leaves the thread asleep on the word
+    send(*sender,
+         "x");  // signals, unless the other receiver takes it first, and leaves the thread asleep on the word
     is_readable(watch.descriptor(), 20);
     while (channel->depth() != 0) next(*channel);
     // The other receiver, who may have slept all the time, sleeps anew: behind the thread, which is woken first then.

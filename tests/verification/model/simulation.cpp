@@ -990,7 +990,8 @@ void Simulation::check_blocked() {
         violate("a producer sleeps though a slot is free");
       if (role.kind == Kind::Consumer && Group(*region_, world.process[p].member - 1u).anything_waiting())
         violate("a consumer sleeps though a message waits");
-      if (role.kind == Kind::Observer && world.process[p].phase == kHolding && Group(*region_, 0).anything_waiting())
+      if (role.kind == Kind::Observer && world.process[p].phase == kHolding &&
+          Group(*region_, 0).anything_waiting())
         violate("an armed watch sleeps though a message waits");
     }
   }

@@ -19,7 +19,7 @@ enum class Kind : std::uint8_t {
   Consumer,   ///< takes and releases for `group`, for ever
   Recoverer,  ///< looks after the dead whenever there are any
   Reader,     ///< takes dead letters and releases them
-  Observer,   ///< sleeps as a consumer `messages` times, then once more unregistered, and takes nothing (channel/watcher.cpp)
+  Observer,  ///< sleeps as a consumer `messages` times, then once more unregistered, and takes nothing (channel/watcher.cpp)
 };
 
 struct Role {
