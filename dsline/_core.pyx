@@ -182,8 +182,9 @@ def leave_all():
 
 cdef inline int check_timeout(object timeout) except -1:
     """Bad timeouts are refused also where nothing has to be waited for."""
-    if (timeout is not DEFAULT and timeout is not TRY_ONCE and timeout is not None
-            and not (type(timeout) in (int, float) and timeout >= 0)):
+    if timeout is DEFAULT or timeout is TRY_ONCE:
+        return 0
+    if timeout is not None and not (type(timeout) in (int, float) and timeout >= 0):
         deadline_of(timeout)
     return 0
 

@@ -146,7 +146,9 @@ async def _ask(send: Callable[[bytes], Awaitable[Any]], recv: Recv, count: int, 
 
 @contextlib.contextmanager
 def _channel(size: int) -> Iterator[dsline.ShmChannel]:
-    with dsline.ShmChannel.create(_name(), capacity=64, slot_size=size) as channel:
+    with dsline.ShmChannel.create(
+        _name(), capacity=max(64, min(1024, (8 << 20) // size)), slot_size=size
+    ) as channel:
         try:
             yield channel
         finally:
