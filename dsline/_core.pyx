@@ -26,8 +26,8 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from dsline._cpp.channel cimport (
     BackpressureRaise, CppBackpressure, CppChannel, CppChannelOptions, CppChannelStats, CppDeadLetter, CppDeath,
-    AfterPublishKeep, AfterPublishLetGo, CppAfterPublish, CppLoan, CppOnDeath, CppOnStale, CppOpenMode, CppReceived,
-    CppReport, CppStart, CppSubscribeOptions, Outcome,
+    AfterPublishKeep, AfterPublishLetGo, CppAfterPublish, CppLoan, CppOnDeath, CppOnStale, CppOpenMode, CppPlace,
+    CppReceived, CppReport, CppStart, CppSubscribeOptions, Outcome,
     OutcomeClosed, OutcomeCorrupted, OutcomeDropped, OutcomeNotSynced, OutcomeOk, OutcomeTimedOut,
     channel_directory as cpp_channel_directory, kArrayMessage, kBytesMessage, kObjectMessage,
     list_channels as cpp_list_channels,
@@ -182,7 +182,8 @@ def leave_all():
 
 cdef inline int check_timeout(object timeout) except -1:
     """Bad timeouts are refused also where nothing has to be waited for."""
-    if timeout is not DEFAULT and timeout is not TRY_ONCE and timeout is not None and not (type(timeout) in (int, float) and timeout >= 0):
+    if (timeout is not DEFAULT and timeout is not TRY_ONCE and timeout is not None
+            and not (type(timeout) in (int, float) and timeout >= 0)):
         deadline_of(timeout)
     return 0
 
@@ -1797,8 +1798,8 @@ cdef class Channel(Receiver):
                     "sealing it for one seals it for all; use zero_copy=True, or a memfd (name=None)")
             raise FeatureUnavailableError(
                 f"zero_copy='strict' seals whole pages, and the slots of channel '{self._label()}' are packed (slot_size "
-                f"{self._cpp.slot_size()}, max_message_size {self._cpp.max_message_size()}); create it with slot_size>=4096, "
-                "or without a max_message_size below that")
+                f"{self._cpp.slot_size()}, max_message_size {self._cpp.max_message_size()}); create it with slot_size>=4096 or "
+                "without a max_message_size below that")
         self._zero_copy = level
 
     def send_object(self, obj, *, timeout=DEFAULT, meta=None):
@@ -1850,6 +1851,41 @@ cdef class Channel(Receiver):
             return False
         parts.write(loan.payload)
         return self._publish(loan, kObjectMessage, 0)
+
+    def _core_send_placed(self, stream, list buffers, timeout, meta):
+        """As `_send_pickled`, with backpressure "block": the place of the message, None when nobody is there for it."""
+        cdef CppLoan loan
+        cdef CppPlace place
+        cdef Outcome outcome
+        cdef PickledParts parts = PickledParts(stream, buffers)
+        require_open(self)
+        check_timeout(timeout)
+        self._alloc(loan, parts.nbytes, encode_meta(meta, None), timeout)
+        parts.write(loan.payload)
+        outcome = self._cpp.publish_placed(loan, kObjectMessage, 0, place)
+        if outcome == OutcomeDropped:
+            return None
+        if outcome != OutcomeOk:
+            raise self._closed_error()
+        self._handle.sent += 1
+        self._handle.bytes_sent += loan.payload_bytes
+        return place.slot, place.sequence
+
+    def _core_withdraw(self, uint32_t slot, uint64_t sequence):
+        """Take a message back: True when nobody had taken it."""
+        cdef CppPlace place
+        require_open(self)
+        place.slot = slot
+        place.sequence = sequence
+        return self._cpp.try_withdraw(place)
+
+    def _core_is_there(self, uint32_t slot, uint64_t sequence):
+        """False when every group has finished with the message."""
+        cdef CppPlace place
+        require_open(self)
+        place.slot = slot
+        place.sequence = sequence
+        return self._cpp.is_there(place)
 
     cdef int send_nogil(self, const void* data, size_t size, long long timeout_ns) except -1 nogil:
         """Send bytes without the GIL: 1 when they entered, 0 when a drop policy discarded them. `timeout_ns` < 0 waits
@@ -2254,4 +2290,6 @@ cdef str as_text(const string& text):
     return text.decode("utf-8", "replace")
 
 
+include "store.pxi"
+include "queues.pxi"
 include "watch.pxi"

@@ -39,6 +39,8 @@ __all__ = [
     "PipelineBuildError",
     "PipelineError",
     "PipelineRuntimeError",
+    "RpcError",
+    "RpcTimeoutError",
     "SchemaMismatchError",
     "SerializationError",
     "SharedMemoryFullError",
@@ -173,6 +175,14 @@ class PeerDiedError(DslineError):
 
 class SerializationError(DslineError):
     """An object cannot be turned into a message, or a message into an object."""
+
+
+class RpcError(DslineError):
+    """A call was answered by something else than a result: no such function, or an error that cannot be brought over."""
+
+
+class RpcTimeoutError(RpcError, builtins.TimeoutError):
+    """A call had no answer in time."""
 
 
 class FeatureUnavailableError(DslineError):

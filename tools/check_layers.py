@@ -40,6 +40,7 @@ CPP_LAYERS: dict[str, frozenset[str]] = {
             "liveness",
             "dsline/channel.hpp",
             "dsline/build.hpp",
+            "dsline/tally.hpp",
             "dsline/watch.hpp",
         }
     ),
@@ -63,6 +64,11 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "groups": frozenset({"endpoint", "errors", "options"}),
     "channel": frozenset({"_core", "endpoint", "errors", "groups", "interop", "options", "specs"}),
     "broadcast": frozenset({"channel"}),
+    "accelerate": frozenset({"_core", "errors"}),
+    "rpc_server": frozenset({"_core", "broadcast", "channel", "errors"}),
+    "rpc": frozenset({"_core", "broadcast", "channel", "errors", "rpc_server"}),
+    "queues": frozenset({"_core", "channel", "errors"}),
+    "multiprocessing": frozenset({"queues"}),
     "waiting": frozenset({"_core", "endpoint", "errors"}),
     "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report", "specs"}),
     "__init__": frozenset(
@@ -75,7 +81,10 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
             "groups",
             "latest",
             "options",
+            "queues",
             "report",
+            "rpc",
+            "rpc_server",
             "specs",
             "waiting",
         }
@@ -89,7 +98,19 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
 }
 PACKAGES: dict[str, frozenset[str]] = {
     "numpy": frozenset(
-        {"_core", "aio", "dtypes", "expressions", "interop", "specs", "channel", "bench", "testing", "cli"}
+        {
+            "accelerate",
+            "_core",
+            "aio",
+            "dtypes",
+            "expressions",
+            "interop",
+            "specs",
+            "channel",
+            "bench",
+            "testing",
+            "cli",
+        }
     ),
     "click": frozenset({"cli"}),
     "tqdm": frozenset({"cli", "bench"}),

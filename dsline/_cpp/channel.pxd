@@ -98,6 +98,15 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         const char* fault
         const void* meta() noexcept
 
+    cdef cppclass CppPlace "dsline::Place":
+        uint32_t slot
+        uint64_t sequence
+
+    cdef struct CppMemoryUse "dsline::MemoryUse":
+        uint64_t used_bytes
+        uint64_t idle_bytes
+        uint32_t used_slots
+
     cdef struct CppChannelStats "dsline::ChannelStats":
         uint64_t depth
         uint64_t next_sequence
@@ -248,6 +257,15 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         Outcome wait_for_message(int64_t, cbool) except +raise_current_error
         void pass_on_wake() noexcept
 
+        Outcome try_place(const void*, uint64_t, uint64_t, CppPlace&) except +raise_current_error
+        Outcome try_take_into(const CppPlace&, void*, uint64_t) except +raise_current_error
+        Outcome publish_placed "publish"(const CppLoan&, int, uint64_t, CppPlace&) noexcept
+        cbool try_withdraw(const CppPlace&) noexcept
+        cbool is_there(const CppPlace&) noexcept
+        uint32_t discard_older(int64_t) noexcept
+        CppMemoryUse memory_use() noexcept
+        void trim() noexcept
+
         void shutdown(cbool) except +raise_current_error
         cbool is_shut_down() noexcept
         void close() noexcept
@@ -288,5 +306,6 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         string uuid() except +raise_current_error
         int descriptor() noexcept
 
+    uint64_t available_memory() except +raise_current_error
     string channel_directory() except +raise_current_error
     vector[string] list_channels() except +raise_current_error

@@ -245,7 +245,7 @@ def ready(selector, timeout=TIMEOUT):
 
 
 def test_the_descriptor_is_readable_while_there_is_something(two, selector):
-    a, b = two
+    a, _ = two
     a.send(b"before")
     for channel in two:
         selector.register(channel, selectors.EVENT_READ)

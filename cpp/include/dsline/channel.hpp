@@ -116,6 +116,19 @@ struct Received {
   std::vector<std::byte> long_meta;
 };
 
+/// Where a message is. It names that message for ever: no other has both numbers.
+struct Place {
+  std::uint32_t slot = 0;
+  std::uint64_t sequence = 0;
+};
+
+/// Memory of the slots.
+struct MemoryUse {
+  std::uint64_t used_bytes = 0;  ///< of slots that are written, wait, or are held
+  std::uint64_t idle_bytes = 0;  ///< of slots that are free
+  std::uint32_t used_slots = 0;
+};
+
 struct ChannelStats {
   std::uint64_t depth = 0;
   std::uint64_t next_sequence = 0;
@@ -280,6 +293,8 @@ class Channel {
   /// Makes a written loan visible. Closed when the channel was shut down meanwhile (the loan is aborted then), or when
   /// the loan is no longer the caller's: published or aborted before, or taken by the parent of this process.
   Outcome publish(const Loan& loan, int kind, std::uint64_t schema_hash) noexcept;
+  /// The same, and says where the message is. Dropped: no group is there for it.
+  Outcome publish(const Loan& loan, int kind, std::uint64_t schema_hash, Place& place) noexcept;
   /// The same. `seal`: makes the pages of the slot read-only in this handle's mapping before the message can be seen, until
   /// the handle allocates the slot again; throws Error(System) when the kernel refuses, and nothing has been published.
   Outcome publish(const Loan& loan, int kind, std::uint64_t schema_hash, AfterPublish after, bool seal);
@@ -326,6 +341,29 @@ class Channel {
   bool is_unchanged(const Received& message) const noexcept;
   /// As wait_for_message(), for a message behind `newer_than` in the history.
   Outcome wait_for_newer(bool any, std::uint64_t newer_than, std::int64_t deadline_ns, bool spin);
+
+  // --- a channel as a store: messages are taken by their place, in any order ---------------------------------------
+
+  /// One copy into a slot, without waiting: Ok, Full (no slot, no memory, or slots in use would have more than
+  /// `limit_bytes`) or Closed. Nobody was there for the message: Dropped.
+  Outcome try_place(const void* payload, std::uint64_t payload_bytes, std::uint64_t limit_bytes,
+                    Place& place);
+  /// Takes the message at `place` for the group of this handle: Ok, Empty (it was taken before, or dropped), Closed or
+  /// Corrupted. From then on as after try_recv().
+  Outcome try_take(const Place& place, Received& message);
+  /// The same, one copy out and release. Corrupted also where the message has not `bytes` bytes.
+  Outcome try_take_into(const Place& place, void* to, std::uint64_t bytes);
+  /// Takes a message back that its sender has placed or published, from every group that has not taken it: true when none
+  /// had, so that nobody sees it.
+  bool try_withdraw(const Place& place) noexcept;
+  /// False when every group has finished with the message at `place`.
+  bool is_there(const Place& place) const noexcept;
+  /// Drops the messages of this handle's group that were sent before `before_ns` (CLOCK_REALTIME) and that nobody has
+  /// taken; how many.
+  std::uint32_t discard_older(std::int64_t before_ns) noexcept;
+  MemoryUse memory_use() const noexcept;
+  /// Gives back the memory that free slots have beyond `slot_size`.
+  void trim() noexcept;
 
   // --- waiting ---------------------------------------------------------------------------------------------------
 
@@ -409,6 +447,9 @@ class Channel {
   static std::shared_ptr<Channel> make(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };
+
+/// Bytes that shared memory may still take, by what the machine and the cgroups of this process leave.
+std::uint64_t available_memory();
 
 /// Directory of the named channels of this user.
 std::string channel_directory();

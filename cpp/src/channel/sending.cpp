@@ -221,7 +221,7 @@ void Channel::Impl::end_keeping(const Loan& loan) noexcept {
 }
 
 Outcome Channel::Impl::publish(const Loan& loan, int kind, std::uint64_t schema_hash, AfterPublish after,
-                               bool seal) {
+                               bool seal, std::uint64_t* entered_at) {
   if (!is_mine(loan)) [[unlikely]]
     return Outcome::Closed;
   FrameHeader header{};
@@ -255,8 +255,8 @@ Outcome Channel::Impl::publish(const Loan& loan, int kind, std::uint64_t schema_
     return Outcome::Closed;
   }
   const std::uint32_t groups = static_cast<std::uint32_t>(state) & region->group_bits();
-  if (!publication.publish(loan.slot, SlotWord{loan.word}, groups, me, after == AfterPublish::Keep))
-      [[unlikely]]
+  if (!publication.publish(loan.slot, SlotWord{loan.word}, groups, me, after == AfterPublish::Keep,
+                           entered_at)) [[unlikely]]
     return Outcome::Closed;
   count(sent);
   // A group that ended meanwhile leaves its bit to whoever looks next.

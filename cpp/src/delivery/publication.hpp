@@ -25,8 +25,9 @@ class Publication {
 
   /// P1 to P4 for the slot that `me` wrote. `groups` is what `active` held after the slot was taken. False when the slot
   /// has been taken away. `keep`: the slot is not free before end_keeping(), whoever is done with the message.
+  /// `entered_at` becomes its position; it stays as it is where no group is there for the message.
   bool publish(std::uint32_t s, slots::SlotWord word, std::uint32_t groups, std::uint32_t me,
-               bool keep = false) noexcept {
+               bool keep = false, std::uint64_t* entered_at = nullptr) noexcept {
     DSLINE_POINT("publish.before_commit");
     if (!pool_->commit(s, word, groups, keep)) [[unlikely]]
       return false;
@@ -37,6 +38,7 @@ class Publication {
       return true;
     }
     const std::uint64_t position = enter(s, groups, keep);
+    if (entered_at != nullptr) *entered_at = position;
     if (region_->keeps_history()) [[unlikely]] {
       DSLINE_POINT("history.before_cut");
       trim_history(position, me);

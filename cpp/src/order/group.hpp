@@ -89,6 +89,18 @@ class Group {
     return take_at_cursor(who, held);
   }
 
+  /// Takes the message at `position`, in slot `s`, for participant `me`, in whatever order: false when somebody has it, or
+  /// is done with it. No cell is looked at: one that a whole lap of others has overwritten does not matter.
+  bool try_take_at(std::uint32_t s, std::uint64_t position, std::uint32_t me, Held& held) noexcept {
+    return claim_open_at(s, position, slots::Claim::holder(me), held);
+  }
+
+  /// The same to discard it: the caller releases it.
+  bool try_withdraw_at(std::uint32_t s, std::uint64_t position, std::uint32_t me) noexcept {
+    Held held{};
+    return claim_open_at(s, position, slots::Claim::discarder(me), held);
+  }
+
   /// The same for a message that nobody will see: the caller releases it. Of those that were never taken first, so
   /// that a message somebody works on is the last to go.
   bool try_discard(std::uint32_t me, Held& held) noexcept {
@@ -294,6 +306,27 @@ class Group {
         return true;
       }
     }
+  }
+
+  bool claim_open_at(std::uint32_t s, std::uint64_t position, std::uint32_t who, Held& held) noexcept {
+    if (!is_pending(s)) return false;
+    // As in claim_at(): it is the message that the claim speaks of.
+    if (region_->slot(s).position.load(std::memory_order_acquire) != position) return false;
+    slots::Claim found = claim(s);
+    const std::uint32_t attempts = found.attempts();
+    if (found.position_low() != (position & slots::kPositionMask) ||
+        (found.who() != slots::Claim::kNobody && found.who() != slots::Claim::kRedeliver))
+      return false;
+    DSLINE_POINT("take_at.before_claim");
+    // SYNC claim: as in claim_at(). A claim with this position is of this message for as long as there are positions.
+    if (!region_->claim(s, number_)
+             .compare_exchange_strong(found.bits, found.with(attempts, who).bits, std::memory_order_acq_rel))
+      return false;
+    DSLINE_POINT("take_at.claimed");
+    note_time(s);
+    advance(position, slots::next_position(position));
+    held = Held{s, position, attempts};
+    return true;
   }
 
   bool claim_at(std::uint32_t s, std::uint64_t position, std::uint32_t who) noexcept {
