@@ -163,6 +163,8 @@ def watch_and_end(name, how):
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         raise RuntimeError
     sys.exit(0)
+
+
 def proven_record(step):
     """A record whose fields prove each other."""
     return {"frame": np.full((64, 96), step % 251, "u1"), "step": step, "half": step / 2}

@@ -196,8 +196,8 @@ class Group {
       slots::Claim found = claim(s);
       const slots::SlotWord word{region_->slot(s).word.load(std::memory_order_acquire)};
       if (!word.is(slots::SlotPhase::Committed) || (word.pending() & bit()) == 0 || word.is_entering() ||
-          found.who() != slots::Claim::kNobody ||
-          found.position_low() == slots::kNoPositionLow || slots::distance(found.position_low(), cursor) >= 0)
+          found.who() != slots::Claim::kNobody || found.position_low() == slots::kNoPositionLow ||
+          slots::distance(found.position_low(), cursor) >= 0)
         continue;
       const slots::Claim offered = found.with(0, slots::Claim::kRedeliver);
       any = region_->claim(s, number_)
