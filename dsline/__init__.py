@@ -13,6 +13,7 @@ from dsline.errors import __all__ as _error_names
 from dsline.groups import Subscriber
 from dsline.latest import Latest
 from dsline.options import Backpressure, Checksum, OnDeath, OnStale, Start, Storage, Sync
+from dsline.queues import JoinableQueue, Queue, ShutDown, SimpleQueue
 from dsline.report import Blocker, ChannelReport, PeerDeath
 from dsline.rpc import Rpc
 from dsline.rpc_server import RpcServer, RpcServerStats
@@ -28,16 +29,20 @@ __all__ = [
     "Checksum",
     "DeadLetter",
     "FileChannel",
+    "JoinableQueue",
     "Latest",
     "Loan",
     "Message",
     "OnDeath",
     "OnStale",
     "PeerDeath",
+    "Queue",
     "Rpc",
     "RpcServer",
     "RpcServerStats",
     "ShmChannel",
+    "ShutDown",
+    "SimpleQueue",
     "Start",
     "Stats",
     "Storage",
@@ -53,6 +58,6 @@ __all__ = [
 
 def __getattr__(name: str) -> ModuleType:
     # Loaded at first use: nobody who only sends and receives pays for them.
-    if name in ("aio", "bench", "expressions", "status", "testing"):
+    if name in ("aio", "bench", "expressions", "multiprocessing", "status", "testing"):
         return importlib.import_module(f"dsline.{name}")
     raise AttributeError(f"module 'dsline' has no attribute {name!r}")

@@ -182,7 +182,9 @@ def leave_all():
 
 cdef inline int check_timeout(object timeout) except -1:
     """Bad timeouts are refused also where nothing has to be waited for."""
-    if timeout is not DEFAULT and timeout is not TRY_ONCE and timeout is not None and not (type(timeout) in (int, float) and timeout >= 0):
+    if timeout is DEFAULT or timeout is TRY_ONCE:
+        return 0
+    if timeout is not None and not (type(timeout) in (int, float) and timeout >= 0):
         deadline_of(timeout)
     return 0
 
@@ -1797,8 +1799,8 @@ cdef class Channel(Receiver):
                     "sealing it for one seals it for all; use zero_copy=True, or a memfd (name=None)")
             raise FeatureUnavailableError(
                 f"zero_copy='strict' seals whole pages, and the slots of channel '{self._label()}' are packed (slot_size "
-                f"{self._cpp.slot_size()}, max_message_size {self._cpp.max_message_size()}); create it with slot_size>=4096, or "
-                "without a max_message_size below that")
+                f"{self._cpp.slot_size()}, max_message_size {self._cpp.max_message_size()}); create it with slot_size>=4096, "
+                "or without a max_message_size below that")
         self._zero_copy = level
 
     def send_object(self, obj, *, timeout=DEFAULT, meta=None):
@@ -2290,4 +2292,5 @@ cdef str as_text(const string& text):
 
 
 include "store.pxi"
+include "queues.pxi"
 include "watch.pxi"

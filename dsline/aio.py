@@ -126,6 +126,8 @@ class _Line:
     def _on_readable(self) -> None:
         self._watch.clear()
         self._call_first()
+        if not self.places and self._channel.closed:
+            self.end()
 
     def _call_first(self) -> None:
         if self.places:
@@ -237,6 +239,19 @@ class AsyncChannel:
         """Receive the next message as the array that was sent; options as for `recv_array` of the channel."""
         return self._run(False, functools.partial(self._channel.recv_array, timeout=_TRY, **options), timeout)
 
+    def recv_record(
+        self, *, timeout: float | None = _DEFAULT
+    ) -> Coroutine[Any, Any, dict[str, NDArray[Any]]]:
+        """Receive the next message as the record that was sent."""
+        return self._run(False, functools.partial(self._channel.recv_record, timeout=_TRY), timeout)
+
+    def recv_arrow(
+        self, *, timeout: float | None = _DEFAULT, library: str | None = None
+    ) -> Coroutine[Any, Any, Any]:
+        """Receive the next message as the table that was sent by `send_arrow`."""
+        call = functools.partial(self._channel.recv_arrow, timeout=_TRY, library=library)
+        return self._run(False, call, timeout)
+
     def recv_bytes(self, *, timeout: float | None = _DEFAULT) -> Coroutine[Any, Any, bytes]:
         """Receive the next message as bytes of its own (one copy)."""
         return self._run(False, functools.partial(self._channel.recv_bytes, timeout=_TRY), timeout)
@@ -247,20 +262,6 @@ class AsyncChannel:
         """Receive the next message as the object that was sent. Unpickles it, which runs code that the sender chose."""
         return self._run(
             False, functools.partial(self._channel.recv_object, timeout=_TRY, copy=copy), timeout
-        )
-
-    def recv_record(
-        self, *, timeout: float | None = _DEFAULT
-    ) -> Coroutine[Any, Any, dict[str, NDArray[Any]]]:
-        """Receive the next message as the record that was sent: a dict with a read-only view per field."""
-        return self._run(False, functools.partial(self._channel.recv_record, timeout=_TRY), timeout)
-
-    def recv_arrow(
-        self, *, timeout: float | None = _DEFAULT, library: str | None = None
-    ) -> Coroutine[Any, Any, Any]:
-        """Receive the next message as the table that was sent by `send_arrow`."""
-        return self._run(
-            False, functools.partial(self._channel.recv_arrow, timeout=_TRY, library=library), timeout
         )
 
     def recv_into(self, buffer: Any, *, timeout: float | None = _DEFAULT) -> Coroutine[Any, Any, int]:
@@ -330,7 +331,7 @@ class AsyncChannel:
     def send_arrow(
         self, data: Any, *, timeout: float | None = _DEFAULT, meta: dict[str, Any] | None = None
     ) -> Coroutine[Any, Any, bool]:
-        """Send a table as an Arrow IPC stream, as `send_arrow` of the channel; measured at every try for room again."""
+        """Send a table or record batch, as `send_arrow` of the channel."""
         return self._run(
             True, functools.partial(self._sender("send_arrow"), data, timeout=_TRY, meta=meta), timeout
         )

@@ -120,7 +120,7 @@ class _Channel(Endpoint, _core.Channel):
         mode: int,
         policy: Any,
         timeout: Any,
-        zero_copy: Any,
+        zero_copy: Any = False,
     ) -> None:
         self._backpressure = parse_enum(Backpressure, policy, "backpressure")
         level = _zero_copy_level(zero_copy)
@@ -351,7 +351,7 @@ class SharedMemoryChannel(_Channel):
         policy: Any,
         timeout: Any,
         storage: Storage | str,
-        zero_copy: Any,
+        zero_copy: Any = False,
     ) -> None:
         where = parse_enum(Storage, storage, "storage")
         if name is not None and not isinstance(name, str):

@@ -542,7 +542,7 @@ class _Compiler:
             return _Operand(number=value, column=at)
         if isinstance(value, float):
             return _Operand(number=value, column=at)
-        self._fail(f"{_describe(node)} is not part of the language", at)
+        return self._fail(f"{_describe(node)} is not part of the language", at)
 
     def _unary(self, node: ast.UnaryOp, depth: int) -> _Operand:
         at = self._at(node)

@@ -58,12 +58,12 @@ def wait_any(list receivers not None, bint for_room, timeout):
             return [i for i in range(waited.size()) if waited[i].is_ready]
         if too_many and not at_once:
             return None
-        if outcome == OutcomeTimedOut:
-            return []
         spin = False
         PyErr_CheckSignals()
         for receiver in receivers:
             receiver._between_slices()
+        if outcome == OutcomeTimedOut:
+            return []
 
 
 def pretend_no_futex_waitv(bint pretend):

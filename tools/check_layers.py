@@ -40,6 +40,7 @@ CPP_LAYERS: dict[str, frozenset[str]] = {
             "liveness",
             "dsline/channel.hpp",
             "dsline/build.hpp",
+            "dsline/tally.hpp",
             "dsline/watch.hpp",
         }
     ),
@@ -66,6 +67,8 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "accelerate": frozenset({"_core", "errors"}),
     "rpc_server": frozenset({"_core", "broadcast", "channel", "errors"}),
     "rpc": frozenset({"_core", "broadcast", "channel", "errors", "rpc_server"}),
+    "queues": frozenset({"_core", "channel", "errors"}),
+    "multiprocessing": frozenset({"queues"}),
     "waiting": frozenset({"_core", "endpoint", "errors"}),
     "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report", "specs"}),
     "__init__": frozenset(
@@ -78,6 +81,7 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
             "groups",
             "latest",
             "options",
+            "queues",
             "report",
             "rpc",
             "rpc_server",

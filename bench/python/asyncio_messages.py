@@ -146,7 +146,9 @@ async def _ask(send: Callable[[bytes], Awaitable[Any]], recv: Recv, count: int, 
 
 @contextlib.contextmanager
 def _channel(size: int) -> Iterator[dsline.ShmChannel]:
-    with dsline.ShmChannel.create(_name(), capacity=64, slot_size=size) as channel:
+    with dsline.ShmChannel.create(
+        _name(), capacity=max(64, min(1024, (8 << 20) // size)), slot_size=size
+    ) as channel:
         try:
             yield channel
         finally:
@@ -294,7 +296,9 @@ def measure(
                     rates[peer].append(_run(loop, messages(count, size)))
                     if turn > 0:
                         times[peer] += _run(loop, round_trips(max(20, trips // rounds), size))
-                    print(f"{loop_name} {size} B round {turn} {peer}: {rates[peer][-1]:,.0f}/s", file=sys.stderr)
+                    print(
+                        f"{loop_name} {size} B round {turn} {peer}: {rates[peer][-1]:,.0f}/s", file=sys.stderr
+                    )
             for peer in PEERS:
                 trip = sorted(times[peer])
                 rows.append(
@@ -324,13 +328,23 @@ def tables(rows: list[dict[str, Any]]) -> str:
     for title, cell in (
         (
             "messages per second",
-            lambda row: f"{row['messages_per_second']:,.0f} ({min(row['runs']):,.0f} to {max(row['runs']):,.0f})",
+            lambda row: (
+                f"{row['messages_per_second']:,.0f} ({min(row['runs']):,.0f} to {max(row['runs']):,.0f})"
+            ),
         ),
-        ("round trip, median (p99)", lambda row: f"{row['round_trip_us']:.0f} ({row['round_trip_p99_us']:.0f}) µs"),
+        (
+            "round trip, median (p99)",
+            lambda row: f"{row['round_trip_us']:.0f} ({row['round_trip_p99_us']:.0f}) µs",
+        ),
     ):
-        lines = [f"| {title} | " + " | ".join(f"{size} B" for size in sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
+        lines = [
+            f"| {title} | " + " | ".join(f"{size} B" for size in sizes) + " |",
+            "|---" * (len(sizes) + 1) + "|",
+        ]
         for name in names:
-            lines.append(f"| {name[1]}, {name[0]} | " + " | ".join(cell(cells[*name, size]) for size in sizes) + " |")
+            lines.append(
+                f"| {name[1]}, {name[0]} | " + " | ".join(cell(cells[*name, size]) for size in sizes) + " |"
+            )
         parts.append("\n".join(lines))
     lines = ["| waiting at | share of one CPU |", "|---|---|"]
     for row in rows:

@@ -122,10 +122,15 @@ def main() -> int:
             each = {key: [one[key] for one in rows[way]] for key in rows[way][0]}
             middle = {key: statistics.median(values) for key, values in each.items()}
             low, high = min(each["message_us"]), max(each["message_us"])
-            calls = f"send {middle['first_call_us']:.2f}" if way == "send" else (
-                f"alloc {middle['first_call_us']:.2f}, publish {middle['publish_us']:.2f}")
-            print(f"{text(size):>8}  {way:<14} {middle['message_us']:9.2f} µs a message ({low:.2f} to {high:.2f}); {calls} µs",
-                  flush=True)
+            calls = (
+                f"send {middle['first_call_us']:.2f}"
+                if way == "send"
+                else (f"alloc {middle['first_call_us']:.2f}, publish {middle['publish_us']:.2f}")
+            )
+            print(
+                f"{text(size):>8}  {way:<14} {middle['message_us']:9.2f} µs a message ({low:.2f} to {high:.2f}); {calls} µs",
+                flush=True,
+            )
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(results, file, indent=2)

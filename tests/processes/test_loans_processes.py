@@ -46,7 +46,7 @@ def test_open_loans_are_dead_in_a_forked_child(storage, name):
     place = name if storage == "shm" else None
     with dsline.ShmChannel(place, capacity=2, slot_size=SIZE, zero_copy=True, timeout=TIMEOUT) as channel:
         loan = channel.alloc(1000, "i4", fill=1)
-        array, part, memory = loan.array, loan.array[10:20], memoryview(loan.array)
+        array, parts, memory = loan.array, [loan.array[10:20]], memoryview(loan.array)
         pointer = (ctypes.c_int32 * 1000).from_address(array.ctypes.data)
 
         def child():
@@ -56,14 +56,14 @@ def test_open_loans_are_dead_in_a_forked_child(storage, name):
                 with pytest.raises(dsline.LoanEndedError, match="forked child"):
                     call()
             loan.abort()
-            part[:] = 7
+            parts[0][:] = 7
             memory[30] = 7
             pointer[40] = 7
             # The child's own loans and messages are in its own mapping.
             with channel.alloc(5, "i4", fill=3) as mine:
                 pass
             assert mine.published
-            part[:] = 8
+            parts[0][:] = 8
 
         forked(child)
         assert channel.recv_array().tolist() == [3] * 5
@@ -72,7 +72,7 @@ def test_open_loans_are_dead_in_a_forked_child(storage, name):
         assert channel.stats().free_slots == 1
         memory.release()
         array[0] = 5
-        del part
+        parts.clear()
         loan.publish()
         got = channel.recv_array()
         assert (got[0], set(got[1:].tolist())) == (5, {1})
@@ -179,7 +179,9 @@ def test_strict_stops_a_stray_pointer(name, size, at):
     """A pointer that was taken before the publication dies by SIGSEGV, and the message is what it was."""
     with dsline.ShmChannel(name, capacity=2, slot_size=SIZE, timeout=TIMEOUT) as channel:
         command = [sys.executable, *STRICT, "-c", STRAY, name, "strict", str(size), str(at)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as child:
             assert child.stdout.readline() == b"published\n"
             array = channel.recv_array()
             child.stdin.write(b"\n")
@@ -194,7 +196,9 @@ def test_without_strict_a_stray_pointer_writes(name):
     """What strict is for: this is not stopped without it."""
     with dsline.ShmChannel(name, capacity=2, slot_size=SIZE, timeout=TIMEOUT) as channel:
         command = [sys.executable, *STRICT, "-c", STRAY, name, "True", "100", "0"]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as child:
             assert child.stdout.readline() == b"published\n"
             array = channel.recv_array()
             child.stdin.write(b"\n")

@@ -294,7 +294,7 @@ def test_errors_of_the_channel_come_through(run, pair):
 
 
 def test_timeouts(run, pair):
-    channel, messages = pair
+    _channel, messages = pair
 
     async def main():
         with pytest.raises(dsline.BufferEmptyError, match=r"within 0 s"):
@@ -389,7 +389,7 @@ def test_first_come_first_served(run, pair):
 
 
 def test_senders_are_served_in_order_too(run, pair):
-    channel, messages = pair
+    _channel, messages = pair
 
     async def main():
         for _ in range(4):
@@ -598,7 +598,7 @@ def test_a_loop_that_ends_with_tasks_waiting(run, pair):
 
 
 def test_another_loop_is_refused(run, pair):
-    channel, messages = pair
+    _channel, messages = pair
     errors = []
 
     async def use():

@@ -254,9 +254,9 @@ def test_columns_that_cannot_be_computed_with():
 def test_data_that_does_not_fit():
     expression = Expression("x + y", {"x": "f4", "y": "f4"})
     good = np.zeros(3, "f4")
-    with pytest.raises(ExpressionError, match="'y'.*is not in the data, which has x"):
+    with pytest.raises(ExpressionError, match=r"'y'.*is not in the data, which has x"):
         expression({"x": good})
-    with pytest.raises(ExpressionError, match="float64.*made for float32"):
+    with pytest.raises(ExpressionError, match=r"float64.*made for float32"):
         expression({"x": good, "y": np.zeros(3)})
     with pytest.raises(ValueError, match="different lengths: 3, 4"):
         expression({"x": good, "y": np.zeros(4, "f4")})

@@ -119,7 +119,9 @@ def test_round_trip(channel, shape, dtype, order):
                 expected["x"] = loan.array["x"] = values
                 expected["y"] = loan.array["y"] = 5
             else:
-                expected[...] = loan.array[...] = values.astype("M8[ns]") if expected.dtype.kind == "M" else values
+                expected[...] = loan.array[...] = (
+                    values.astype("M8[ns]") if expected.dtype.kind == "M" else values
+                )
             assert loan.array.flags.f_contiguous == expected.flags.f_contiguous
         assert loan.published
         got = channel.recv_array()
@@ -436,7 +438,7 @@ MODULE_VARIABLE = None
 
 
 def test_names_of_callers_and_modules(small):
-    global MODULE_VARIABLE  # noqa: PLW0603 - it is what is tested
+    global MODULE_VARIABLE
 
     def fill_and_publish(array, loan):
         array[:] = 3
@@ -646,7 +648,9 @@ def test_kept_arrays_fill_a_channel(small):
         small.recv_array()
     assert {slot.state for slot in small.inspect().slots} == {"KEPT"}
     for call in (lambda: small.alloc(3, "i4", timeout=0.05), lambda: small.send(b"x", timeout=0.05)):
-        with pytest.raises(dsline.BufferFullError, match=r"2 are kept by arrays on published loans \(2 of this") as caught:
+        with pytest.raises(
+            dsline.BufferFullError, match=r"2 are kept by arrays on published loans \(2 of this"
+        ) as caught:
             call()
     assert caught.value.blockers[0].keeps == 2
     assert "published loan" in str(caught.value.blockers[0])
@@ -661,7 +665,9 @@ def test_kept_arrays_fill_a_channel(small):
 
 def test_open_loans_fill_a_channel(small):
     loans = [small.alloc(1, "i4") for _ in range(2)]
-    with pytest.raises(dsline.BufferFullError, match=r"2 are not published yet \(2 of them loans of this handle"):
+    with pytest.raises(
+        dsline.BufferFullError, match=r"2 are not published yet \(2 of them loans of this handle"
+    ):
         small.alloc(1, "i4", timeout=0)
     loans.pop()
     small.alloc(1, "i4", timeout=0)
@@ -669,7 +675,9 @@ def test_open_loans_fill_a_channel(small):
 
 @pytest.mark.parametrize("policy", ["raise", "drop_newest", "drop_oldest", "block"])
 def test_a_full_channel(policy):
-    with dsline.ShmChannel(capacity=2, slot_size=64, backpressure=policy, zero_copy=True, timeout=0.05) as channel:
+    with dsline.ShmChannel(
+        capacity=2, slot_size=64, backpressure=policy, zero_copy=True, timeout=0.05
+    ) as channel:
         for i in range(2):
             with channel.alloc(1, "i8", fill=i):
                 pass
@@ -817,7 +825,9 @@ def test_two_threads_publish_one_loan(channel):
 
 def test_publish_with_sync(tmp_path):
     """The GIL is released while the disk is waited for; the loan has ended by then."""
-    with dsline.FileChannel.create(tmp_path / "f", capacity=2, slot_size=64, sync="data", zero_copy=True) as channel:
+    with dsline.FileChannel.create(
+        tmp_path / "f", capacity=2, slot_size=64, sync="data", zero_copy=True
+    ) as channel:
         for i in range(5):
             with channel.alloc(2, "i4", fill=i) as loan:
                 kept = loan.array

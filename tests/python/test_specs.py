@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dsline
-from dsline import ArraySpec
+from dsline import ArraySpec, _core
 from dsline._core import channel_directory
 
 RECORD = {
@@ -291,6 +291,36 @@ def test_a_damaged_spec_is_noticed(name, offset):
         name, capacity=3
     ) as channel:  # replaced, as any damaged channel that nobody has open
         assert (channel.spec, channel.capacity) == (None, 3)
+
+
+def tag(key, kind, value):
+    """A metadata entry of docs/design/frame-format.md."""
+    entry = bytes([len(key), kind]) + key + value
+    return struct.pack("<HHI", 6, 0, len(entry)) + entry + bytes(-len(entry) % 8)
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        b"",
+        b"nonsense",
+        tag(b"record", 1, b"\1"),
+        _core.make_schema(RECORD).encoded + tag(b"open", 2, struct.pack("<q", 1)),
+        _core.make_schema(RECORD).encoded + tag(b"open", 2, struct.pack("<q", -1)),
+        _core.make_schema(ArraySpec((3,), "f4")).encoded + tag(b"open", 2, struct.pack("<q", 2)),
+        _core.make_schema(ArraySpec((3,), "f4")).encoded + tag(b"record", 1, b"\1"),
+        _core.make_schema(ArraySpec((), "f4")).encoded + tag(b"record", 1, b"\1"),
+        _core.make_schema(ArraySpec((), "f4")).encoded[:-8],
+    ],
+)
+def test_what_is_no_schema_is_refused(encoded):
+    with pytest.raises(ValueError):
+        _core.read_schema(encoded)
+
+
+def test_unknown_tags_of_a_schema_are_passed_over():
+    encoded = _core.make_schema(ArraySpec((3,), "f4")).encoded + tag(b"color", 4, b"red")
+    assert _core.read_schema(encoded).spec == ArraySpec((3,), "f4")
 
 
 # --- sending ----------------------------------------------------------------------------------------------------
@@ -590,6 +620,33 @@ def test_a_record_waits_for_room_like_anything_else(make_channel):
     for step in (1, 2):
         assert_record(channel.recv_record(timeout=30), step)
     sender.join()
+
+
+def test_records_and_arrays_are_written_in_place(make_channel):
+    channel = make_channel(spec=RECORD, zero_copy=True)
+    structure = np.empty((), ArraySpec.of(_structure(channel)).dtype).dtype
+    for step in range(3):
+        with channel.alloc((), structure) as loan:
+            for field, value in record(step).items():
+                loan.array[field] = value
+        assert_record(channel.recv_record(timeout=0), step)
+    for shape, dtype in (((1,), structure), ((), "f4"), ((4, 6), "u1")):
+        with pytest.raises(dsline.SchemaMismatchError):
+            channel.alloc(shape, dtype)
+    arrays = make_channel(spec=ArraySpec((None, 3), "f4"), zero_copy=True)
+    with arrays.alloc((5, 3), "f4", fill=2) as loan:
+        loan.meta["a"] = 1
+    with arrays.recv_message(timeout=0) as message:
+        assert message.meta == {"a": 1}
+        assert message.array().sum() == 30
+    with pytest.raises(dsline.SchemaMismatchError):
+        arrays.alloc((5, 4), "f4")
+    assert arrays.stats().free_slots == 64
+
+
+def _structure(channel):
+    channel.send(record())
+    return channel.recv_array(timeout=0)
 
 
 def test_records_under_asyncio(make_channel):

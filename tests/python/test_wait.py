@@ -164,14 +164,23 @@ def test_ctrl_c_ends_it_and_other_handlers_let_it_go_on(two):
     def interrupt(*_):
         raise Interrupted
 
+    def signal_me():
+        go.wait()
+        time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
     before = signal.signal(signal.SIGUSR1, interrupt)
     try:
-        thread = later(lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        go = threading.Event()
+        thread = threading.Thread(target=signal_me)
+        thread.start()
         with pytest.raises(Interrupted):
+            go.set()
             dsline.wait(two)
         thread.join()
         signal.signal(signal.SIGUSR1, lambda *_: two[0].send(b"by the handler"))
-        thread = later(lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        thread = threading.Thread(target=signal_me)
+        thread.start()
         assert dsline.wait(two, timeout=TIMEOUT) == [two[0]]
         thread.join()
     finally:
@@ -245,7 +254,7 @@ def ready(selector, timeout=TIMEOUT):
 
 
 def test_the_descriptor_is_readable_while_there_is_something(two, selector):
-    a, b = two
+    a, _b = two
     a.send(b"before")
     for channel in two:
         selector.register(channel, selectors.EVENT_READ)

@@ -38,14 +38,22 @@ import dsline
 CAPACITY = 24
 LARGEST = 3000  # elements
 PR_SET_PDEATHSIG = 1
-COUNTS = ("published", "refused", "aborted", "dropped", "sent", "received", "kept", "looks", "forks", "collections", "failed")
+COUNTS = (
+    "published",
+    "refused",
+    "aborted",
+    "dropped",
+    "sent",
+    "received",
+    "kept",
+    "looks",
+    "forks",
+    "collections",
+    "failed",
+)
 UNPUBLISHED = 1 << 40  # numbers from here on must never arrive
 
 libc = ctypes.CDLL(None)
-
-
-def numbers_of(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1)
 
 
 def write(array: np.ndarray, number: int) -> None:
@@ -61,7 +69,9 @@ def number_in(array: np.ndarray) -> int:
     expected = np.arange(flat.size, dtype=np.uint64) * np.uint64(2654435761) + np.uint64(first)
     if not np.array_equal(flat, expected):
         at = int(np.argmin(flat == expected))
-        raise ValueError(f"array of {first}: element {at} of {flat.size} is {int(flat[at])}, not {int(expected[at])}")
+        raise ValueError(
+            f"array of {first}: element {at} of {flat.size} is {int(flat[at])}, not {int(expected[at])}"
+        )
     return first
 
 
@@ -95,7 +105,9 @@ class Worker:
         """At everything that is kept: it still is what it was."""
         for array, number, start in self.kept:
             flat = np.asarray(array).reshape(-1)
-            expected = np.arange(start, start + flat.size, dtype=np.uint64) * np.uint64(2654435761) + np.uint64(number)
+            expected = np.arange(start, start + flat.size, dtype=np.uint64) * np.uint64(
+                2654435761
+            ) + np.uint64(number)
             if not np.array_equal(flat, expected):
                 raise ValueError(f"a kept array of {number} has changed: {flat[:4]} …")
             self.count("looks")
@@ -125,7 +137,11 @@ class Worker:
 
     def lend(self) -> None:
         rng = self.random
-        shape = (rng.randrange(2, LARGEST),) if rng.random() < 0.6 else (rng.randrange(2, 50), rng.randrange(1, 60))
+        shape = (
+            (rng.randrange(2, LARGEST),)
+            if rng.random() < 0.6
+            else (rng.randrange(2, 50), rng.randrange(1, 60))
+        )
         try:
             loan = self.channel.alloc(shape, np.uint64, timeout=0.02)
         except dsline.BufferFullError:
@@ -256,9 +272,8 @@ class Worker:
                     loan.publish()
                 except dsline.LoanEndedError:
                     self.kept.clear()
-                    self.channel.send(np.zeros(0, np.uint64), timeout=5) if False else None
                     code = 0
-            except BaseException:  # noqa: BLE001 - the exit code is the report
+            except BaseException:
                 traceback.print_exc()
             finally:
                 os._exit(code)
@@ -308,7 +323,7 @@ def live(channel: Any, counts: np.ndarray, seed: int, seconds: float) -> None:
     def work(worker: Worker) -> None:
         try:
             worker.run(until, alone)
-        except BaseException as error:  # noqa: BLE001 - told below
+        except BaseException as error:
             traceback.print_exc()
             failures.append(error)
 
@@ -337,7 +352,8 @@ def run(arguments: argparse.Namespace) -> dict[str, int]:
     levels = (True, "strict")
     end = time.monotonic() + arguments.seconds
     channels = [
-        dsline.ShmChannel(capacity=CAPACITY, slot_size=8192, checksum="full", zero_copy=level) for level in levels
+        dsline.ShmChannel(capacity=CAPACITY, slot_size=8192, checksum="full", zero_copy=level)
+        for level in levels
     ]
     channel = channels[0]
     pids: dict[int, tuple[int, float]] = {}
@@ -355,7 +371,7 @@ def run(arguments: argparse.Namespace) -> dict[str, int]:
                 try:
                     live(channel, counts[place], seed, rng.uniform(0.2, 3))
                     code = 0
-                except BaseException:  # noqa: BLE001 - the exit code is the report
+                except BaseException:
                     traceback.print_exc()
                 finally:
                     os._exit(code)
@@ -389,7 +405,10 @@ def run(arguments: argparse.Namespace) -> dict[str, int]:
             del letter
         stats = channel.stats()
         if stats.free_slots != CAPACITY or stats.corrupted:
-            print(f"slots are missing at the end, or damaged: {stats}\n{channel.inspect().slots}", file=sys.stderr)
+            print(
+                f"slots are missing at the end, or damaged: {stats}\n{channel.inspect().slots}",
+                file=sys.stderr,
+            )
             leaked += 1
         channel.close()
     for i, name in enumerate(COUNTS):
@@ -414,7 +433,9 @@ def main() -> int:
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump(totals, file, indent=2)
-    enough = all(totals[name] > 0 for name in ("published", "refused", "received", "looks", "aborted", "dropped"))
+    enough = all(
+        totals[name] > 0 for name in ("published", "refused", "received", "looks", "aborted", "dropped")
+    )
     if totals["violations"] or not enough:
         print("BAD" if totals["violations"] else "BAD: it has hardly done anything")
         return 1

@@ -72,7 +72,8 @@ void Watcher::renew(Watched& watched) {
   if (event < 0) throw Error(ErrorCode::System, "there is no descriptor left to watch a channel with", errno);
   watched.event = event;
   watched.crew = nullptr;
-  watched.is_armed = watched.is_signalled = watched.is_slept_on = watched.is_swallowed = watched.is_hit = false;
+  watched.is_armed = watched.is_signalled = watched.is_slept_on = watched.is_swallowed = watched.is_hit =
+      false;
   watched.generation = generation_ + 1;  // 0: never used
 }
 

@@ -271,7 +271,8 @@ void Membership::sweep(std::uint32_t me) noexcept {
       const std::uint32_t g = static_cast<std::uint32_t>(std::countr_zero(gone));
       Claim claim{region_->claim(s, g).load(std::memory_order_acquire)};
       const SlotWord word = pool_->word(s);
-      if (!word.is(SlotPhase::Committed) || word.is_entering() || (word.pending() >> g & 1) == 0 || !(claim.is_open() || claim.who() == Claim::kDiscard) ||
+      if (!word.is(SlotPhase::Committed) || word.is_entering() || (word.pending() >> g & 1) == 0 ||
+          !(claim.is_open() || claim.who() == Claim::kDiscard) ||
           claim.position_low() == slots::kNoPositionLow)
         continue;
       DSLINE_POINT("sweep.before_claim");

@@ -212,15 +212,18 @@ bool Region::seal_slot(std::uint32_t s, std::uint64_t frame) noexcept {
 }
 
 bool Region::unseal_slot(std::uint32_t s) noexcept {
-  if (mprotect(writable_arena() + s * geometry_.stride_bytes, geometry_.stride_bytes, PROT_READ | PROT_WRITE) != 0)
+  if (mprotect(writable_arena() + s * geometry_.stride_bytes, geometry_.stride_bytes,
+               PROT_READ | PROT_WRITE) != 0)
     return false;
-  sealed_.load(std::memory_order_acquire)[s / 64].fetch_and(~(std::uint64_t{1} << s % 64), std::memory_order_relaxed);
+  sealed_.load(std::memory_order_acquire)[s / 64].fetch_and(~(std::uint64_t{1} << s % 64),
+                                                            std::memory_order_relaxed);
   return true;
 }
 
 bool Region::part_with_writable() noexcept {
   std::byte* old = writable_arena_.load(std::memory_order_acquire);
-  if (old == nullptr || storage_->kind() == StorageKind::Heap) return true;  // heap memory is the child's own already
+  if (old == nullptr || storage_->kind() == StorageKind::Heap)
+    return true;  // heap memory is the child's own already
   const std::uint64_t bytes = geometry_.total_bytes - geometry_.arena_offset;
   try {
     parted_.push_back(old);
@@ -229,15 +232,16 @@ bool Region::part_with_writable() noexcept {
     return false;
   }
   // In place, so that pointers into it stay good; a child has one thread here, so nobody writes in between.
-  if (mmap(old, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, storage_->descriptor(),
-           static_cast<off_t>(geometry_.arena_offset)) == MAP_FAILED) {
+  if (mmap(old, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE,
+           storage_->descriptor(), static_cast<off_t>(geometry_.arena_offset)) == MAP_FAILED) {
     parted_.pop_back();
     return false;
   }
   madvise(old, bytes, MADV_DONTDUMP);
   writable_arena_.store(nullptr, std::memory_order_release);
   if (base::Atomic<std::uint64_t>* sealed = sealed_.load(std::memory_order_acquire)) {
-    for (std::uint32_t i = 0; i < (geometry_.slots + 63) / 64; ++i) sealed[i].store(0, std::memory_order_relaxed);
+    for (std::uint32_t i = 0; i < (geometry_.slots + 63) / 64; ++i)
+      sealed[i].store(0, std::memory_order_relaxed);
   }
   return true;
 }

@@ -465,15 +465,6 @@ MUTANTS = [
         "    if (anything_waiting() && !MUTANT(61)) messages_.wake_one_if_anyone();\n",
         ("sleep-watched",),
     ),
-    Mutant(
-        62,
-        "a look without taking stores the lowered flag",
-        "order/group.hpp",
-        "      if (!state().redeliver.compare_exchange_strong(loaded, loaded & ~std::uint64_t{1},\n",
-        "      if (MUTANT(62)) state().redeliver.store(0, std::memory_order_seq_cst);\n"
-        "      if (!MUTANT(62) && !state().redeliver.compare_exchange_strong(loaded, loaded & ~std::uint64_t{1},\n",
-        ("sleep-watched-nack",),
-    ),
 ]
 
 

@@ -474,7 +474,8 @@ int Simulation::choices(int p) const {
   if (process.phase == kOutside) return !role.succeeds || anybody_to_bury() ? 1 : 0;
   switch (role.kind) {
     case Kind::Producer:
-      return (process.phase == kHolding || process.done < role.messages ? 1 : 0) + (process.kept != 0 ? 1 : 0);
+      return (process.phase == kHolding || process.done < role.messages ? 1 : 0) +
+             (process.kept != 0 ? 1 : 0);
     case Kind::Consumer:
       if (process.phase == kHolding) return role.keeps ? 0 : process.left != 0 ? 2 : 1;
       return process.phase == kIdle && (role.gives_up || role.offers) ? 2 : 1;
@@ -694,7 +695,8 @@ void Simulation::end_view(int p) {
   const std::uint32_t s = me.kept - 1u;
   if (world.ledger.content[s] != me.kept_message) violate("N3: the payload changed under its publisher");
   const SlotWord word = pool_->word(s);
-  if (word.owner() != number(p) || !word.is_kept()) return violate("N3: a living publisher has lost its view");
+  if (word.owner() != number(p) || !word.is_kept())
+    return violate("N3: a living publisher has lost its view");
   me.kept = me.kept_message = 0;
   Publication(*region_, *pool_).end_keeping(s, word);
 }
