@@ -5,7 +5,7 @@ from types import ModuleType
 
 from dsline import _interpreter as _interpreter  # first: it refuses subinterpreters
 from dsline._core import VERSION as __version__
-from dsline._core import DeadLetter, Message, build_config
+from dsline._core import DeadLetter, Loan, Message, build_config
 from dsline.broadcast import Broadcast
 from dsline.channel import FileChannel, ShmChannel, Stats, get_include
 from dsline.errors import *  # noqa: F403
@@ -13,7 +13,10 @@ from dsline.errors import __all__ as _error_names
 from dsline.groups import Subscriber
 from dsline.latest import Latest
 from dsline.options import Backpressure, Checksum, OnDeath, OnStale, Start, Storage, Sync
+from dsline.queues import JoinableQueue, Queue, ShutDown, SimpleQueue
 from dsline.report import Blocker, ChannelReport, PeerDeath
+from dsline.rpc import Rpc
+from dsline.rpc_server import RpcServer, RpcServerStats
 from dsline.specs import ArraySpec
 from dsline.waiting import wait
 
@@ -26,12 +29,20 @@ __all__ = [
     "Checksum",
     "DeadLetter",
     "FileChannel",
+    "JoinableQueue",
     "Latest",
+    "Loan",
     "Message",
     "OnDeath",
     "OnStale",
     "PeerDeath",
+    "Queue",
+    "Rpc",
+    "RpcServer",
+    "RpcServerStats",
     "ShmChannel",
+    "ShutDown",
+    "SimpleQueue",
     "Start",
     "Stats",
     "Storage",
@@ -47,6 +58,6 @@ __all__ = [
 
 def __getattr__(name: str) -> ModuleType:
     # Loaded at first use: nobody who only sends and receives pays for them.
-    if name in ("aio", "bench", "status", "testing"):
+    if name in ("aio", "bench", "expressions", "multiprocessing", "status", "testing"):
         return importlib.import_module(f"dsline.{name}")
     raise AttributeError(f"module 'dsline' has no attribute {name!r}")

@@ -14,6 +14,8 @@ cdef class Handle:
     cdef readonly uint64_t bytes_sent
     cdef readonly uint64_t bytes_received
     cdef readonly int64_t views
+    cdef readonly int64_t loans
+    cdef readonly int64_t kept
 
 
 cdef class ArrayLayout:
@@ -125,6 +127,11 @@ cdef class Receiver:
 cdef class Channel(Receiver):
     cdef CppBackpressure _policy
     cdef ArrayLayout _sent_layout
+    cdef int _zero_copy
+    cdef ArrayLayout _loan_layout
+    cdef object _loan_dtype
+    cdef object _loan_key
+    cdef bytes _loan_metadata
     cdef ArrayLayout _masked_layout
 
     cdef int send_nogil(self, const void* data, size_t size, long long timeout_ns) except -1 nogil
@@ -140,6 +147,7 @@ cdef class Channel(Receiver):
     cdef bint _send_gathered(self, Py_buffer* view, bytes metadata, object timeout) except -1
     cdef bint _send_array(self, object array, object timeout, object meta) except -1
     cdef bint _alloc(self, CppLoan& loan, uint64_t size, bytes metadata, object timeout) except -1
+    cdef bint _alloc_room(self, CppLoan& loan, uint64_t size, uint32_t meta_bytes, object timeout, bint for_copy) except -1
     cdef bint _publish(self, CppLoan& loan, int kind, uint64_t schema) except -1
     cdef int _wait_for_space(self, object timeout, int64_t* deadline, bint* spin) except -1
     cdef ArrayLayout _layout_for(self, object array)

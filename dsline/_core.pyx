@@ -16,29 +16,40 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromSt
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.memoryview cimport PyMemoryView_FromObject, PyMemoryView_GET_BUFFER
 from cpython.ref cimport Py_INCREF, PyTypeObject
+from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
+from libcpp.memory cimport unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from dsline._cpp.channel cimport (
     BackpressureRaise, CppBackpressure, CppChannel, CppChannelOptions, CppChannelStats, CppDeadLetter, CppDeath,
-    CppLoan, CppOnDeath, CppOnStale, CppOpenMode, CppReceived, CppReport, CppStart, CppSubscribeOptions, Outcome,
+    AfterPublishKeep, AfterPublishLetGo, CppAfterPublish, CppLoan, CppOnDeath, CppOnStale, CppOpenMode, CppPlace,
+    CppReceived, CppReport, CppStart, CppSubscribeOptions, Outcome,
     OutcomeClosed, OutcomeCorrupted, OutcomeDropped, OutcomeNotSynced, OutcomeOk, OutcomeTimedOut,
     channel_directory as cpp_channel_directory, kArrayMessage, kBytesMessage, kObjectMessage,
     list_channels as cpp_list_channels,
 )
 from dsline._cpp.error cimport kErrorCodeCount
+from dsline._cpp.expression cimport (
+    CppColumnView, CppElementType, CppExpressionOp, CppExpressionProgram, CppExpressionStep, CppRowsToKeep, byte,
+    expression_backend as cpp_expression_backend,
+)
 from dsline._cpp.metadata cimport (
-    CppMetadata, CppMetadataBuilder, CppTag, array_bytes, parse_metadata, schema_hash,
+    CppMetadata, CppMetadataBuilder, CppTag, array_bytes, kPaddingEntry, parse_metadata, schema_hash,
 )
 from dsline._cpp.watch cimport CppWaited, CppWatch, SideMessage, SideRoom, most_waited, pretend_old_kernel, wait_for_any
 
+import atexit as _atexit
 import errno as _errno
-from collections.abc import Mapping as _Mapping
+import gc as _gc
+import operator as _operator
 import os as _os
 import sys as _sys
+import types as _types
+from collections.abc import Mapping as _Mapping
 
 import numpy as np
 
@@ -48,7 +59,8 @@ from dsline import objects as _objects
 from dsline import report as _report
 from dsline.errors import (
     BufferEmptyError, BufferFullError, BufferTooSmallError, ChannelClosedError, ChannelLayoutError, ChannelSystemError,
-    CorruptedMessageError, DslineError, FeatureUnavailableError, SchemaMismatchError, SerializationError,
+    CorruptedMessageError, DslineError, FeatureUnavailableError, InvalidArgumentError, LoanEndedError, MessageTooLargeError,
+    SchemaMismatchError, SerializationError,
 )
 
 cnp.import_array()
@@ -163,6 +175,7 @@ cdef class Handle:
 
 def leave_all():
     """Close every handle of this process and release what they hold: before a process ends by os._exit in order."""
+    _end_loans()
     with nogil:
         CppChannel.abandon_all()
 
@@ -343,6 +356,7 @@ include "dlpack.pxi"
 
 
 include "objects.pxi"
+include "expressions.pxi"
 
 
 cdef class Message:
@@ -1578,6 +1592,7 @@ cdef class Receiver:
             "pinned_slots": s.pinned_slots, "free_slots": s.free_slots, "corrupted_slots": s.corrupted_slots,
             "bytes_sent": self._handle.bytes_sent, "bytes_received": self._handle.bytes_received,
             "corrupted": s.corrupted, "reserved_bytes": s.reserved_bytes, "participants": s.participants,
+            "loans": self._handle.loans, "kept_slots": s.kept_slots,
         }
 
 cdef class Channel(Receiver):
@@ -1642,8 +1657,9 @@ cdef class Channel(Receiver):
         data : bytes, bytearray, memoryview, numpy.ndarray or any buffer exporter
             Arrays arrive as arrays: every dtype of fixed width, every shape, C and Fortran order kept; other strides
             are gathered into C order by the one copy. Arrays of other packages are looked at by their `__dlpack__`,
-            `__array_interface__` or `__array__`; masked arrays travel with mask and fill value. On a channel with a spec, what the spec says and nothing else; for a
-            record, a dict with a value per field, each of which is copied once, straight into the slot.
+            `__array_interface__` or `__array__`; masked arrays travel with mask and fill value. On a channel with a spec,
+            what the spec says and nothing else; for a record, a dict with a value per field, each of which is copied once,
+            straight into the slot.
         timeout : float or None, optional
             Seconds to wait for room with backpressure "block": None for ever, 0 not at all. The handle's by default.
         meta : dict, optional
@@ -1715,6 +1731,78 @@ cdef class Channel(Receiver):
                 break
         return entered
 
+    # --- zero copy -----------------------------------------------------------------------------------------------
+
+    def alloc(self, shape, dtype, *, order="C", fill=None, timeout=DEFAULT, meta=None, meta_room=None):
+        """Lend a free slot as an array to be filled in place, for a handle with ``zero_copy=True``.
+
+        Parameters
+        ----------
+        shape : int or tuple of int
+            Of the array; () for a single element.
+        dtype : dtype
+            Anything of fixed width without Python objects.
+        order : str
+            "C" or "F".
+        fill : scalar or array_like, optional
+            What is written into all of it (one pass). By default it holds whatever was in the slot before.
+        timeout : float or None, optional
+            Seconds to wait for a slot with backpressure "block": None for ever, 0 not at all. The handle's by default.
+        meta : dict, optional
+            First contents of the loan's `meta`.
+        meta_room : int, optional
+            Bytes to keep for metadata beside `meta`, up to 65536. By default the metadata has 256 bytes, those that
+            describe the array included, or 128 more than `meta` takes.
+
+        Returns
+        -------
+        Loan
+            To be published by the end of a ``with`` block, `Loan.publish` or `publish`.
+
+        Raises
+        ------
+        BufferFullError
+            No slot became free in time; with a drop policy: no slot is free that could be had (it counts as dropped).
+        ChannelClosedError
+            This handle is closed or the channel is shut down.
+        FeatureUnavailableError
+            The handle was opened without ``zero_copy``.
+        MessageTooLargeError
+            Larger than max_message_size.
+        SharedMemoryFullError
+            The slot must grow and the memory is not there.
+        TypeError
+            A dtype that cannot be sent.
+
+        Notes
+        -----
+        Does not copy. Blocks with "block" only, and releases the GIL while it waits.
+        """
+        return lend(self, shape, dtype, order, fill, timeout, meta, meta_room)
+
+    def publish(self, loan):
+        """Publish a loan of this handle: same as `Loan.publish`."""
+        require_open(self)
+        if not isinstance(loan, Loan):
+            raise TypeError(f"publish takes a Loan, as alloc() gives it, not a {type(loan).__name__}")
+        if (<Loan> loan)._channel is not self:
+            raise InvalidArgumentError(f"the loan was made by another handle ({(<Loan> loan)._channel!r}), which publishes it")
+        publish_loan(<Loan> loan)
+
+    def _core_zero_copy(self, int level):
+        """Allow alloc: 0 no, 1 yes, 2 with sealed pages."""
+        require_open(self)
+        if level == 2 and not self._cpp.can_seal():
+            if self._core_storage() == "heap":
+                raise FeatureUnavailableError(
+                    "zero_copy='strict' is not possible with storage='heap': senders and receivers share one mapping, so "
+                    "sealing it for one seals it for all; use zero_copy=True, or a memfd (name=None)")
+            raise FeatureUnavailableError(
+                f"zero_copy='strict' seals whole pages, and the slots of channel '{self._label()}' are packed (slot_size "
+                f"{self._cpp.slot_size()}, max_message_size {self._cpp.max_message_size()}); create it with slot_size>=4096, "
+                "or without a max_message_size below that")
+        self._zero_copy = level
+
     def send_object(self, obj, *, timeout=DEFAULT, meta=None):
         """Pickle any object (protocol 5) into a slot; its large buffers are copied once, not pickled.
 
@@ -1764,6 +1852,41 @@ cdef class Channel(Receiver):
             return False
         parts.write(loan.payload)
         return self._publish(loan, kObjectMessage, 0)
+
+    def _core_send_placed(self, stream, list buffers, timeout, meta):
+        """As `_send_pickled`, with backpressure "block": the place of the message, None when nobody is there for it."""
+        cdef CppLoan loan
+        cdef CppPlace place
+        cdef Outcome outcome
+        cdef PickledParts parts = PickledParts(stream, buffers)
+        require_open(self)
+        check_timeout(timeout)
+        self._alloc(loan, parts.nbytes, encode_meta(meta, None), timeout)
+        parts.write(loan.payload)
+        outcome = self._cpp.publish_placed(loan, kObjectMessage, 0, place)
+        if outcome == OutcomeDropped:
+            return None
+        if outcome != OutcomeOk:
+            raise self._closed_error()
+        self._handle.sent += 1
+        self._handle.bytes_sent += loan.payload_bytes
+        return place.slot, place.sequence
+
+    def _core_withdraw(self, uint32_t slot, uint64_t sequence):
+        """Take a message back: True when nobody had taken it."""
+        cdef CppPlace place
+        require_open(self)
+        place.slot = slot
+        place.sequence = sequence
+        return self._cpp.try_withdraw(place)
+
+    def _core_is_there(self, uint32_t slot, uint64_t sequence):
+        """False when every group has finished with the message."""
+        cdef CppPlace place
+        require_open(self)
+        place.slot = slot
+        place.sequence = sequence
+        return self._cpp.is_there(place)
 
     cdef int send_nogil(self, const void* data, size_t size, long long timeout_ns) except -1 nogil:
         """Send bytes without the GIL: 1 when they entered, 0 when a drop policy discarded them. `timeout_ns` < 0 waits
@@ -1945,15 +2068,21 @@ cdef class Channel(Receiver):
 
     cdef bint _alloc(self, CppLoan& loan, uint64_t size, bytes metadata, object timeout) except -1:
         """A slot with its metadata written; False when a drop policy said no."""
+        cdef uint32_t meta_bytes = 0 if metadata is None else <uint32_t> PyBytes_GET_SIZE(metadata)
+        if not self._alloc_room(loan, size, meta_bytes, timeout, True):
+            return False
+        if meta_bytes != 0:
+            memcpy(loan.meta, PyBytes_AS_STRING(metadata), meta_bytes)
+        return True
+
+    cdef bint _alloc_room(self, CppLoan& loan, uint64_t size, uint32_t meta_bytes, object timeout, bint for_copy) except -1:
+        """A slot with room for metadata; False when a drop policy said no."""
         cdef Outcome outcome
         cdef int64_t deadline = -1
         cdef bint spin = True
-        cdef uint32_t meta_bytes = 0 if metadata is None else <uint32_t> PyBytes_GET_SIZE(metadata)
         while True:
-            outcome = self._cpp.try_alloc(size, meta_bytes, self._policy, loan)
+            outcome = self._cpp.try_alloc(size, meta_bytes, self._policy, loan, for_copy)
             if outcome == OutcomeOk:
-                if meta_bytes != 0:
-                    memcpy(loan.meta, PyBytes_AS_STRING(metadata), meta_bytes)
                 return True
             if outcome == OutcomeDropped:
                 return False
@@ -2059,7 +2188,13 @@ cdef class Channel(Receiver):
         cdef CppChannelStats stats = self._cpp.stats()
         text = (f"channel '{self._label()}' is full: of its capacity of {self._cpp.capacity()} slots {stats.depth} wait to be "
                 f"received, {stats.pinned_slots} are held by receivers ({self._handle.views} by views of this handle)")
+        if stats.kept_slots:
+            text += (f", {stats.kept_slots} are kept by arrays on published loans ({self._handle.kept} of this handle)")
+        if stats.writing_slots:
+            text += f", {stats.writing_slots} are not published yet ({self._handle.loans} of them loans of this handle)"
         way = "drop the views (or take copies: recv_array(copy=True)), " if stats.pinned_slots else ""
+        if stats.kept_slots:
+            way += "drop the arrays whose loans were published, "
         way += "receive faster, raise capacity, wait longer, or use a drop policy"
         if not timeout:
             error = BufferFullError(f"{text}; {way}")
@@ -2076,6 +2211,9 @@ cdef class Channel(Receiver):
     def _not_synced_error(self):
         return ChannelSystemError(
             _errno.EIO, f"the message entered channel '{self._label()}' but its file could not be written to the disk")
+
+
+include "loan.pxi"
 
 
 cdef object array_of(object data):
@@ -2153,4 +2291,6 @@ cdef str as_text(const string& text):
     return text.decode("utf-8", "replace")
 
 
+include "store.pxi"
+include "queues.pxi"
 include "watch.pxi"

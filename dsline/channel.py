@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import os
 import pathlib
-from typing import Any, NoReturn, Self
+from typing import Any, Literal, Self
 
 from dsline import _core, interop
 from dsline.endpoint import Endpoint, Stats, descriptor_for_child, teach_multiprocessing
-from dsline.errors import (
-    ChannelNotFoundError,
-    FeatureUnavailableError,
-    InvalidArgumentError,
-    SchemaMismatchError,
-)
+from dsline.errors import ChannelNotFoundError, InvalidArgumentError, SchemaMismatchError
 from dsline.groups import Subscriber
 from dsline.options import (
     BACKPRESSURE_CODES,
@@ -102,22 +97,45 @@ def _options(
     }
 
 
+def _zero_copy_level(zero_copy: Any) -> int:
+    if zero_copy is False or zero_copy is True:
+        return int(zero_copy)
+    if zero_copy == "strict":
+        return 2
+    raise InvalidArgumentError(f"zero_copy is {zero_copy!r}, must be False, True or 'strict'")
+
+
 class _Channel(Endpoint, _core.Channel):
     """What all kinds of channels share."""
 
     _default_group = True  # what is sent waits for a receiver
     _backpressure: Backpressure
+    _zero_copy: bool | Literal["strict"] = False
 
     def _start(
-        self, kind: str, target: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any
+        self,
+        kind: str,
+        target: Any,
+        options: dict[str, Any],
+        mode: int,
+        policy: Any,
+        timeout: Any,
+        zero_copy: Any = False,
     ) -> None:
         self._backpressure = parse_enum(Backpressure, policy, "backpressure")
+        level = _zero_copy_level(zero_copy)
         options = {**options, "default_group": int(self._default_group)}
         try:
             self._open(kind, target, options, mode, BACKPRESSURE_CODES[self._backpressure], timeout)
         except SchemaMismatchError as error:
             raise self._other_spec(error, options["schema"].spec) from None
         self._default_timeout = timeout
+        self._zero_copy = (False, True, "strict")[level]
+        try:
+            self._core_zero_copy(level)
+        except BaseException:
+            self.close()
+            raise
 
     def _other_spec(self, error: SchemaMismatchError, asked: Spec) -> SchemaMismatchError:
         """Name both specs."""
@@ -183,6 +201,11 @@ class _Channel(Endpoint, _core.Channel):
             timeout = self._default_timeout
         return Subscriber._of(self, group, start, on_death, durable, timeout)
 
+    @property
+    def zero_copy(self) -> bool | Literal["strict"]:
+        """Whether `alloc` and `publish` may be used: False, True or "strict"."""
+        return self._zero_copy
+
     def send_arrow(
         self,
         data: Any,
@@ -223,16 +246,6 @@ class _Channel(Endpoint, _core.Channel):
         size, fill = interop.arrow_writer(data)
         return self._core_send_filled(size, fill, {**(meta or {}), "encoding": interop.ARROW}, timeout)
 
-    def alloc(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not built yet: raises FeatureUnavailableError."""
-        raise FeatureUnavailableError(
-            "alloc/publish (true zero-copy) is not part of this version; send() copies once"
-        )
-
-    def publish(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not built yet: raises FeatureUnavailableError."""
-        self.alloc()
-
     def __repr__(self) -> str:
         if self._core_handle() is None:
             return f"<dsline.{type(self).__name__}: never opened>"
@@ -252,6 +265,7 @@ class _Channel(Endpoint, _core.Channel):
             self._core_uuid(),
             self._backpressure,
             self._default_timeout,
+            self._zero_copy,
         )
 
     @classmethod
@@ -260,7 +274,13 @@ class _Channel(Endpoint, _core.Channel):
         raise NotImplementedError
 
     @classmethod
-    def _at_place(cls, place: Any, policy: Backpressure | str, timeout: float | None) -> Self:
+    def _at_place(
+        cls,
+        place: Any,
+        policy: Backpressure | str,
+        timeout: float | None,
+        zero_copy: bool | Literal["strict"] = False,
+    ) -> Self:
         raise NotImplementedError
 
     @classmethod
@@ -270,9 +290,10 @@ class _Channel(Endpoint, _core.Channel):
         uuid: str,
         policy: Backpressure | str = Backpressure.BLOCK,
         timeout: float | None = None,
+        zero_copy: bool | Literal["strict"] = False,
     ) -> Self:
         """Open the channel that was pickled."""
-        channel = cls._at_place(place, policy, timeout)
+        channel = cls._at_place(place, policy, timeout, zero_copy)
         if channel._core_uuid() != uuid:
             channel.close()
             raise ChannelNotFoundError(
@@ -303,6 +324,7 @@ class SharedMemoryChannel(_Channel):
         history: int | None = None,
         max_deliveries: int | None = None,
         dead_letters: int | None = None,
+        zero_copy: bool | Literal["strict"] = False,
         spec: Spec | None = None,
     ) -> None:
         options = _options(
@@ -319,10 +341,17 @@ class SharedMemoryChannel(_Channel):
             dead_letters=dead_letters,
             spec=spec,
         )
-        self._begin(name, options, _OPEN_OR_CREATE, backpressure, timeout, storage)
+        self._begin(name, options, _OPEN_OR_CREATE, backpressure, timeout, storage, zero_copy)
 
     def _begin(
-        self, name: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any, storage: Storage | str
+        self,
+        name: Any,
+        options: dict[str, Any],
+        mode: int,
+        policy: Any,
+        timeout: Any,
+        storage: Storage | str,
+        zero_copy: Any = False,
     ) -> None:
         where = parse_enum(Storage, storage, "storage")
         if name is not None and not isinstance(name, str):
@@ -334,12 +363,12 @@ class SharedMemoryChannel(_Channel):
             )
         self._name = name
         if where is Storage.HEAP:
-            self._start("heap", None, options, mode, policy, timeout)
+            self._start("heap", None, options, mode, policy, timeout, zero_copy)
         elif name is None:
-            self._start("anonymous", None, options, mode, policy, timeout)
+            self._start("anonymous", None, options, mode, policy, timeout, zero_copy)
             teach_multiprocessing(type(self))
         else:
-            self._start("named", name.encode(), options, mode, policy, timeout)
+            self._start("named", name.encode(), options, mode, policy, timeout, zero_copy)
 
     @classmethod
     def create(
@@ -360,6 +389,7 @@ class SharedMemoryChannel(_Channel):
         history: int | None = None,
         max_deliveries: int | None = None,
         dead_letters: int | None = None,
+        zero_copy: bool | Literal["strict"] = False,
         spec: Spec | None = None,
     ) -> Self:
         """Create a channel; ChannelExistsError when one of that name is in use. Parameters as for the class."""
@@ -378,7 +408,7 @@ class SharedMemoryChannel(_Channel):
             spec=spec,
         )
         channel = cls.__new__(cls)
-        channel._begin(name, options, _CREATE, backpressure, timeout, storage)
+        channel._begin(name, options, _CREATE, backpressure, timeout, storage, zero_copy)
         return channel
 
     @classmethod
@@ -388,6 +418,7 @@ class SharedMemoryChannel(_Channel):
         *,
         backpressure: Backpressure | str = Backpressure.BLOCK,
         timeout: float | None = None,
+        zero_copy: bool | Literal["strict"] = False,
         spec: Spec | None = None,
     ) -> Self:
         """Open the channel of that name, whatever its geometry; ChannelNotFoundError when there is none.
@@ -400,7 +431,7 @@ class SharedMemoryChannel(_Channel):
                 "name is None, but an anonymous channel cannot be opened: pass its handle to the process"
             )
         options = _options(spec=spec)
-        channel._begin(name, options, _OPEN, backpressure, timeout, Storage.SHM)
+        channel._begin(name, options, _OPEN, backpressure, timeout, Storage.SHM, zero_copy)
         return channel
 
     @classmethod
@@ -408,12 +439,18 @@ class SharedMemoryChannel(_Channel):
         return endpoint._name if endpoint._name is not None else descriptor_for_child(endpoint)
 
     @classmethod
-    def _at_place(cls, place: Any, policy: Backpressure | str, timeout: float | None) -> Self:
+    def _at_place(
+        cls,
+        place: Any,
+        policy: Backpressure | str,
+        timeout: float | None,
+        zero_copy: bool | Literal["strict"] = False,
+    ) -> Self:
         if isinstance(place, str):
-            return cls.open(place, backpressure=policy, timeout=timeout)
+            return cls.open(place, backpressure=policy, timeout=timeout, zero_copy=zero_copy)
         channel = cls.__new__(cls)
         channel._name = None
-        channel._start("adopt", place.detach(), {}, _OPEN, policy, timeout)
+        channel._start("adopt", place.detach(), {}, _OPEN, policy, timeout, zero_copy)
         teach_multiprocessing(cls)
         return channel
 
@@ -458,6 +495,9 @@ class ShmChannel(SharedMemoryChannel):
         Deliveries of a message whose receivers die or give it back, before it becomes a dead letter: 3 when created, up to 15.
     dead_letters : int, optional
         Dead letters that are kept, in slots of the channel, 16 when created; the oldest goes for a newer one.
+    zero_copy : bool or "strict"
+        Whether this handle may `alloc` and `publish`. "strict" makes the pages of a published message read-only in this
+        process, so that not even a stray pointer can change it; slots must be a page at least.
     spec : ArraySpec or dict of str to ArraySpec, optional
         What every message is: an array of this shape, dtype and order, or a record with these fields. Kept with the channel
         and checked whenever it is opened and at every send; an opener without a spec takes the channel's. `slot_size` is
@@ -517,6 +557,7 @@ class FileChannel(_Channel):
         max_deliveries: int | None = None,
         dead_letters: int | None = None,
         sync: Sync | str | None = None,
+        zero_copy: bool | Literal["strict"] = False,
         spec: Spec | None = None,
     ) -> Self:
         """Create the file; ChannelExistsError when it exists (on_stale="reset" replaces a channel that nobody uses).
@@ -542,7 +583,7 @@ class FileChannel(_Channel):
             sync=sync,
             spec=spec,
         )
-        return cls._at(path, options, _CREATE, backpressure, timeout)
+        return cls._at(path, options, _CREATE, backpressure, timeout, zero_copy)
 
     @classmethod
     def open(
@@ -551,6 +592,7 @@ class FileChannel(_Channel):
         *,
         backpressure: Backpressure | str = Backpressure.BLOCK,
         timeout: float | None = None,
+        zero_copy: bool | Literal["strict"] = False,
         spec: Spec | None = None,
     ) -> Self:
         """Open the channel in a file; ChannelNotFoundError when there is none.
@@ -558,16 +600,18 @@ class FileChannel(_Channel):
         With a `spec`, SchemaMismatchError when the channel has another one, or none.
         """
         options = _options(spec=spec)
-        return cls._at(path, options, _OPEN, backpressure, timeout)
+        return cls._at(path, options, _OPEN, backpressure, timeout, zero_copy)
 
     @classmethod
-    def _at(cls, path: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any) -> Self:
+    def _at(
+        cls, path: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any, zero_copy: Any
+    ) -> Self:
         channel = cls.__new__(cls)
         absolute = os.path.abspath(os.fsdecode(path))
         if "\0" in absolute:
             raise InvalidArgumentError(f"path {absolute!r} holds a null character, which no file name can")
         channel._name = os.path.basename(absolute)
-        channel._start("file", os.fsencode(absolute), options, mode, policy, timeout)
+        channel._start("file", os.fsencode(absolute), options, mode, policy, timeout, zero_copy)
         return channel
 
     @property
@@ -580,12 +624,23 @@ class FileChannel(_Channel):
         return endpoint.path
 
     @classmethod
-    def _at_place(cls, place: Any, policy: Backpressure | str, timeout: float | None) -> Self:
-        return cls.open(place, backpressure=policy, timeout=timeout)
+    def _at_place(
+        cls,
+        place: Any,
+        policy: Backpressure | str,
+        timeout: float | None,
+        zero_copy: bool | Literal["strict"] = False,
+    ) -> Self:
+        return cls.open(place, backpressure=policy, timeout=timeout, zero_copy=zero_copy)
 
 
 def _open_again(
-    cls: type[_Channel], place: Any, uuid: str, policy: Backpressure, timeout: float | None
+    cls: type[_Channel],
+    place: Any,
+    uuid: str,
+    policy: Backpressure,
+    timeout: float | None,
+    zero_copy: bool | Literal["strict"] = False,
 ) -> _Channel:
     """Unpickle a handle."""
-    return cls._again(place, uuid, policy, timeout)
+    return cls._again(place, uuid, policy, timeout, zero_copy)

@@ -52,6 +52,10 @@ class Stats:
         Memory that the channel takes.
     participants : int
         Open handles.
+    loans : int
+        Loans of this handle that are neither published nor gone.
+    kept_slots : int
+        Published messages whose sender still has an array on them.
     """
 
     depth: int
@@ -80,6 +84,8 @@ class Stats:
     corrupted: int
     reserved_bytes: int
     participants: int
+    loans: int
+    kept_slots: int
 
     def asdict(self) -> dict[str, int]:
         """Return the counters as a dict."""
@@ -117,9 +123,7 @@ class Endpoint(_core.Receiver):
         """Seconds that calls of this handle wait unless they say otherwise; None for ever."""
         return self._default_timeout
 
-    def recv_arrow(
-        self, *, timeout: float | None = _core.DEFAULT_TIMEOUT, library: str | None = None
-    ) -> Any:
+    def recv_arrow(self, *, timeout: float | None = _core.DEFAULT_TIMEOUT, library: str | None = None) -> Any:
         """Receive the next message as the table that was sent by `send_arrow`.
 
         Parameters

@@ -29,14 +29,18 @@ __all__ = [
     "ChannelSystemError",
     "CorruptedMessageError",
     "DslineError",
+    "ExpressionError",
     "FeatureUnavailableError",
     "InvalidArgumentError",
+    "LoanEndedError",
     "MessageTooLargeError",
     "OperatorError",
     "PeerDiedError",
     "PipelineBuildError",
     "PipelineError",
     "PipelineRuntimeError",
+    "RpcError",
+    "RpcTimeoutError",
     "SchemaMismatchError",
     "SerializationError",
     "SharedMemoryFullError",
@@ -153,6 +157,10 @@ class SchemaMismatchError(ChannelError, TypeError):
     _schema: bytes | None = None  # the channel's, encoded, until it is put into words
 
 
+class LoanEndedError(ChannelError, ValueError):
+    """The loan was published or aborted before, or belongs to the parent of this process."""
+
+
 class TooManyHandlesError(ChannelError):
     """The channel has as many open handles as it was created for."""
 
@@ -169,6 +177,14 @@ class SerializationError(DslineError):
     """An object cannot be turned into a message, or a message into an object."""
 
 
+class RpcError(DslineError):
+    """A call was answered by something else than a result: no such function, or an error that cannot be brought over."""
+
+
+class RpcTimeoutError(RpcError, builtins.TimeoutError):
+    """A call had no answer in time."""
+
+
 class FeatureUnavailableError(DslineError):
     """Not available: not built yet, not asked for, or not on this platform; the message says which."""
 
@@ -179,6 +195,18 @@ class PipelineError(DslineError):
 
 class PipelineBuildError(PipelineError, ValueError):
     """The description of a pipeline is wrong."""
+
+
+class ExpressionError(PipelineBuildError):
+    """A text that is no expression over the columns it was given, or data that do not fit it.
+
+    Attributes
+    ----------
+    column : int or None
+        Where in the text, from 1; None where it is the data.
+    """
+
+    column: int | None = None
 
 
 class PipelineRuntimeError(PipelineError):

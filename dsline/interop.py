@@ -12,7 +12,12 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from dsline.errors import FeatureUnavailableError, InvalidArgumentError, MessageTooLargeError, SerializationError
+from dsline.errors import (
+    FeatureUnavailableError,
+    InvalidArgumentError,
+    MessageTooLargeError,
+    SerializationError,
+)
 
 __all__ = ["ARROW"]
 
@@ -120,7 +125,7 @@ def _masked_dtype(dtype: DType, shape: tuple[int, ...], has_mask: bool) -> DType
         titles.insert(1, None)
     size = int(np.prod(shape, dtype=object)) * (dtype.itemsize + has_mask) + dtype.itemsize
     try:
-        made: DType = np.dtype({"names": names, "formats": formats, "titles": titles}, align=True)  # type: ignore[call-overload]
+        made: DType = np.dtype({"names": names, "formats": formats, "titles": titles}, align=True)
     except (ValueError, TypeError) as error:
         raise MessageTooLargeError(
             f"a masked array of {size} bytes with {len(shape)} dimensions is more than one message holds (2 GiB, 32 "
@@ -156,8 +161,9 @@ def is_masked(dtype: DType) -> bool:
 def join_masked(whole: Array) -> Any:
     """The masked array over a structure, without a copy."""
     assert whole.dtype.names is not None
-    mask = whole["mask"] if "mask" in whole.dtype.names else np.ma.nomask
-    return np.ma.MaskedArray(whole["data"], mask=mask, fill_value=whole["fill"][()], copy=False)
+    mask: Any = whole["mask"] if "mask" in whole.dtype.names else np.ma.nomask
+    fill: Any = whole["fill"][()]
+    return np.ma.MaskedArray(whole["data"], mask=mask, fill_value=fill, copy=False)
 
 
 # --- Arrow --------------------------------------------------------------------------------------------------------------
@@ -179,7 +185,9 @@ def arrow_library(wanted: str | None) -> tuple[str, Any]:
         if module is not None:
             return name, module
     need = wanted or "pyarrow (or polars)"
-    raise FeatureUnavailableError(f"Arrow needs {need}, which is not installed: pip install {wanted or 'pyarrow'}")
+    raise FeatureUnavailableError(
+        f"Arrow needs {need}, which is not installed: pip install {wanted or 'pyarrow'}"
+    )
 
 
 def arrow_writer(data: Any) -> tuple[int, Callable[[Any], int]]:
@@ -291,7 +299,9 @@ def read_arrow(payload: memoryview, name: str, module: Any) -> Any:
     try:
         if name == "polars":
             return module.read_ipc_stream(bytes(payload))
-        table = module.ipc.open_stream(module.py_buffer(payload)).read_all()
+        # One thread: others would have nothing to do, and might let go of the slot a little later.
+        options = module.ipc.IpcReadOptions(use_threads=False)
+        table = module.ipc.open_stream(module.py_buffer(payload), options=options).read_all()
         table.validate()
     except Exception as error:
         raise SerializationError(

@@ -75,6 +75,8 @@ cdef class Schema:
         self.dtype = _dtypes.decode_dtype(as_bytes(parsed.dtype_code))
         self._ndim = <int> parsed.shape.size()
         self._fortran = parsed.fortran
+        if self._ndim < 64 and open_axes >> self._ndim != 0:
+            raise ValueError("it leaves an axis open that it does not have")
         self.fixed = open_axes == 0
         for i in range(self._ndim):
             self._shape[i] = -1 if open_axes >> i & 1 else parsed.shape[i]

@@ -73,7 +73,9 @@ class ArraySpec:
         if len(dims) > MAX_DIMS:
             raise InvalidArgumentError(f"shape has {len(dims)} dimensions, at most {MAX_DIMS} are possible")
         if given.itemsize == 0 and given.kind in "SU":
-            raise InvalidArgumentError(f"dtype {given!r} has no width; say how long its items are, like 'S16'")
+            raise InvalidArgumentError(
+                f"dtype {given!r} has no width; say how long its items are, like 'S16'"
+            )
         code = dtypes.encode_dtype(given)
         # A dtype's fields can be renamed in place, so the spec has a structure of its own.
         own: DType = dtypes.decode_dtype(code)
@@ -81,7 +83,9 @@ class ArraySpec:
         for dim in dims:
             known *= max(1, dim or 1)
         if known > np.iinfo(np.int64).max:
-            raise InvalidArgumentError(f"an array of shape {shape!r} and dtype {given} is larger than any memory")
+            raise InvalidArgumentError(
+                f"an array of shape {shape!r} and dtype {given} is larger than any memory"
+            )
         object.__setattr__(self, "_shape", dims)
         object.__setattr__(self, "_dtype", own)
         object.__setattr__(self, "_order", order if len(dims) > 1 else "C")
@@ -207,7 +211,7 @@ def array_text(array: np.ndarray[Any, Any]) -> str:
     return text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 3] + "..."
 
 
-def record_dtype(fields: Mapping[str, ArraySpec]) -> DType:
+def record_dtype(fields: Mapping[Any, Any]) -> DType:
     """The dtype of a record: one aligned structure, with a subarray for each field that has dimensions.
 
     Raises
@@ -221,7 +225,9 @@ def record_dtype(fields: Mapping[str, ArraySpec]) -> DType:
         raise InvalidArgumentError("spec is an empty dict, must have a field at least")
     for name, spec in fields.items():
         if not isinstance(name, str) or not name:
-            raise InvalidArgumentError(f"spec has the field name {name!r}, must be a str of one character or more")
+            raise InvalidArgumentError(
+                f"spec has the field name {name!r}, must be a str of one character or more"
+            )
         if not isinstance(spec, ArraySpec):
             raise TypeError(f"spec[{name!r}] is a {type(spec).__name__}, must be an ArraySpec")
         if None in spec.shape:

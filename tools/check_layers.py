@@ -18,6 +18,7 @@ VOCABULARY = frozenset({"dsline/error.hpp", "dsline/metadata.hpp"})
 SUPPLIED = frozenset({"scheduled_atomic.hpp"})  # by the model checker, in its own build of the core only
 CPP_LAYERS: dict[str, frozenset[str]] = {
     "base": frozenset(),
+    "expressions": frozenset({"dsline/expression.hpp"}),
     "frames": frozenset({"base"}),
     "waiting": frozenset({"base"}),
     "memory": frozenset({"base", "waiting"}),
@@ -39,6 +40,7 @@ CPP_LAYERS: dict[str, frozenset[str]] = {
             "liveness",
             "dsline/channel.hpp",
             "dsline/build.hpp",
+            "dsline/tally.hpp",
             "dsline/watch.hpp",
         }
     ),
@@ -57,10 +59,16 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "interop": frozenset({"errors"}),
     "objects": frozenset(),
     "_core": frozenset({"errors", "dtypes", "interop", "objects", "report", "specs"}),
+    "expressions": frozenset({"_core", "errors"}),
     "endpoint": frozenset({"_core", "errors", "interop", "options", "report"}),
     "groups": frozenset({"endpoint", "errors", "options"}),
     "channel": frozenset({"_core", "endpoint", "errors", "groups", "interop", "options", "specs"}),
     "broadcast": frozenset({"channel"}),
+    "accelerate": frozenset({"_core", "errors"}),
+    "rpc_server": frozenset({"_core", "broadcast", "channel", "errors"}),
+    "rpc": frozenset({"_core", "broadcast", "channel", "errors", "rpc_server"}),
+    "queues": frozenset({"_core", "channel", "errors"}),
+    "multiprocessing": frozenset({"queues"}),
     "waiting": frozenset({"_core", "endpoint", "errors"}),
     "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report", "specs"}),
     "__init__": frozenset(
@@ -73,7 +81,10 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
             "groups",
             "latest",
             "options",
+            "queues",
             "report",
+            "rpc",
+            "rpc_server",
             "specs",
             "waiting",
         }
@@ -86,7 +97,21 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "__main__": frozenset({"cli"}),
 }
 PACKAGES: dict[str, frozenset[str]] = {
-    "numpy": frozenset({"_core", "aio", "dtypes", "interop", "specs", "channel", "bench", "testing", "cli"}),
+    "numpy": frozenset(
+        {
+            "accelerate",
+            "_core",
+            "aio",
+            "dtypes",
+            "expressions",
+            "interop",
+            "specs",
+            "channel",
+            "bench",
+            "testing",
+            "cli",
+        }
+    ),
     "click": frozenset({"cli"}),
     "tqdm": frozenset({"cli", "bench"}),
     # Never needed: only looked for, or loaded by the user already.

@@ -1,5 +1,6 @@
 """Arrays and tables of other packages: DLPack both ways, masked arrays, Arrow."""
 
+import asyncio
 import contextlib
 import gc
 import sys
@@ -26,9 +27,7 @@ needs_pyarrow = pytest.mark.skipif("pa" not in globals(), reason="pyarrow is not
 needs_polars = pytest.mark.skipif("pl" not in globals(), reason="polars is not installed")
 needs_pandas = pytest.mark.skipif("pd" not in globals(), reason="pandas is not installed")
 NUMPY = tuple(int(part) for part in np.__version__.split(".")[:2])
-numpy_reads_read_only = pytest.mark.skipif(
-    NUMPY < (2, 1), reason="NumPy reads read-only tensors from 2.1 on"
-)
+numpy_reads_read_only = pytest.mark.skipif(NUMPY < (2, 1), reason="NumPy reads read-only tensors from 2.1 on")
 
 
 @pytest.fixture
@@ -152,7 +151,8 @@ def test_what_a_message_cannot_do_for_a_consumer(channel, arguments, words):
 
 
 @pytest.mark.parametrize(
-    "data", [b"bytes", np.zeros(2, ">f4"), np.zeros(2, "M8[s]"), np.zeros(2, "S3"), np.zeros(2, [("a", "i4")])]
+    "data",
+    [b"bytes", np.zeros(2, ">f4"), np.zeros(2, "M8[s]"), np.zeros(2, "S3"), np.zeros(2, [("a", "i4")])],
 )
 def test_dtypes_that_dlpack_does_not_have(channel, data):
     channel.send(data)
@@ -328,7 +328,9 @@ def test_devices_that_the_host_cannot_read_are_refused(channel):
     assert channel.stats().free_slots == 2
 
 
-@pytest.mark.parametrize("data", [[1, 2], (1, 2), "text", 5, 1.5, None, {"a": 1}, range(3), object(), np.ndarray])
+@pytest.mark.parametrize(
+    "data", [[1, 2], (1, 2), "text", 5, 1.5, None, {"a": 1}, range(3), object(), np.ndarray]
+)
 def test_what_is_no_array_is_still_refused(channel, data):
     with pytest.raises(TypeError, match="cannot send"):
         channel.send(data)
@@ -346,7 +348,9 @@ def test_an_array_that_raises_is_refused_with_its_reason(channel):
 
 
 @needs_torch
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int8", "int64", "uint8", "bool", "complex64"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "float64", "float16", "int8", "int64", "uint8", "bool", "complex64"]
+)
 def test_tensors_of_torch_are_sent_as_arrays(channel, dtype):
     tensor = torch.arange(6).reshape(2, 3).to(getattr(torch, dtype))
     for sent in (tensor, tensor.T, tensor[:, ::2], torch.nn.Parameter(tensor, requires_grad=False)):
@@ -444,9 +448,10 @@ def test_masked_arrays_travel_whole(make_any, case, meta):
 def test_a_received_masked_array_is_read_only_and_keeps_the_slot(channel):
     channel.send(np.ma.array([1.0, 2.0, 3.0], mask=[0, 1, 0]))
     got = channel.recv_array(timeout=0)
-    for change in (lambda: got.__setitem__(0, 5.0), lambda: got.__setitem__(0, np.ma.masked)):
-        with pytest.raises(ValueError, match="read-only"):
-            change()
+    with pytest.raises(ValueError, match="read-only"):
+        got[0] = 5.0
+    with pytest.raises(ValueError, match="read-only"):
+        got[0] = np.ma.masked
     assert got.sum() == 4.0
     mask = got.mask
     del got
@@ -518,7 +523,10 @@ def tables():
     return {
         "pyarrow table": ("pa", lambda: pa.table(columns())),
         "pyarrow batch": ("pa", lambda: pa.record_batch(columns())),
-        "pyarrow chunks": ("pa", lambda: pa.concat_tables([pa.table(columns())[:1], pa.table(columns())[1:]])),
+        "pyarrow chunks": (
+            "pa",
+            lambda: pa.concat_tables([pa.table(columns())[:1], pa.table(columns())[1:]]),
+        ),
         "pyarrow slice": ("pa", lambda: pa.concat_tables([pa.table(columns())] * 2)[3:]),
         "pyarrow reader": ("pa", lambda: pa.table(columns()).to_reader()),
         "polars": ("pl", lambda: pl.DataFrame(columns())),
@@ -716,6 +724,27 @@ def test_a_full_channel_says_so(make_channel):
     with pytest.raises(dsline.MessageTooLargeError):
         channel.send_arrow(pa.table({"a": np.arange(100_000)}))
     assert channel.send_arrow(table, timeout=0)
+
+
+@needs_pyarrow
+def test_tables_under_asyncio(make_channel):
+    channel = make_channel(capacity=1)
+    table = pa.table(columns())
+
+    async def main():
+        messages = dsline.aio.AsyncChannel(channel)
+        sender = asyncio.create_task(send_all(messages))
+        for _ in range(3):
+            got = await messages.recv_arrow(timeout=30)
+            assert got.to_pydict() == columns()
+            del got
+        await sender
+
+    async def send_all(messages):
+        for _ in range(3):
+            assert await messages.send_arrow(table, timeout=30)
+
+    asyncio.run(main())
 
 
 # --- a message that is written in place -------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Typed channels: specs, what is checked where, records, and receiving into an array of the caller."""
 
+import asyncio
 import copy
 import pickle
 import struct
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import dsline
-from dsline import ArraySpec
+from dsline import ArraySpec, _core
 from dsline._core import channel_directory
 
 RECORD = {
@@ -142,7 +143,11 @@ def test_what_a_spec_matches():
         (lambda: dsline.ShmChannel(spec="f4"), TypeError, "a str"),
         (lambda: dsline.ShmChannel(spec=np.dtype("f4")), TypeError, "ArraySpec"),
         (lambda: dsline.ShmChannel(spec={}), dsline.InvalidArgumentError, "empty dict"),
-        (lambda: dsline.ShmChannel(spec={"": ArraySpec((), "f4")}), dsline.InvalidArgumentError, "field name"),
+        (
+            lambda: dsline.ShmChannel(spec={"": ArraySpec((), "f4")}),
+            dsline.InvalidArgumentError,
+            "field name",
+        ),
         (lambda: dsline.ShmChannel(spec={1: ArraySpec((), "f4")}), dsline.InvalidArgumentError, "field name"),
         (lambda: dsline.ShmChannel(spec={"a": "f4"}), TypeError, r"spec\['a'\]"),
         (
@@ -282,8 +287,40 @@ def test_a_damaged_spec_is_noticed(name, offset):
         file.write(bytes([byte ^ 1]))
     with pytest.raises(dsline.ChannelLayoutError, match="checksum of its spec"):
         dsline.ShmChannel.open(name)
-    with dsline.ShmChannel(name, capacity=3) as channel:  # replaced, as any damaged channel that nobody has open
+    with dsline.ShmChannel(
+        name, capacity=3
+    ) as channel:  # replaced, as any damaged channel that nobody has open
         assert (channel.spec, channel.capacity) == (None, 3)
+
+
+def tag(key, kind, value):
+    """A metadata entry of docs/design/frame-format.md."""
+    entry = bytes([len(key), kind]) + key + value
+    return struct.pack("<HHI", 6, 0, len(entry)) + entry + bytes(-len(entry) % 8)
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        b"",
+        b"nonsense",
+        tag(b"record", 1, b"\1"),
+        _core.make_schema(RECORD).encoded + tag(b"open", 2, struct.pack("<q", 1)),
+        _core.make_schema(RECORD).encoded + tag(b"open", 2, struct.pack("<q", -1)),
+        _core.make_schema(ArraySpec((3,), "f4")).encoded + tag(b"open", 2, struct.pack("<q", 2)),
+        _core.make_schema(ArraySpec((3,), "f4")).encoded + tag(b"record", 1, b"\1"),
+        _core.make_schema(ArraySpec((), "f4")).encoded + tag(b"record", 1, b"\1"),
+        _core.make_schema(ArraySpec((), "f4")).encoded[:-8],
+    ],
+)
+def test_what_is_no_schema_is_refused(encoded):
+    with pytest.raises(ValueError):
+        _core.read_schema(encoded)
+
+
+def test_unknown_tags_of_a_schema_are_passed_over():
+    encoded = _core.make_schema(ArraySpec((3,), "f4")).encoded + tag(b"color", 4, b"red")
+    assert _core.read_schema(encoded).spec == ArraySpec((3,), "f4")
 
 
 # --- sending ----------------------------------------------------------------------------------------------------
@@ -569,7 +606,10 @@ def test_recv_record_leaves_what_is_no_record(make_channel):
 def test_structured_arrays_of_any_channel_are_records(make_channel):
     channel = make_channel()
     channel.send(np.array((1, 2.5), [("a", "i4"), ("b", "f8")]))
-    assert {name: value.item() for name, value in channel.recv_record(timeout=0).items()} == {"a": 1, "b": 2.5}
+    assert {name: value.item() for name, value in channel.recv_record(timeout=0).items()} == {
+        "a": 1,
+        "b": 2.5,
+    }
 
 
 def test_a_record_waits_for_room_like_anything_else(make_channel):
@@ -580,6 +620,57 @@ def test_a_record_waits_for_room_like_anything_else(make_channel):
     for step in (1, 2):
         assert_record(channel.recv_record(timeout=30), step)
     sender.join()
+
+
+def test_records_and_arrays_are_written_in_place(make_channel):
+    channel = make_channel(spec=RECORD, zero_copy=True)
+    structure = np.empty((), ArraySpec.of(_structure(channel)).dtype).dtype
+    for step in range(3):
+        with channel.alloc((), structure) as loan:
+            for field, value in record(step).items():
+                loan.array[field] = value
+        assert_record(channel.recv_record(timeout=0), step)
+    for shape, dtype in (((1,), structure), ((), "f4"), ((4, 6), "u1")):
+        with pytest.raises(dsline.SchemaMismatchError):
+            channel.alloc(shape, dtype)
+    arrays = make_channel(spec=ArraySpec((None, 3), "f4"), zero_copy=True)
+    with arrays.alloc((5, 3), "f4", fill=2) as loan:
+        loan.meta["a"] = 1
+    with arrays.recv_message(timeout=0) as message:
+        assert message.meta == {"a": 1}
+        assert message.array().sum() == 30
+    with pytest.raises(dsline.SchemaMismatchError):
+        arrays.alloc((5, 4), "f4")
+    assert arrays.stats().free_slots == 64
+
+
+def _structure(channel):
+    channel.send(record())
+    return channel.recv_array(timeout=0)
+
+
+def test_records_under_asyncio(make_channel):
+    channel = make_channel(capacity=1, spec=RECORD)
+
+    async def main():
+        messages = dsline.aio.AsyncChannel(channel)
+        sender = asyncio.create_task(send_all(messages))
+        for step in range(3):
+            assert_record(await messages.recv_record(timeout=30), step)
+        await sender
+        with pytest.raises(dsline.SchemaMismatchError):
+            await messages.send(b"x")
+        await messages.send(record())
+        out = np.empty((), np.dtype(channel.recv_array(timeout=0).dtype))
+        await messages.send(record())
+        assert await messages.recv_array(out=out) is out
+        assert out["step"] == 7
+
+    async def send_all(messages):
+        for step in range(3):
+            await messages.send(record(step), timeout=30)
+
+    asyncio.run(main())
 
 
 # --- other kinds of channels ------------------------------------------------------------------------------------
@@ -700,7 +791,8 @@ def test_out_of_no_dimensions_and_of_no_elements(make_channel):
 
 
 @pytest.mark.parametrize(
-    "out", [np.zeros(4, "f4"), np.zeros((3, 1), "f4"), np.zeros(3, "i4"), np.zeros(3, ">f4"), np.zeros((), "f4")]
+    "out",
+    [np.zeros(4, "f4"), np.zeros((3, 1), "f4"), np.zeros(3, "i4"), np.zeros(3, ">f4"), np.zeros((), "f4")],
 )
 def test_out_that_does_not_fit_leaves_the_message(make_any, out):
     channel = make_any()

@@ -168,7 +168,8 @@ void refuse_other_schema(const std::string& label, const memory::Region& region,
 std::string schema_fault(const std::string& schema) {
   frames::Metadata parsed;
   std::string why;
-  if (schema.empty() || (frames::parse_metadata(schema.data(), schema.size(), parsed, why) && parsed.has_shape)) {
+  if (schema.empty() ||
+      (frames::parse_metadata(schema.data(), schema.size(), parsed, why) && parsed.has_shape)) {
     return "";
   }
   return "its spec describes no array" + (why.empty() ? "" : " (" + why + ")");

@@ -183,6 +183,7 @@ void Channel::Impl::return_everything() noexcept {
   for (std::uint32_t s = 0; s < region->geometry().slots; ++s) {
     const SlotWord word = pool.word(s);
     if (word.is(SlotPhase::Writing) && word.owner() == me) pool.abort(s, word);
+    if (word.owner() == me && word.is_kept()) publication.end_keeping(s, word);
     for (std::uint32_t g = 0; g < region->geometry().groups; ++g) {
       if (!is_held_by_me(s, g, word)) continue;
       order::Group from(*region, g);
@@ -212,6 +213,7 @@ void Channel::Impl::abandon() noexcept {
     for (std::uint32_t g = 0; g < region->geometry().groups; ++g) {
       if (is_held_by_me(s, g, word)) pool.clear_pending(s, 1u << g);
     }
+    if (word.owner() == me && word.is_kept()) publication.end_keeping(s, word);
   }
   leave_group();
   leave_if_idle();

@@ -24,7 +24,7 @@ namespace dsline {
 
 inline constexpr std::int64_t kSliceNs = 50'000'000;
 
-/// One handle: sending.cpp, receiving.cpp, waiting.cpp, ending.cpp and report.cpp hold its parts.
+/// One handle: sending.cpp, receiving.cpp, placing.cpp, waiting.cpp, ending.cpp and report.cpp hold its parts.
 ///
 /// Threads: `me` and `group` change only when a forked child registers anew, before any other thread of the child may
 /// call. The mutexes guard slow paths; a forked child gets new ones, since a thread that is not there may have held the
@@ -98,15 +98,19 @@ struct Channel::Impl {
   }
 
   // --- sending.cpp ---
-  Outcome try_alloc(std::uint64_t payload_bytes, std::uint32_t meta_bytes, Backpressure policy, Loan& loan);
+  Outcome try_alloc(std::uint64_t payload_bytes, std::uint32_t meta_bytes, Backpressure policy, Loan& loan,
+                    bool for_copy = true);
   void abort(const Loan& loan) noexcept;
-  Outcome publish(const Loan& loan, int kind, std::uint64_t schema_hash) noexcept;
+  Outcome publish(const Loan& loan, int kind, std::uint64_t schema_hash, AfterPublish after, bool seal,
+                  std::uint64_t* entered_at = nullptr);
+  void end_keeping(const Loan& loan) noexcept;
   bool is_mine(const Loan& loan) const noexcept;
   std::uint32_t take_slot(std::uint64_t payload_bytes) noexcept;
   std::uint32_t wait_for_hot_slot(std::uint64_t payload_bytes) noexcept;
   std::uint32_t take_slot_when_full(Backpressure policy);
   void fit(std::uint32_t s, std::uint64_t frame);
   void grow(std::uint32_t s, std::uint64_t need);
+  void unseal(std::uint32_t s);
   bool reclaim_free_slots() noexcept;
 
   // --- receiving.cpp ---
@@ -128,6 +132,13 @@ struct Channel::Impl {
     return slots::Claim{region->claim(s, g).load(std::memory_order_acquire)}.who() ==
            slots::Claim::holder(me);
   }
+
+  // --- placing.cpp ---
+  Outcome try_place(const void* payload, std::uint64_t bytes, std::uint64_t limit_bytes, Place& place);
+  Outcome try_take(const Place& place, Received& message);
+  bool try_withdraw(const Place& place) noexcept;
+  std::uint32_t discard_older(std::int64_t before_ns) noexcept;
+  MemoryUse memory_use() const noexcept;
 
   // --- waiting.cpp ---
   class Sleeper;

@@ -4,7 +4,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
+#include <new>
 #include <utility>
 
 #include "base/clock.hpp"
@@ -57,8 +59,9 @@ Inspection inspect_description(const Storage& storage, Description& out) {
   }
   std::uint32_t version = out.at<std::uint32_t>(offsetof(RegionHeader, layout_version));
   if (version != kLayoutVersion) {
-    return {Found::Older, "it has layout version " + std::to_string(version) +
-                              ", this dsline reads version " + std::to_string(kLayoutVersion),
+    return {Found::Older,
+            "it has layout version " + std::to_string(version) + ", this dsline reads version " +
+                std::to_string(kLayoutVersion),
             ""};
   }
   if (got < sizeof out.bytes) {
@@ -72,8 +75,9 @@ Inspection inspect_description(const Storage& storage, Description& out) {
     return {Found::Damaged, "its geometry is impossible", ""};
   }
   if (geometry.total_bytes != size) {
-    return {Found::Damaged, "it has " + std::to_string(size) + " bytes where its header says " +
-                                std::to_string(geometry.total_bytes),
+    return {Found::Damaged,
+            "it has " + std::to_string(size) + " bytes where its header says " +
+                std::to_string(geometry.total_bytes),
             ""};
   }
   std::string schema;
@@ -183,6 +187,63 @@ Region::~Region() {
   if (arena_ != nullptr) storage_->unmap(const_cast<std::byte*>(arena_), arena_bytes);
   std::byte* writable = writable_arena_.load(std::memory_order_relaxed);
   if (writable != nullptr) storage_->unmap(writable, arena_bytes);
+  for (std::byte* old : parted_) storage_->unmap(old, arena_bytes);
+  delete[] sealed_.load(std::memory_order_relaxed);
+}
+
+bool Region::seal_slot(std::uint32_t s, std::uint64_t frame) noexcept {
+  base::Atomic<std::uint64_t>* sealed = sealed_.load(std::memory_order_acquire);
+  if (sealed == nullptr) {
+    auto* mine = new (std::nothrow) base::Atomic<std::uint64_t>[(geometry_.slots + 63) / 64]();
+    if (mine == nullptr) {
+      errno = ENOMEM;
+      return false;
+    }
+    // SYNC sealed: pairs with the acquire load in has_sealed().
+    if (sealed_.compare_exchange_strong(sealed, mine, std::memory_order_acq_rel)) {
+      sealed = mine;
+    } else {
+      delete[] mine;
+    }
+  }
+  sealed[s / 64].fetch_or(std::uint64_t{1} << s % 64, std::memory_order_relaxed);
+  const std::uint64_t bytes = base::round_up(frame_shift(geometry_, s) + frame, kPageBytes);
+  return mprotect(writable_arena() + s * geometry_.stride_bytes, bytes, PROT_READ) == 0;
+}
+
+bool Region::unseal_slot(std::uint32_t s) noexcept {
+  if (mprotect(writable_arena() + s * geometry_.stride_bytes, geometry_.stride_bytes,
+               PROT_READ | PROT_WRITE) != 0)
+    return false;
+  sealed_.load(std::memory_order_acquire)[s / 64].fetch_and(~(std::uint64_t{1} << s % 64),
+                                                            std::memory_order_relaxed);
+  return true;
+}
+
+bool Region::part_with_writable() noexcept {
+  std::byte* old = writable_arena_.load(std::memory_order_acquire);
+  if (old == nullptr || storage_->kind() == StorageKind::Heap)
+    return true;  // heap memory is the child's own already
+  const std::uint64_t bytes = geometry_.total_bytes - geometry_.arena_offset;
+  try {
+    parted_.push_back(old);
+  } catch (const std::bad_alloc&) {
+    errno = ENOMEM;
+    return false;
+  }
+  // In place, so that pointers into it stay good; a child has one thread here, so nobody writes in between.
+  if (mmap(old, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE,
+           storage_->descriptor(), static_cast<off_t>(geometry_.arena_offset)) == MAP_FAILED) {
+    parted_.pop_back();
+    return false;
+  }
+  madvise(old, bytes, MADV_DONTDUMP);
+  writable_arena_.store(nullptr, std::memory_order_release);
+  if (base::Atomic<std::uint64_t>* sealed = sealed_.load(std::memory_order_acquire)) {
+    for (std::uint32_t i = 0; i < (geometry_.slots + 63) / 64; ++i)
+      sealed[i].store(0, std::memory_order_relaxed);
+  }
+  return true;
 }
 
 void Region::reserve_slot(std::uint32_t s, std::uint64_t bytes) {

@@ -4,6 +4,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "memory/layout.hpp"
 #include "memory/storage.hpp"
@@ -76,6 +77,19 @@ class Region {
   void reserve_slot(std::uint32_t s, std::uint64_t bytes);
   void shrink_slot(std::uint32_t s, std::uint64_t bytes) noexcept;
 
+  /// Makes the pages under the first `frame` bytes of a slot's frame read-only in the writable mapping of this object, and
+  /// back; false with errno when the kernel refuses. Requires: slots have pages of their own, and the caller owns this one
+  /// in state WRITING.
+  bool seal_slot(std::uint32_t s, std::uint64_t frame) noexcept;
+  bool unseal_slot(std::uint32_t s) noexcept;
+  bool has_sealed(std::uint32_t s) const noexcept {
+    const base::Atomic<std::uint64_t>* sealed = sealed_.load(std::memory_order_acquire);
+    return sealed != nullptr && (sealed[s / 64].load(std::memory_order_relaxed) >> s % 64 & 1) != 0;
+  }
+  /// In a forked child, before it writes: what was written through the old mapping from here on is seen by this process
+  /// alone. The next writer maps another. False with errno when the kernel refuses.
+  bool part_with_writable() noexcept;
+
  private:
   explicit Region(std::unique_ptr<Storage> storage) : storage_(std::move(storage)) {}
   void map(const Geometry& geometry);
@@ -92,6 +106,10 @@ class Region {
   std::byte* control_ = nullptr;
   const std::byte* arena_ = nullptr;
   base::Atomic<std::byte*> writable_arena_{nullptr};
+  // Bit per slot: its pages may be read-only in the writable mapping. Set before they are, cleared after they are not.
+  base::Atomic<base::Atomic<std::uint64_t>*> sealed_{nullptr};
+  // Mappings that were parted with; views of dead loans may still show them.
+  std::vector<std::byte*> parted_;
   ParticipantState* participants_ = nullptr;
   GroupState* groups_ = nullptr;
   OrderState* order_ = nullptr;

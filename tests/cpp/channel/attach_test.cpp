@@ -299,7 +299,8 @@ TEST(NamedChannel, ASchemaThatDescribesNothingIsDamage) {
     EXPECT_NE(why.find("describes no array"), std::string::npos) << why;
     EXPECT_EQ(named(name)->schema(), "") << "replaced, as any damaged one that nobody has open";
     auto anonymous = Channel::create_anonymous(typed(nonsense));
-    EXPECT_EQ(code_of([&] { Channel::adopt_anonymous(dup(anonymous->descriptor())); }), ErrorCode::ChannelLayout);
+    EXPECT_EQ(code_of([&] { Channel::adopt_anonymous(dup(anonymous->descriptor())); }),
+              ErrorCode::ChannelLayout);
   }
   in_process_that_dies([&] { new std::shared_ptr<Channel>(named(name, typed(schema_of(3)))); });
   const char bad = 0x55;

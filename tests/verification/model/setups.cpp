@@ -49,6 +49,10 @@ Role offering(Role role) {
   role.offers = true;
   return role;
 }
+Role viewing(Role role) {
+  role.views = true;
+  return role;
+}
 Role keeper() { return {.kind = Kind::Consumer, .keeps = true}; }
 Role successor(Role role) {
   role.succeeds = true;
@@ -334,6 +338,47 @@ const std::vector<Setup>& setups() {
        .what = "1 producer, 1 consumer that gives back, one delivery, 2 readers",
        .max_deliveries = 1,
        .roles = {producer(1), consumer(0, 1), reader(), reader()}},
+      // --- a publisher that keeps looking at its message
+      {.name = "kept-view",
+       .what =
+           "1 producer x 2 that looks at the first until any time, another producer, 1 consumer, one slot",
+       .slots = 1,
+       .roles = {viewing(producer(2)), producer(1), consumer()}},
+      {.name = "kept-view-kill",
+       .what = "1 producer x 2 that looks at the first until any time, 1 consumer, recoverer, 1 kill",
+       .kills = 1,
+       .roles = {viewing(producer(2)), consumer(), recoverer()}},
+      {.name = "kept-view-sleep",
+       .what =
+           "1 producer that looks until any time, one that sleeps for room, 1 consumer that sleeps, one slot",
+       .slots = 1,
+       .roles = {viewing(producer(1)), sleeping(producer(1)), sleeping(consumer())}},
+      {.name = "kept-view-join",
+       .what = "1 producer that looks until any time, 1 consumer, a group that joins at the oldest message, "
+               "1 kill",
+       .slots = 1,
+       .groups = 2,
+       .kills = 1,
+       .is_long = true,
+       .roles = {viewing(producer(1)), consumer(), joining(consumer('a'), liveness::JoinAt::Oldest)}},
+      {.name = "kept-view-group-leaves",
+       .what = "broadcast: 1 producer x 2 that looks until any time, the only group leaves and comes back, "
+               "one slot",
+       .slots = 1,
+       .groups = 2,
+       .default_group = false,
+       .roles = {viewing(producer(2)), leaving(consumer('a'), 0, 1)}},
+      {.name = "kept-view-unheard",
+       .what = "broadcast without a group: 1 producer that looks until any time, another, recoverer, one "
+               "slot, 1 kill",
+       .slots = 1,
+       .groups = 2,
+       .default_group = false,
+       .kills = 1,
+       .roles = {viewing(producer(1)), producer(1), recoverer()}},
+      {.name = "kept-view-drop-oldest",
+       .what = "1 producer x 3 that drops the oldest and looks at one until any time, 1 consumer",
+       .roles = {viewing(dropper(3)), consumer()}},
       // --- the tail's hint after many deaths
       {.name = "deaths-in-a-row",
        .what = "4 producers, each dies before the next comes, 1 consumer, one slot, two cells, 3 kills",

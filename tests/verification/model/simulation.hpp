@@ -41,6 +41,7 @@ struct Role {
   bool keeps = false;           ///< the one message that it takes
   bool goes = false;            ///< its last give-back is the last that it does
   bool succeeds = false;        ///< joins when somebody has died, under whatever number is free
+  bool views = false;           ///< a Producer that looks at a message after publishing it, until any time
   bool revives = false;         ///< a Reader that sends the letter to its group again, once
 };
 
@@ -101,7 +102,8 @@ class Simulation final : public Subject {
   const Role& role(int p) const { return setup_.roles[static_cast<std::size_t>(p < processes() ? p : 0)]; }
   void produce(int p);
   std::uint32_t alloc(int p);
-  std::uint32_t publish(int p, std::uint32_t s, std::uint64_t word, int message);
+  std::uint32_t publish(int p, std::uint32_t s, std::uint64_t word, int message, bool keep = false);
+  void end_view(int p);
   void consume(int p, int choice);
   void read_letters(int p);
   void join(int p);
