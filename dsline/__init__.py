@@ -13,6 +13,7 @@ from dsline.errors import __all__ as _error_names
 from dsline.groups import Subscriber
 from dsline.latest import Latest
 from dsline.options import Backpressure, Checksum, OnDeath, OnStale, Start, Storage, Sync
+from dsline.pinned import PinnedViewsWarning
 from dsline.report import Blocker, ChannelReport, PeerDeath
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "OnDeath",
     "OnStale",
     "PeerDeath",
+    "PinnedViewsWarning",
     "ShmChannel",
     "Start",
     "Stats",

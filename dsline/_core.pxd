@@ -13,6 +13,10 @@ cdef class Handle:
     cdef readonly uint64_t bytes_sent
     cdef readonly uint64_t bytes_received
     cdef readonly int64_t views
+    cdef readonly uint64_t forced_copies
+    cdef uint32_t process
+    cdef int64_t peak
+    cdef str site
 
 
 cdef class ArrayLayout:
@@ -47,11 +51,13 @@ cdef class Lease:
     cdef bint _nack
     cdef uint32_t _attempts
     cdef uint64_t _sequence
+    cdef object _memory
     cdef void _release(self) noexcept
 
 
 cdef class Message:
     cdef Lease _lease
+    cdef Lease _copy
     cdef bytes _metadata
     cdef dict _meta
     cdef readonly uint64_t sequence
@@ -59,6 +65,7 @@ cdef class Message:
     cdef readonly int attempt
 
     cdef Lease _open(self)
+    cdef Lease _shown(self)
     cdef Lease _unviewed(self)
 
 
@@ -72,6 +79,9 @@ cdef class Receiver:
     cdef list _callbacks
     cdef uint64_t _deaths_told
     cdef ArrayLayout _received_layout
+    cdef int64_t _budget
+    cdef int64_t _auto_budget
+    cdef bint _warned
 
     cdef int _take_over(self, Handle handle, object timeout) except -1
     cdef int _receive(self, CppReceived& message, object timeout) except -1
@@ -81,6 +91,7 @@ cdef class Receiver:
     cdef Lease _lease(self, CppReceived& message)
     cdef ArrayLayout _layout_of(self, CppReceived& message)
     cdef int _undo(self, Lease lease, CppReceived& message) except -1
+    cdef void _put_back(self, Lease lease, CppReceived& message) noexcept
     cdef object _copy_of(self, CppReceived& message)
     cdef int _tell_of_deaths(self) except -1
     cdef object _corrupted_error(self, CppReceived& message)

@@ -35,10 +35,12 @@ from dsline._cpp.metadata cimport (
 
 import errno as _errno
 import os as _os
+import sys as _sys
 
 import numpy as np
 
 from dsline import dtypes as _dtypes
+from dsline import pinned as _pinned
 from dsline import report as _report
 from dsline.errors import (
     BufferEmptyError, BufferFullError, BufferTooSmallError, ChannelClosedError, ChannelSystemError, CorruptedMessageError,
@@ -227,7 +229,7 @@ cdef class ArrayLayout:
 cdef class Lease:
     """One received message. Exports its payload read-only; the slot is free again when the last export is gone.
 
-    In a forked child a lease of the parent stays readable and releases nothing.
+    One without a handle exports a private copy, see pinned.pxi. In a forked child a lease of the parent stays readable and releases nothing.
     """
 
     cdef void _release(self) noexcept:
@@ -235,7 +237,10 @@ cdef class Lease:
         if not self._held:
             return
         self._held = False
-        self._handle.views -= 1
+        if self._handle is None:
+            return  # a private copy
+        if self._process == self._handle.process:
+            self._handle.views -= 1
         if self._nack:
             message.slot = self._slot
             message.process = self._process
@@ -247,8 +252,7 @@ cdef class Lease:
             self._handle._channel.get().release(self._slot, self._process, self._group)
 
     def __dealloc__(self):
-        if self._handle is not None:
-            self._release()
+        self._release()
 
     def __getbuffer__(self, Py_buffer* view, int flags):
         if flags & PyBUF_WRITABLE:
@@ -304,6 +308,9 @@ cdef class ArrayHold:
         self._lease._exports -= 1
 
 
+include "pinned.pxi"
+
+
 cdef object array_over(Lease lease, object base):
     cdef ArrayLayout layout = lease._layout
     if layout is None:
@@ -329,7 +336,8 @@ cdef class Message:
     Notes
     -----
     As a context manager it is released at the end of the block, and given back to the channel (redelivered, next
-    attempt) when the block is left by an exception. Views that are still alive at the end keep the slot.
+    attempt) when the block is left by an exception. Views that are still alive at the end keep the slot, unless the message
+    came when the handle's `max_pinned` was used up: then they look at a copy, and the end of the message frees the slot.
     """
 
     @property
@@ -341,6 +349,11 @@ cdef class Message:
             raise ValueError("the message has been released")
         return self._lease
 
+    cdef Lease _shown(self):
+        """What views look at: the slot, or a copy of it."""
+        cdef Lease lease = self._open()
+        return lease if self._copy is None else self._copy
+
     @property
     def meta(self):
         """The user's metadata: a dict, empty when none was sent."""
@@ -351,7 +364,7 @@ cdef class Message:
     @property
     def payload(self):
         """The payload as a read-only memoryview over the slot, without a copy."""
-        return PyMemoryView_FromObject(self._open())
+        return PyMemoryView_FromObject(self._shown())
 
     @property
     def nbytes(self):
@@ -377,7 +390,7 @@ cdef class Message:
         ValueError
             The message has been released.
         """
-        cdef Lease lease = self._open()
+        cdef Lease lease = self._shown()
         array = array_over(lease, ArrayHold(lease))
         return array.copy(order="K") if copy else array
 
@@ -475,7 +488,8 @@ cdef class DeadLetter(Message):
         if lease is None:
             return
         lease._held = False
-        lease._handle.views -= 1
+        if lease._process == lease._handle.process:
+            lease._handle.views -= 1
         message.slot = lease._slot
         message.process = lease._process
         message.attempts = lease._attempts
@@ -590,7 +604,14 @@ cdef class Receiver:
         self._receives = self._cpp.can_receive()
         self._synced = self._cpp.is_synced()
         self._timeout = timeout
+        self._budget = _pinned.AUTO
+        # Two, since a loop holds the message before while it takes the next one.
+        self._auto_budget = max(2, (<int64_t> self._cpp.capacity() + 1) // 2)
         return 0
+
+    def _core_set_budget(self, int64_t budget):
+        """How many messages views may keep in their slots; -1: the default for the capacity."""
+        self._budget = budget
 
     def _join(self, Receiver parent, str group, int start, int on_death, bint durable, timeout):
         """Become a member of a group, by a handle of its own."""
@@ -620,7 +641,8 @@ cdef class Receiver:
         -------
         memoryview
             Read-only, over the slot. With format and shape for an array whose dtype the buffer protocol can express,
-            of bytes otherwise. The slot is taken until the last view on it is gone.
+            of bytes otherwise. The slot is taken until the last view on it is gone. When views of this handle hold as many
+            messages as `max_pinned` allows, over a private copy, and the slot is free at once.
 
         Raises
         ------
@@ -633,17 +655,19 @@ cdef class Receiver:
 
         Notes
         -----
-        Does not copy. Releases the GIL while it waits.
+        Does not copy, unless `max_pinned` is used up (counted in ``stats().forced_copies``, with one PinnedViewsWarning per
+        handle; where that is an error, the message stays in the channel). Releases the GIL while it waits, and while it
+        copies 64 KiB and more.
         """
         cdef CppReceived message
         self._receive(message, timeout)
-        return PyMemoryView_FromObject(self._lease(message))
+        return PyMemoryView_FromObject(shown(self, self._lease(message), message))
 
     def recv_nowait(self):
         """Same as `recv` with timeout=0."""
         cdef CppReceived message
         self._receive(message, 0)
-        return PyMemoryView_FromObject(self._lease(message))
+        return PyMemoryView_FromObject(shown(self, self._lease(message), message))
 
     def recv_array(self, *, timeout=DEFAULT, copy=False):
         """Receive the next message as the array that was sent.
@@ -653,7 +677,8 @@ cdef class Receiver:
         timeout : float or None, optional
             As for `recv`.
         copy : bool
-            False gives a read-only view on the slot (no copy); True a writable array of its own (one copy).
+            False gives a read-only view on the slot (no copy; past `max_pinned` a read-only copy, as `recv`); True a writable
+            array of its own (one copy).
 
         Returns
         -------
@@ -670,9 +695,10 @@ cdef class Receiver:
         cdef Lease lease = self._lease(message)
         if lease._layout is None:
             self._undo(lease, message)
-        array = array_over(lease, lease)
         if not copy:
-            return array
+            lease = shown(self, lease, message)
+            return array_over(lease, lease)
+        array = array_over(lease, lease)
         try:
             return array.copy(order="K")
         except:
@@ -742,7 +768,7 @@ cdef class Receiver:
         """Receive the next message with its sequence number: (int, memoryview). As `recv` otherwise."""
         cdef CppReceived message
         self._receive(message, timeout)
-        return message.sequence, PyMemoryView_FromObject(self._lease(message))
+        return message.sequence, PyMemoryView_FromObject(shown(self, self._lease(message), message))
 
     def recv_message(self, *, timeout=DEFAULT):
         """Receive the next message with all that came with it: a `Message`. As `recv` otherwise."""
@@ -750,6 +776,11 @@ cdef class Receiver:
         self._receive(message, timeout)
         cdef Message out = Message.__new__(Message)
         self._fill(out, message)
+        if must_copy(self):
+            # The message keeps its slot until it is released or given back; only what is looked at is a copy.
+            out._copy = copied(self, out._lease, message, True)
+        else:
+            note_site(self)
         return out
 
     def recv_message_nowait(self):
@@ -769,10 +800,12 @@ cdef class Receiver:
         Returns
         -------
         list of memoryview
-            1 to `n` of them. After a damaged message the list ends, and the next receiving call raises its error.
+            1 to `n` of them. After a damaged message the list ends, and the next receiving call raises its error. Those past
+            `max_pinned` are copies, as of `recv`; views that the list itself holds are no reason for a warning.
         """
         cdef CppReceived message
         cdef Outcome outcome
+        cdef Lease lease
         if n < 1:
             raise ValueError(f"recv_many was asked for {n} messages, must be 1 or more")
         views = [self.recv(timeout=timeout)]
@@ -783,8 +816,11 @@ cdef class Receiver:
             if outcome != OutcomeOk:
                 break
             try:
-                views.append(PyMemoryView_FromObject(self._lease(message)))
-            except CorruptedMessageError as error:
+                lease = self._lease(message)
+                if must_copy(self):
+                    lease = detached(self, lease, message, False)
+                views.append(PyMemoryView_FromObject(lease))
+            except (CorruptedMessageError, MemoryError) as error:
                 self._deferred = error
                 break
         return views
@@ -880,6 +916,9 @@ cdef class Receiver:
         lease._process = message.process
         lease._group = message.group
         lease._held = True
+        if message.process != self._handle.process:  # views of the parent of a forked child pin nothing here
+            self._handle.process = message.process
+            self._handle.views = 0
         self._handle.views += 1
         if message.kind == kArrayMessage:
             lease._layout = self._layout_of(message)
@@ -912,13 +951,17 @@ cdef class Receiver:
         self._received_layout = layout
         return layout
 
-    cdef int _undo(self, Lease lease, CppReceived& message) except -1:
-        """Puts a message back that is no array."""
+    cdef void _put_back(self, Lease lease, CppReceived& message) noexcept:
+        """Puts a message back that nobody has seen."""
         lease._held = False
         self._handle.views -= 1
         self._handle.received -= 1
         self._handle.bytes_received -= message.payload_bytes
         self._cpp.put_back(message)
+
+    cdef int _undo(self, Lease lease, CppReceived& message) except -1:
+        """Puts a message back that is no array."""
+        self._put_back(lease, message)
         raise SchemaMismatchError(
             f"the message holds {message.payload_bytes} plain bytes, not an array; it stays in the channel: use recv() or "
             "recv_bytes(), or send an ndarray")
@@ -1263,7 +1306,7 @@ cdef class Receiver:
             "dropped_newest": s.dropped_newest, "dropped_oldest": s.dropped_oldest, "lost": s.lost,
             "unheard": s.unheard, "redelivered": s.redelivered, "dead_letters": s.dead_letters, "buried": s.buried,
             "letters_dropped": s.letters_dropped, "deaths": s.deaths,
-            "send_waits": s.send_waits, "recv_waits": s.recv_waits, "pinned_views": self._handle.views,
+            "send_waits": s.send_waits, "recv_waits": s.recv_waits, "pinned_views": self._handle.views, "forced_copies": self._handle.forced_copies,
             "pinned_slots": s.pinned_slots, "free_slots": s.free_slots, "corrupted_slots": s.corrupted_slots,
             "bytes_sent": self._handle.bytes_sent, "bytes_received": self._handle.bytes_received,
             "corrupted": s.corrupted, "reserved_bytes": s.reserved_bytes, "participants": s.participants,

@@ -6,7 +6,7 @@ import os
 import pathlib
 from typing import Any, NoReturn, Self
 
-from dsline import _core
+from dsline import _core, pinned
 from dsline.endpoint import Endpoint, Stats, descriptor_for_child, teach_multiprocessing
 from dsline.errors import ChannelNotFoundError, FeatureUnavailableError, InvalidArgumentError
 from dsline.groups import Subscriber
@@ -95,12 +95,14 @@ class _Channel(Endpoint, _core.Channel):
     _backpressure: Backpressure
 
     def _start(
-        self, kind: str, target: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any
+        self, kind: str, target: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any, budget: Any
     ) -> None:
+        most = pinned.parse(budget)
         self._backpressure = parse_enum(Backpressure, policy, "backpressure")
         options = {**options, "default_group": int(self._default_group)}
         self._open(kind, target, options, mode, BACKPRESSURE_CODES[self._backpressure], timeout)
         self._default_timeout = timeout
+        self._set_max_pinned(budget, most)
 
     @property
     def backpressure(self) -> Backpressure:
@@ -115,6 +117,7 @@ class _Channel(Endpoint, _core.Channel):
         on_death: OnDeath | str = OnDeath.REDELIVER,
         durable: bool = False,
         timeout: Any = _core.DEFAULT_TIMEOUT,
+        max_pinned: int | str | None = None,
     ) -> Subscriber:
         """Become a member of a named group: every group gets every message, the members of one group share them.
 
@@ -131,6 +134,8 @@ class _Channel(Endpoint, _core.Channel):
             Whether the group stays, and collects messages, while it has no members. Members must agree.
         timeout : float or None, optional
             Seconds that calls of the subscriber wait unless they say otherwise. This handle's by default.
+        max_pinned : int, str or None
+            As for `ShmChannel`, for the subscriber. None: as this handle.
 
         Returns
         -------
@@ -148,7 +153,9 @@ class _Channel(Endpoint, _core.Channel):
         """
         if timeout is _core.DEFAULT_TIMEOUT:
             timeout = self._default_timeout
-        return Subscriber._of(self, group, start, on_death, durable, timeout)
+        if max_pinned is None:
+            max_pinned = self._max_pinned
+        return Subscriber._of(self, group, start, on_death, durable, timeout, max_pinned)
 
     def alloc(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not built yet: raises FeatureUnavailableError."""
@@ -179,6 +186,7 @@ class _Channel(Endpoint, _core.Channel):
             self._core_uuid(),
             self._backpressure,
             self._default_timeout,
+            self._max_pinned,
         )
 
     @classmethod
@@ -187,7 +195,9 @@ class _Channel(Endpoint, _core.Channel):
         raise NotImplementedError
 
     @classmethod
-    def _at_place(cls, place: Any, policy: Backpressure | str, timeout: float | None) -> Self:
+    def _at_place(
+        cls, place: Any, policy: Backpressure | str, timeout: float | None, budget: int | str | None
+    ) -> Self:
         raise NotImplementedError
 
     @classmethod
@@ -197,9 +207,10 @@ class _Channel(Endpoint, _core.Channel):
         uuid: str,
         policy: Backpressure | str = Backpressure.BLOCK,
         timeout: float | None = None,
+        budget: int | str | None = None,
     ) -> Self:
         """Open the channel that was pickled."""
-        channel = cls._at_place(place, policy, timeout)
+        channel = cls._at_place(place, policy, timeout, budget)
         if channel._core_uuid() != uuid:
             channel.close()
             raise ChannelNotFoundError(
@@ -230,6 +241,7 @@ class SharedMemoryChannel(_Channel):
         history: int | None = None,
         max_deliveries: int | None = None,
         dead_letters: int | None = None,
+        max_pinned: int | str | None = None,
     ) -> None:
         options = _options(
             capacity=capacity,
@@ -244,10 +256,17 @@ class SharedMemoryChannel(_Channel):
             max_deliveries=max_deliveries,
             dead_letters=dead_letters,
         )
-        self._begin(name, options, _OPEN_OR_CREATE, backpressure, timeout, storage)
+        self._begin(name, options, _OPEN_OR_CREATE, backpressure, timeout, storage, max_pinned)
 
     def _begin(
-        self, name: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any, storage: Storage | str
+        self,
+        name: Any,
+        options: dict[str, Any],
+        mode: int,
+        policy: Any,
+        timeout: Any,
+        storage: Storage | str,
+        budget: Any,
     ) -> None:
         where = parse_enum(Storage, storage, "storage")
         if name is not None and not isinstance(name, str):
@@ -259,12 +278,12 @@ class SharedMemoryChannel(_Channel):
             )
         self._name = name
         if where is Storage.HEAP:
-            self._start("heap", None, options, mode, policy, timeout)
+            self._start("heap", None, options, mode, policy, timeout, budget)
         elif name is None:
-            self._start("anonymous", None, options, mode, policy, timeout)
+            self._start("anonymous", None, options, mode, policy, timeout, budget)
             teach_multiprocessing(type(self))
         else:
-            self._start("named", name.encode(), options, mode, policy, timeout)
+            self._start("named", name.encode(), options, mode, policy, timeout, budget)
 
     @classmethod
     def create(
@@ -285,6 +304,7 @@ class SharedMemoryChannel(_Channel):
         history: int | None = None,
         max_deliveries: int | None = None,
         dead_letters: int | None = None,
+        max_pinned: int | str | None = None,
     ) -> Self:
         """Create a channel; ChannelExistsError when one of that name is in use. Parameters as for the class."""
         options = _options(
@@ -301,7 +321,7 @@ class SharedMemoryChannel(_Channel):
             dead_letters=dead_letters,
         )
         channel = cls.__new__(cls)
-        channel._begin(name, options, _CREATE, backpressure, timeout, storage)
+        channel._begin(name, options, _CREATE, backpressure, timeout, storage, max_pinned)
         return channel
 
     @classmethod
@@ -311,6 +331,7 @@ class SharedMemoryChannel(_Channel):
         *,
         backpressure: Backpressure | str = Backpressure.BLOCK,
         timeout: float | None = None,
+        max_pinned: int | str | None = None,
     ) -> Self:
         """Open the channel of that name, whatever its geometry; ChannelNotFoundError when there is none."""
         channel = cls.__new__(cls)
@@ -319,7 +340,7 @@ class SharedMemoryChannel(_Channel):
                 "name is None, but an anonymous channel cannot be opened: pass its handle to the process"
             )
         options = _options()
-        channel._begin(name, options, _OPEN, backpressure, timeout, Storage.SHM)
+        channel._begin(name, options, _OPEN, backpressure, timeout, Storage.SHM, max_pinned)
         return channel
 
     @classmethod
@@ -327,12 +348,14 @@ class SharedMemoryChannel(_Channel):
         return endpoint._name if endpoint._name is not None else descriptor_for_child(endpoint)
 
     @classmethod
-    def _at_place(cls, place: Any, policy: Backpressure | str, timeout: float | None) -> Self:
+    def _at_place(
+        cls, place: Any, policy: Backpressure | str, timeout: float | None, budget: int | str | None
+    ) -> Self:
         if isinstance(place, str):
-            return cls.open(place, backpressure=policy, timeout=timeout)
+            return cls.open(place, backpressure=policy, timeout=timeout, max_pinned=budget)
         channel = cls.__new__(cls)
         channel._name = None
-        channel._start("adopt", place.detach(), {}, _OPEN, policy, timeout)
+        channel._start("adopt", place.detach(), {}, _OPEN, policy, timeout, budget)
         teach_multiprocessing(cls)
         return channel
 
@@ -377,6 +400,11 @@ class ShmChannel(SharedMemoryChannel):
         Deliveries of a message whose receivers die or give it back, before it becomes a dead letter: 3 when created, up to 15.
     dead_letters : int, optional
         Dead letters that are kept, in slots of the channel, 16 when created; the oldest goes for a newer one.
+    max_pinned : int, str or None
+        How many received messages the views of this handle may keep in their slots. Past it receiving gives read-only
+        copies, counted in ``stats().forced_copies``, so that views which are kept do not stop the senders. "auto" (None) is
+        half of the capacity, at least 2, and never the last slot that is left to send into; 0 always copies; a number is
+        taken as it is; "unlimited" never copies: then senders wait for whoever drops the views.
 
     Raises
     ------
@@ -430,6 +458,7 @@ class FileChannel(_Channel):
         max_deliveries: int | None = None,
         dead_letters: int | None = None,
         sync: Sync | str | None = None,
+        max_pinned: int | str | None = None,
     ) -> Self:
         """Create the file; ChannelExistsError when it exists (on_stale="reset" replaces a channel that nobody uses).
 
@@ -453,7 +482,7 @@ class FileChannel(_Channel):
             dead_letters=dead_letters,
             sync=sync,
         )
-        return cls._at(path, options, _CREATE, backpressure, timeout)
+        return cls._at(path, options, _CREATE, backpressure, timeout, max_pinned)
 
     @classmethod
     def open(
@@ -462,19 +491,22 @@ class FileChannel(_Channel):
         *,
         backpressure: Backpressure | str = Backpressure.BLOCK,
         timeout: float | None = None,
+        max_pinned: int | str | None = None,
     ) -> Self:
         """Open the channel in a file; ChannelNotFoundError when there is none."""
         options = _options()
-        return cls._at(path, options, _OPEN, backpressure, timeout)
+        return cls._at(path, options, _OPEN, backpressure, timeout, max_pinned)
 
     @classmethod
-    def _at(cls, path: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any) -> Self:
+    def _at(
+        cls, path: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any, budget: Any
+    ) -> Self:
         channel = cls.__new__(cls)
         absolute = os.path.abspath(os.fsdecode(path))
         if "\0" in absolute:
             raise InvalidArgumentError(f"path {absolute!r} holds a null character, which no file name can")
         channel._name = os.path.basename(absolute)
-        channel._start("file", os.fsencode(absolute), options, mode, policy, timeout)
+        channel._start("file", os.fsencode(absolute), options, mode, policy, timeout, budget)
         return channel
 
     @property
@@ -487,12 +519,19 @@ class FileChannel(_Channel):
         return endpoint.path
 
     @classmethod
-    def _at_place(cls, place: Any, policy: Backpressure | str, timeout: float | None) -> Self:
-        return cls.open(place, backpressure=policy, timeout=timeout)
+    def _at_place(
+        cls, place: Any, policy: Backpressure | str, timeout: float | None, budget: int | str | None
+    ) -> Self:
+        return cls.open(place, backpressure=policy, timeout=timeout, max_pinned=budget)
 
 
 def _open_again(
-    cls: type[_Channel], place: Any, uuid: str, policy: Backpressure, timeout: float | None
+    cls: type[_Channel],
+    place: Any,
+    uuid: str,
+    policy: Backpressure,
+    timeout: float | None,
+    budget: int | str | None = None,
 ) -> _Channel:
     """Unpickle a handle."""
-    return cls._again(place, uuid, policy, timeout)
+    return cls._again(place, uuid, policy, timeout, budget)

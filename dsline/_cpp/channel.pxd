@@ -221,6 +221,7 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         void release(uint32_t, uint32_t, uint32_t) noexcept
         void give_back(const CppReceived&) noexcept
         void put_back(const CppReceived&) noexcept
+        cbool is_last_to_circulate() noexcept
 
         Outcome try_take_dead_letter(CppReceived&, CppDeadLetter&) except +raise_current_error
         void revive(const CppReceived&) noexcept

@@ -58,6 +58,13 @@ class Group {
     return look_at(p).what != Look::Empty;
   }
 
+  /// True when a message that nobody has taken stands at the cursor.
+  bool anything_at_cursor() const noexcept {
+    const std::uint64_t p = state().cursor.load(std::memory_order_acquire);
+    const Cell c = order_.cell(p);
+    return c.ahead_of(p) == 0 && c.slot() < region_->geometry().slots && is_unclaimed(c.slot(), p);
+  }
+
   /// T0 to T2: takes the next message for participant `me`. False when there is none.
   bool try_take(std::uint32_t me, Held& held) noexcept {
     const std::uint32_t who = slots::Claim::holder(me);
