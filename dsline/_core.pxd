@@ -15,6 +15,7 @@ cdef class Handle:
     cdef readonly int64_t views
     cdef readonly uint64_t forced_copies
     cdef uint32_t process
+    cdef int64_t claims
     cdef int64_t peak
     cdef str site
 
@@ -47,12 +48,15 @@ cdef class Lease:
     cdef uint32_t _process
     cdef uint32_t _group
     cdef int64_t _exports
+    cdef int _kind
     cdef bint _held
     cdef bint _nack
+    cdef bint _claimed
     cdef uint32_t _attempts
     cdef uint64_t _sequence
     cdef object _memory
     cdef void _release(self) noexcept
+    cdef void _unclaim(self) noexcept
 
 
 cdef class Message:

@@ -14,7 +14,7 @@ from cpython.buffer cimport (
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.memoryview cimport PyMemoryView_FromObject
+from cpython.memoryview cimport PyMemoryView_FromObject, PyMemoryView_GET_BUFFER
 from cpython.ref cimport Py_INCREF, PyTypeObject
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
@@ -26,7 +26,8 @@ from dsline._cpp.channel cimport (
     BackpressureRaise, CppBackpressure, CppChannel, CppChannelOptions, CppChannelStats, CppDeadLetter, CppDeath,
     CppLoan, CppOnDeath, CppOnStale, CppOpenMode, CppReceived, CppReport, CppStart, CppSubscribeOptions, Outcome,
     OutcomeClosed, OutcomeCorrupted, OutcomeDropped, OutcomeNotSynced, OutcomeOk, OutcomeTimedOut,
-    channel_directory as cpp_channel_directory, kArrayMessage, kBytesMessage, list_channels as cpp_list_channels,
+    channel_directory as cpp_channel_directory, kArrayMessage, kBytesMessage, kObjectMessage,
+    list_channels as cpp_list_channels,
 )
 from dsline._cpp.error cimport kErrorCodeCount
 from dsline._cpp.metadata cimport (
@@ -40,11 +41,12 @@ import sys as _sys
 import numpy as np
 
 from dsline import dtypes as _dtypes
+from dsline import objects as _objects
 from dsline import pinned as _pinned
 from dsline import report as _report
 from dsline.errors import (
     BufferEmptyError, BufferFullError, BufferTooSmallError, ChannelClosedError, ChannelSystemError, CorruptedMessageError,
-    DslineError, FeatureUnavailableError, SchemaMismatchError,
+    DslineError, FeatureUnavailableError, SchemaMismatchError, SerializationError,
 )
 
 cnp.import_array()
@@ -229,7 +231,8 @@ cdef class ArrayLayout:
 cdef class Lease:
     """One received message. Exports its payload read-only; the slot is free again when the last export is gone.
 
-    One without a handle exports a private copy, see pinned.pxi. In a forked child a lease of the parent stays readable and releases nothing.
+    One without a handle exports a private copy, see pinned.pxi. In a forked child a lease of the parent stays readable and
+    releases nothing.
     """
 
     cdef void _release(self) noexcept:
@@ -241,6 +244,7 @@ cdef class Lease:
             return  # a private copy
         if self._process == self._handle.process:
             self._handle.views -= 1
+        self._unclaim()
         if self._nack:
             message.slot = self._slot
             message.process = self._process
@@ -250,6 +254,13 @@ cdef class Lease:
             self._handle._channel.get().give_back(message)
         else:
             self._handle._channel.get().release(self._slot, self._process, self._group)
+
+    cdef void _unclaim(self) noexcept:
+        """From here on the lease is there for its views only."""
+        if self._claimed:
+            self._claimed = False
+            if self._process == self._handle.process:
+                self._handle.claims -= 1
 
     def __dealloc__(self):
         self._release()
@@ -308,17 +319,27 @@ cdef class ArrayHold:
         self._lease._exports -= 1
 
 
-include "pinned.pxi"
+cdef str what_it_holds(Lease lease):
+    return f"a pickled object of {lease._nbytes} bytes" if lease._kind == kObjectMessage else f"{lease._nbytes} plain bytes"
+
+
+cdef str how_to_receive(Lease lease):
+    return "use recv_object()" if lease._kind == kObjectMessage else "use recv() or recv_bytes()"
 
 
 cdef object array_over(Lease lease, object base):
     cdef ArrayLayout layout = lease._layout
     if layout is None:
         raise SchemaMismatchError(
-            f"the message holds {lease._nbytes} plain bytes, not an array; use recv() or recv_bytes(), or send an ndarray")
+            f"the message holds {what_it_holds(lease)}, not an array; {how_to_receive(lease)}, or send an ndarray")
     return layout.array_at(<void*> lease._payload, base, False)
 
 
+include "objects.pxi"
+include "pinned.pxi"
+
+
+@cython.no_gc_clear  # for __dealloc__
 cdef class Message:
     """A received message with everything that came with it.
 
@@ -339,6 +360,10 @@ cdef class Message:
     attempt) when the block is left by an exception. Views that are still alive at the end keep the slot, unless the message
     came when the handle's `max_pinned` was used up: then they look at a copy, and the end of the message frees the slot.
     """
+
+    def __dealloc__(self):
+        if self._lease is not None:
+            self._lease._unclaim()
 
     @property
     def redelivered(self):
@@ -394,6 +419,13 @@ cdef class Message:
         array = array_over(lease, ArrayHold(lease))
         return array.copy(order="K") if copy else array
 
+    def object(self, *, copy=False):
+        """Return what was sent: the object of `send_object`, or an array, or bytes.
+
+        Unpickles, which runs code that the sender chose. As `recv_object` otherwise, but the message stays held.
+        """
+        return object_of(self._shown(), copy)
+
     cdef Lease _unviewed(self):
         """The lease, when it is held and nobody looks at it; None when it was released before."""
         cdef Lease lease = self._lease
@@ -447,6 +479,7 @@ cdef class Message:
         lease._nack = kind is not None
         if lease._exports == 0:
             lease._release()
+        lease._unclaim()
         self._lease = None
 
     def __repr__(self):
@@ -488,6 +521,7 @@ cdef class DeadLetter(Message):
         if lease is None:
             return
         lease._held = False
+        lease._unclaim()
         if lease._process == lease._handle.process:
             lease._handle.views -= 1
         message.slot = lease._slot
@@ -606,7 +640,7 @@ cdef class Receiver:
         self._timeout = timeout
         self._budget = _pinned.AUTO
         # Two, since a loop holds the message before while it takes the next one.
-        self._auto_budget = max(2, (<int64_t> self._cpp.capacity() + 1) // 2)
+        self._auto_budget = max(2, <int64_t> self._cpp.capacity() * 3 // 4)
         return 0
 
     def _core_set_budget(self, int64_t budget):
@@ -705,6 +739,52 @@ cdef class Receiver:
             lease._nack = True  # the message comes again
             raise
 
+    def recv_object(self, *, timeout=DEFAULT, copy=False):
+        """Receive the next message as the object that was sent. Unpickles it, which runs code that the sender chose.
+
+        Parameters
+        ----------
+        timeout : float or None, optional
+            As for `recv`.
+        copy : bool
+            False: arrays in the object are read-only views on the slot, which is taken until the last of them is gone (those
+            of less than 1 KiB are copies; past `max_pinned` all are, read-only, as of `recv`). True: they are writable copies,
+            and the slot is free at once.
+
+        Returns
+        -------
+        object
+            What `send_object` was given; an array or bytes where `send` was used.
+
+        Raises
+        ------
+        SerializationError
+            Unpickling failed. The message is given back: it comes again with the next `attempt`, and can be received raw by
+            `recv_message`; after `max_deliveries` of them it is among the `dead_letters`.
+        BufferEmptyError, ChannelClosedError, CorruptedMessageError
+            As for `recv`.
+        """
+        cdef CppReceived message
+        self._receive(message, timeout)
+        cdef Lease lease = self._lease(message)
+        cdef Lease source = lease
+        try:
+            if not copy and shows_slot(lease):
+                if must_copy(self):
+                    source = copied(self, lease, message, True)
+                else:
+                    note_site(self)
+            received = object_of(source, copy)
+            if source is not lease:
+                lease._release()
+            return received
+        except:
+            # Also when it is an interrupt: nobody has got the object. Frames of the traceback may still hold views.
+            lease._nack = True
+            if lease._exports == 0:
+                lease._release()
+            raise
+
     def recv_bytes(self, *, timeout=DEFAULT):
         """Receive the next message as bytes of its own (one copy). Parameters and errors as for `recv`."""
         cdef CppReceived message
@@ -781,6 +861,8 @@ cdef class Receiver:
             out._copy = copied(self, out._lease, message, True)
         else:
             note_site(self)
+        out._lease._claimed = True
+        self._handle.claims += 1
         return out
 
     def recv_message_nowait(self):
@@ -919,7 +1001,9 @@ cdef class Receiver:
         if message.process != self._handle.process:  # views of the parent of a forked child pin nothing here
             self._handle.process = message.process
             self._handle.views = 0
+            self._handle.claims = 0
         self._handle.views += 1
+        lease._kind = message.kind
         if message.kind == kArrayMessage:
             lease._layout = self._layout_of(message)
         self._handle.received += 1
@@ -963,8 +1047,8 @@ cdef class Receiver:
         """Puts a message back that is no array."""
         self._put_back(lease, message)
         raise SchemaMismatchError(
-            f"the message holds {message.payload_bytes} plain bytes, not an array; it stays in the channel: use recv() or "
-            "recv_bytes(), or send an ndarray")
+            f"the message holds {what_it_holds(lease)}, not an array; it stays in the channel: {how_to_receive(lease)}, or "
+            "send an ndarray")
 
     # --- dead letters, the newest message ------------------------------------------------------------------------
 
@@ -985,6 +1069,8 @@ cdef class Receiver:
         self._fill(out, message)
         out._lease._nack = True  # it stays one unless somebody says that he is done with it
         out.attempt = message.attempts
+        out._lease._claimed = True
+        self._handle.claims += 1
         out.group = as_text(why.group) or None
         out.last_pid = why.last_pid
         out.reason = "died" if why.last_holder_died else "given back"
@@ -1438,6 +1524,49 @@ cdef class Channel(Receiver):
                 break
         return entered
 
+    def send_object(self, obj, *, timeout=DEFAULT, meta=None):
+        """Pickle any object (protocol 5) into a slot; its large buffers are copied once, not pickled.
+
+        Parameters
+        ----------
+        obj : object
+            Whatever pickle takes: dicts and dataclasses of arrays, frames of pandas and polars, tensors of torch …
+        timeout, meta
+            As for `send`.
+
+        Returns
+        -------
+        bool
+            As for `send`.
+
+        Raises
+        ------
+        SerializationError
+            It cannot be pickled. Nothing was sent.
+        BufferFullError, ChannelClosedError, MessageTooLargeError, SharedMemoryFullError
+            As for `send`.
+
+        Notes
+        -----
+        Pickles before it waits for room. Copies without the GIL from 64 KiB on.
+        """
+        require_open(self)
+        check_timeout(timeout)
+        stream, buffers = _objects.serialize(obj)
+        return self._send_pickled(stream, buffers, timeout, meta)
+
+    def _send_pickled(self, stream, list buffers not None, timeout=DEFAULT, meta=None):
+        """Send a pickle and its buffers."""
+        cdef CppLoan loan
+        cdef PickledParts parts = PickledParts(stream, buffers)
+        cdef bytes metadata = None if meta is None else encode_meta(meta, None)
+        require_open(self)
+        check_timeout(timeout)
+        if not self._alloc(loan, parts.nbytes, metadata, timeout):
+            return False
+        parts.write(loan.payload)
+        return self._publish(loan, kObjectMessage, 0)
+
     cdef int send_nogil(self, const void* data, size_t size, long long timeout_ns) except -1 nogil:
         """Send bytes without the GIL: 1 when they entered, 0 when a drop policy discarded them. `timeout_ns` < 0 waits
         for ever. Requires: the caller keeps this object alive and open."""
@@ -1469,7 +1598,7 @@ cdef class Channel(Receiver):
         if not PyObject_CheckBuffer(data):
             raise TypeError(
                 f"cannot send a {type(data).__name__}: send takes bytes-like objects and arrays; encode a str, turn a list "
-                "into an array with numpy.asarray, or serialise other objects yourself")
+                "into an array with numpy.asarray, or pickle other objects with send_object")
         metadata = None if meta is None else encode_meta(meta, None)
         PyObject_GetBuffer(data, &view, PyBUF_FULL_RO)
         try:

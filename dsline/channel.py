@@ -403,8 +403,8 @@ class ShmChannel(SharedMemoryChannel):
     max_pinned : int, str or None
         How many received messages the views of this handle may keep in their slots. Past it receiving gives read-only
         copies, counted in ``stats().forced_copies``, so that views which are kept do not stop the senders. "auto" (None) is
-        half of the capacity, at least 2, and never the last slot that is left to send into; 0 always copies; a number is
-        taken as it is; "unlimited" never copies: then senders wait for whoever drops the views.
+        three quarters of the capacity, at least 2, and never the last slot that is left to send into; 0 always copies; a
+        number is taken as it is; "unlimited" never copies: then senders wait for whoever drops the views.
 
     Raises
     ------

@@ -13,22 +13,37 @@ cdef Lease private_copy(Lease lease):
     cdef object memory = cnp.PyArray_EMPTY(1, &room, cnp.NPY_UINT8, 0)  # NumPy asks for huge pages where they pay
     cdef char* start = <char*> cnp.PyArray_DATA(memory)
     cdef char* target = start + (-<size_t> start) % COPY_ALIGNMENT
-    if size < NOGIL_COPY_BYTES:
-        memcpy(target, lease._payload, size)
-    else:
-        with nogil:
-            memcpy(target, lease._payload, size)
+    copy_bytes(target, lease._payload, size)
     copy._memory = memory
     copy._payload = target
     copy._nbytes = size
     copy._layout = lease._layout
+    copy._kind = lease._kind
+    copy._sequence = lease._sequence
     copy._held = True
     return copy
 
 
+cdef inline int64_t kept_by_views(Receiver receiver) noexcept:
+    """Messages that only views of the handle keep, less the one that was just leased. A `Message` that is alive is not
+    one of them: whoever has it says when he is done."""
+    return receiver._handle.views - receiver._handle.claims - 1
+
+
+cdef inline bint shows_slot(Lease lease) noexcept:
+    """Whether what object_of() makes of a message can look at the slot."""
+    cdef uint64_t buffers
+    if lease._layout is not None:
+        return True
+    if lease._kind != kObjectMessage or lease._nbytes < 16:
+        return False
+    memcpy(&buffers, lease._payload, 8)
+    return buffers != 0
+
+
 cdef inline bint must_copy(Receiver receiver) noexcept:
     """Whether the message that was just leased may not stay in its slot for as long as its views live."""
-    cdef int64_t others = receiver._handle.views - 1
+    cdef int64_t others = kept_by_views(receiver)
     if receiver._budget >= 0:
         return others >= receiver._budget
     return others >= receiver._auto_budget or receiver._cpp.is_last_to_circulate()
@@ -36,8 +51,9 @@ cdef inline bint must_copy(Receiver receiver) noexcept:
 
 cdef inline void note_site(Receiver receiver):
     """Remembers who received the message by which more are held than ever before."""
-    if receiver._handle.views > receiver._handle.peak:
-        receiver._handle.peak = receiver._handle.views
+    cdef int64_t kept = kept_by_views(receiver) + 1
+    if kept > receiver._handle.peak:
+        receiver._handle.peak = kept
         try:
             receiver._handle.site = _pinned.site(_sys._getframe(0))
         except Exception:
@@ -61,7 +77,7 @@ cdef Lease detached(Receiver receiver, Lease lease, CppReceived& message, bint m
 
 cdef Lease copied(Receiver receiver, Lease lease, CppReceived& message, bint may_warn):
     """A private copy of what `lease` holds. Puts the message back when it raises."""
-    cdef int64_t others = receiver._handle.views - 1
+    cdef int64_t others = kept_by_views(receiver)
     cdef bint auto = receiver._budget < 0
     cdef int64_t budget = receiver._auto_budget if auto else receiver._budget
     cdef Lease copy

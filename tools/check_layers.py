@@ -52,14 +52,27 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "errors": frozenset({"report"}),
     "options": frozenset({"errors"}),
     "dtypes": frozenset({"errors"}),
-    "_core": frozenset({"errors", "dtypes", "report"}),
+    "objects": frozenset({"errors"}),
+    "pinned": frozenset({"errors"}),
+    "_core": frozenset({"errors", "dtypes", "objects", "pinned", "report"}),
     "endpoint": frozenset({"_core", "errors", "options", "report"}),
-    "groups": frozenset({"endpoint", "errors", "options"}),
-    "channel": frozenset({"_core", "endpoint", "errors", "groups", "options"}),
+    "groups": frozenset({"endpoint", "errors", "options", "pinned"}),
+    "channel": frozenset({"_core", "endpoint", "errors", "groups", "options", "pinned"}),
     "broadcast": frozenset({"channel"}),
     "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report"}),
     "__init__": frozenset(
-        {"_interpreter", "_core", "broadcast", "channel", "errors", "groups", "latest", "options", "report"}
+        {
+            "_interpreter",
+            "_core",
+            "broadcast",
+            "channel",
+            "errors",
+            "groups",
+            "latest",
+            "options",
+            "pinned",
+            "report",
+        }
     ),
     "status": frozenset({"_core", "errors", "report"}),
     "testing": frozenset({"dsline", "_core", "errors"}),
@@ -71,6 +84,9 @@ PACKAGES: dict[str, frozenset[str]] = {
     "numpy": frozenset({"_core", "dtypes", "channel", "bench", "testing", "cli"}),
     "click": frozenset({"cli"}),
     "tqdm": frozenset({"cli", "bench"}),
+    # Never needed: only looked for, or loaded by the user already.
+    "torch": frozenset({"objects"}),
+    "polars": frozenset({"objects"}),
 }
 # Cython declarations come from these, and from dsline._cpp.
 CIMPORTS = frozenset({"libc", "libcpp", "cpython", "cython", "posix", "numpy"})
@@ -123,7 +139,7 @@ def imported(text: str) -> Iterator[tuple[str, str]]:
 
 
 def python_imports(path: Path) -> Iterator[tuple[str, str]]:
-    if path.suffix == ".pyx":
+    if path.suffix in (".pyx", ".pxi"):
         yield from imported(re.sub(r'"""(?:.|\n)*?"""', "", path.read_text()))
         return
     package = ["dsline", *path.parent.parts[path.parent.parts.index("dsline") + 1 :]]

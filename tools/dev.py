@@ -504,9 +504,9 @@ def files_ending(*suffixes: str) -> list[str]:
 
 def lint_commands(binaries: Path, fix: bool) -> list[list[str]]:
     cpp = files_ending(".hpp", ".cpp")
-    cython = files_ending(".pyx", ".pxd")
+    cython = files_ending(".pyx", ".pxi", ".pxd")
     texts = files_ending(
-        ".py", ".pyi", ".pyx", ".pxd", ".hpp", ".cpp", ".md", ".toml", ".build", ".txt", ".yaml"
+        ".py", ".pyi", ".pyx", ".pxi", ".pxd", ".hpp", ".cpp", ".md", ".toml", ".build", ".txt", ".yaml"
     )
     ruff = str(binaries / "ruff")
     commands = [

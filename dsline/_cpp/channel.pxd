@@ -44,6 +44,7 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
 
     const int kBytesMessage
     const int kArrayMessage
+    const int kObjectMessage
 
     cdef cppclass CppChannelOptions "dsline::ChannelOptions":
         uint32_t capacity

@@ -23,6 +23,7 @@ import dsline
 
 PICTURES = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "retina", "rocket")
 QUEUED = 16
+ANSWERS = 4  # at a time: they are taken at once
 LIMIT = 60  # seconds after the last picture was sent; far more than is needed
 
 
@@ -48,7 +49,13 @@ def work(pictures, results):
             return
         # The picture is done when the block ends. Killed before, this worker has not had it.
         with message:
-            results.send(measure(message.array()), meta={**message.meta, "attempt": message.attempt})
+            answer, meta = measure(message.array()), {**message.meta, "attempt": message.attempt}
+            while parent.is_alive():  # whoever takes the answers may be gone while they are all in use
+                try:
+                    results.send(answer, meta=meta, timeout=1)
+                    break
+                except dsline.BufferFullError:
+                    continue
 
 
 class Pool:
@@ -109,7 +116,7 @@ def run(options, pictures):
     counted = {"repeated": 0, "twice": 0, "letters": 0, "deaths": 0}
     with (
         dsline.ShmChannel(capacity=QUEUED, max_deliveries=options.max_deliveries) as tasks,
-        dsline.ShmChannel(capacity=QUEUED) as answers,
+        dsline.ShmChannel(capacity=ANSWERS) as answers,
     ):
 
         def note_death(death):

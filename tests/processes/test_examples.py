@@ -79,7 +79,8 @@ def test_workers(environment, max_deliveries):
     assert "0 pictures missing, 0 results differ" in out
 
 
-def test_workers_end_with_the_program(environment):
+@pytest.mark.parametrize("stopped", [0, 1], ids=["at once", "with all answers waiting"])
+def test_workers_end_with_the_program(environment, stopped):
     """Killed itself, it leaves neither workers nor names."""
     with subprocess.Popen(
         [sys.executable, str(EXAMPLES / "workers/workers.py"), "--seconds", "60"],
@@ -91,6 +92,10 @@ def test_workers_end_with_the_program(environment):
             while len(marked()) < 5 and time.monotonic() < deadline:  # itself, the fork server, three workers
                 time.sleep(0.05)
             assert len(marked()) >= 5
+            if stopped:
+                time.sleep(1)  # there are pictures in the queue
+                program.send_signal(signal.SIGSTOP)
+                time.sleep(stopped)  # its workers go on until the answers have filled their channel
         finally:
             program.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 30

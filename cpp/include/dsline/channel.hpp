@@ -45,6 +45,7 @@ enum class OpenMode : int { OpenOrCreate = 0, Create = 1, Open = 2 };
 /// Kinds of payload, as the frame header carries them.
 inline constexpr int kBytesMessage = 0;
 inline constexpr int kArrayMessage = 1;
+inline constexpr int kObjectMessage = 2;
 
 /// 0 and -1 mean "not given": the default where a channel is created, whatever it has where it is opened.
 struct ChannelOptions {

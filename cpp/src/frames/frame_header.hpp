@@ -22,7 +22,7 @@ inline constexpr std::uint32_t kMaxMetaBytes = 65536;
 enum class FrameKind : std::uint8_t {
   Bytes = 0,
   Array = 1,
-  Object = 2,  // reserved: refused by check_lengths()
+  Object = 2,
   End = 16,
   Marker = 17,
   Watermark = 18,
@@ -106,8 +106,7 @@ inline std::uint32_t header_crc(const FrameHeader& header, const std::byte* meta
 }
 
 constexpr bool is_known(FrameKind kind) noexcept {
-  return kind == FrameKind::Bytes || kind == FrameKind::Array ||
-         (kind >= FrameKind::End && kind <= FrameKind::Gap);
+  return kind <= FrameKind::Object || (kind >= FrameKind::End && kind <= FrameKind::Gap);
 }
 
 }  // namespace detail
