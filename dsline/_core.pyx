@@ -244,7 +244,8 @@ cdef class Lease:
             return  # a private copy
         if self._process == self._handle.process:
             self._handle.views -= 1
-        self._unclaim()
+        if self._claimed:
+            self._unclaim()
         if self._nack:
             message.slot = self._slot
             message.process = self._process
@@ -257,10 +258,9 @@ cdef class Lease:
 
     cdef void _unclaim(self) noexcept:
         """From here on the lease is there for its views only."""
-        if self._claimed:
-            self._claimed = False
-            if self._process == self._handle.process:
-                self._handle.claims -= 1
+        if self._claimed and self._process == self._handle.process:
+            self._handle.claims -= 1
+        self._claimed = False
 
     def __dealloc__(self):
         self._release()

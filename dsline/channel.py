@@ -95,7 +95,14 @@ class _Channel(Endpoint, _core.Channel):
     _backpressure: Backpressure
 
     def _start(
-        self, kind: str, target: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any, budget: Any
+        self,
+        kind: str,
+        target: Any,
+        options: dict[str, Any],
+        mode: int,
+        policy: Any,
+        timeout: Any,
+        budget: Any = None,
     ) -> None:
         most = pinned.parse(budget)
         self._backpressure = parse_enum(Backpressure, policy, "backpressure")
@@ -266,7 +273,7 @@ class SharedMemoryChannel(_Channel):
         policy: Any,
         timeout: Any,
         storage: Storage | str,
-        budget: Any,
+        budget: Any = None,
     ) -> None:
         where = parse_enum(Storage, storage, "storage")
         if name is not None and not isinstance(name, str):

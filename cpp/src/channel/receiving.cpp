@@ -170,7 +170,7 @@ void Channel::Impl::give_back(const Received& message, Undelivered undelivered) 
 // Correct because of the last message of the order: once it is taken nothing stands at the cursor, so whoever has taken it
 // keeps it only while another slot is free or being written, and that one stays free when no message follows.
 bool Channel::Impl::is_last_to_circulate() const noexcept {
-  if (group.anything_at_cursor() || pool.shows_a_free_slot()) [[likely]]
+  if (pool.shows_a_free_slot() || group.anything_at_cursor()) [[likely]]
     return false;
   return !pool.anything_circulates(region->keeps_history() ? 1u << region->retention_group() : 0);
 }
