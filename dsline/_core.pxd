@@ -107,6 +107,7 @@ cdef class Channel(Receiver):
     cdef ArrayLayout _sent_layout
 
     cdef int send_nogil(self, const void* data, size_t size, long long timeout_ns) except -1 nogil
+    cpdef bint _send_pickled(self, object stream, list buffers, object timeout=*, object meta=*) except -1
     cdef bint _send(self, object data, object timeout, object meta) except -1
     cdef bint _send_frame(self, const void* payload, uint64_t size, int kind, bytes metadata, uint64_t schema,
                           object timeout) except -1

@@ -8,7 +8,7 @@ and channels form no cycle.
 cimport cython
 cimport numpy as cnp
 from cpython.buffer cimport (
-    PyBUF_C_CONTIGUOUS, PyBUF_F_CONTIGUOUS, PyBUF_FORMAT, PyBUF_FULL_RO, PyBUF_ND,
+    PyBUF_ANY_CONTIGUOUS, PyBUF_C_CONTIGUOUS, PyBUF_F_CONTIGUOUS, PyBUF_FORMAT, PyBUF_FULL_RO, PyBUF_ND,
     PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_IsContiguous, PyBuffer_Release, PyBuffer_ToContiguous,
     PyObject_CheckBuffer, PyObject_GetBuffer,
 )
@@ -1552,11 +1552,16 @@ cdef class Channel(Receiver):
         """
         require_open(self)
         check_timeout(timeout)
-        stream, buffers = _objects.serialize(obj)
+        try:
+            stream, buffers = pickle_object(obj)
+        except Exception as error:
+            raise SerializationError(
+                f"cannot pickle the {type(obj).__name__} to be sent: {type(error).__name__}: {error}; nothing was sent"
+            ) from error
         return self._send_pickled(stream, buffers, timeout, meta)
 
-    def _send_pickled(self, stream, list buffers not None, timeout=DEFAULT, meta=None):
-        """Send a pickle and its buffers."""
+    cpdef bint _send_pickled(self, stream, list buffers, timeout=DEFAULT, meta=None) except -1:
+        """Send a pickle and its buffers, as `pickle_object` gives them."""
         cdef CppLoan loan
         cdef PickledParts parts = PickledParts(stream, buffers)
         cdef bytes metadata = None if meta is None else encode_meta(meta, None)

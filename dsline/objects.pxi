@@ -4,9 +4,60 @@
 #
 # All numbers are little-endian. A reader believes none of them before it has compared them with the payload's length.
 
+cdef uint64_t OUT_OF_BAND_BYTES = _objects.OUT_OF_BAND_BYTES
+cdef tuple FOREIGN = _objects.MODULES
+cdef dict loaded_modules = _sys.modules
+cdef object pickle_dumps = _objects.dumps
+cdef object pickle_loads = _objects.loads
+# A stream up to this length is copied out before it is read, which costs less than two memoryviews.
+cdef enum:
+    SHORT_STREAM_BYTES = 8192
+
+
 cdef struct BufferPlace:
     uint64_t offset
     uint64_t nbytes
+
+
+@cython.final
+@cython.freelist(8)
+cdef class OutOfBand:
+    """The callback of a pickler: keeps large contiguous buffers, and leaves the others to the stream."""
+
+    cdef list _buffers
+
+    def __call__(self, buffer):
+        """True: it goes into the stream."""
+        cdef Py_buffer view
+        try:
+            PyObject_GetBuffer(buffer, &view, PyBUF_ANY_CONTIGUOUS)
+        except BufferError:
+            return True
+        cdef uint64_t size = view.len
+        PyBuffer_Release(&view)
+        if size < OUT_OF_BAND_BYTES:
+            return True
+        if self._buffers is None:
+            self._buffers = []
+        self._buffers.append(buffer)
+        return False
+
+
+def pickle_object(obj, pickler=None):
+    """Pickle an object, protocol 5: (stream, buffers that are not in it or None).
+
+    `pickler` is a subclass of `pickle.Pickler` to use. Raises whatever pickling raises. The buffers (`pickle.PickleBuffer`)
+    keep the memory of `obj` alive.
+    """
+    cdef OutOfBand keep = OutOfBand.__new__(OutOfBand)
+    if pickler is None:
+        for name in FOREIGN:
+            if name in loaded_modules:
+                break
+        else:
+            return pickle_dumps(obj, 5, buffer_callback=keep), keep._buffers
+    stream = _objects.write_pickle(obj, keep, pickler)
+    return stream, keep._buffers
 
 
 @cython.final
@@ -20,9 +71,10 @@ cdef class PickledParts:
 
     def __init__(self, stream, list buffers):
         self._stream = stream
-        cdef uint64_t at = 16 + 16 * <uint64_t> len(buffers) + <uint64_t> self._stream.shape[0]
+        cdef uint64_t at = 16 + <uint64_t> self._stream.shape[0]
         self._views = None
         if buffers:
+            at += 16 * <uint64_t> len(buffers)
             self._views = [buffer.raw() for buffer in buffers]
             for view in self._views:
                 at = ((at + 63) & ~<uint64_t> 63) + <uint64_t> view.nbytes
@@ -85,7 +137,12 @@ cdef object object_of(Lease lease, bint copy):
     if count > (size - 16) // 16 or stream_bytes > size - 16 - 16 * count:
         raise malformed_object(f"{count} buffers and a stream of {stream_bytes} bytes do not fit into its {size} bytes")
     start = 16 + 16 * count
-    view = PyMemoryView_FromObject(lease)
+    view = stream = None
+    if count != 0 or stream_bytes > SHORT_STREAM_BYTES:
+        view = PyMemoryView_FromObject(lease)
+        stream = view[start:start + stream_bytes]
+    else:
+        stream = PyBytes_FromStringAndSize(payload + start, stream_bytes)
     if count != 0:
         buffers = []
         for i in range(count):
@@ -98,16 +155,12 @@ cdef object object_of(Lease lease, bint copy):
                 buffers.append(memory)
             else:
                 buffers.append(view[place.offset:place.offset + place.nbytes])
-    stream = view[start:start + stream_bytes]
     try:
-        return _objects.load(stream, buffers=buffers)
+        return pickle_loads(stream) if buffers is None else pickle_loads(stream, buffers=buffers)
     except Exception as error:
         raise SerializationError(
             f"message {lease._sequence} cannot be unpickled: {type(error).__name__}: {error}; it is given back, and "
             "recv_message().payload gives it raw") from error
-    finally:
-        stream.release()
-        buffers = None
 
 
 cdef object malformed_object(str why):

@@ -13,9 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from dsline.errors import SerializationError
-
-__all__ = ["dump", "load", "serialize"]
+__all__ = ["MODULES", "OUT_OF_BAND_BYTES", "dumps", "extra_reducers", "loads", "write_pickle"]
 
 # A buffer shorter than this stays in the stream: an object that looks at the slot keeps the slot.
 OUT_OF_BAND_BYTES = 1024
@@ -91,9 +89,10 @@ def _polars_frame(data: Any) -> Any:
 _KINDS: tuple[Any, ...] = (_TorchTensors, _PolarsFrames)
 _reducers: dict[type, Any] = {}
 _waiting = list(_KINDS)
+MODULES = tuple(kind.module for kind in _KINDS)
 
 
-def _extra_reducers() -> dict[type, Any]:
+def extra_reducers() -> dict[type, Any]:
     """Return the reducers of packages that this process has loaded."""
     for kind in tuple(_waiting):
         module = sys.modules.get(kind.module)
@@ -106,62 +105,29 @@ def _extra_reducers() -> dict[type, Any]:
     return _reducers
 
 
-def dump(obj: Any, pickler: type[pickle.Pickler] | None = None) -> tuple[Any, list[pickle.PickleBuffer]]:
-    """Pickle an object.
+def write_pickle(
+    obj: Any, keep: Callable[[Any], bool], pickler: type[pickle.Pickler] | None = None
+) -> memoryview:
+    """Pickle an object, protocol 5, by a pickler class or with the reducers of loaded packages.
 
     Parameters
     ----------
     obj : object
         Whatever pickle takes.
+    keep : callable
+        The pickler's buffer_callback.
     pickler : type, optional
-        A subclass of `pickle.Pickler` to use, called with (file, protocol, fix_imports, buffer_callback).
-
-    Returns
-    -------
-    stream : bytes or memoryview
-        The pickle, protocol 5.
-    buffers : list of pickle.PickleBuffer
-        What is not in the stream, in order. They keep the memory of `obj` alive.
-
-    Raises
-    ------
-    Exception
-        Whatever pickling raises.
+        Called with (file, protocol, fix_imports, buffer_callback).
     """
-    buffers: list[pickle.PickleBuffer] = []
-
-    def keep(buffer: pickle.PickleBuffer) -> bool:
-        """Say whether the buffer goes into the stream."""
-        try:
-            raw = buffer.raw()
-        except BufferError:  # not contiguous
-            return True
-        if raw.nbytes < OUT_OF_BAND_BYTES:
-            return True
-        buffers.append(buffer)
-        return False
-
-    extra = _extra_reducers() if _waiting or _reducers else _reducers
-    if pickler is None and not extra:
-        return pickle.dumps(obj, 5, buffer_callback=keep), buffers
     stream = io.BytesIO()
     if pickler is None:
         writer = pickle.Pickler(stream, 5, buffer_callback=keep)
-        writer.dispatch_table = {**copyreg.dispatch_table, **extra}
+        writer.dispatch_table = {**copyreg.dispatch_table, **extra_reducers()}
     else:
-        writer = pickler(stream, 5, fix_imports=True, buffer_callback=keep)
+        writer = pickler(stream, 5, True, keep)
     writer.dump(obj)
-    return stream.getbuffer(), buffers
+    return stream.getbuffer()
 
 
-def serialize(obj: Any) -> tuple[Any, list[pickle.PickleBuffer]]:
-    """Do the same as `dump`; SerializationError names the object that cannot be pickled."""
-    try:
-        return dump(obj)
-    except Exception as error:
-        raise SerializationError(
-            f"cannot pickle the {type(obj).__name__} to be sent: {type(error).__name__}: {error}; nothing was sent"
-        ) from error
-
-
-load: Callable[..., Any] = pickle.loads
+dumps = pickle.dumps
+loads: Callable[..., Any] = pickle.loads

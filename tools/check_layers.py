@@ -52,7 +52,7 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "errors": frozenset({"report"}),
     "options": frozenset({"errors"}),
     "dtypes": frozenset({"errors"}),
-    "objects": frozenset({"errors"}),
+    "objects": frozenset(),
     "pinned": frozenset({"errors"}),
     "_core": frozenset({"errors", "dtypes", "objects", "pinned", "report"}),
     "endpoint": frozenset({"_core", "errors", "options", "report"}),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import dsline
-from dsline import objects
+from dsline import _core
 
 EMPTY = dsline.BufferEmptyError
 
@@ -279,7 +279,7 @@ def test_damaged_numbers_are_refused(field, value, copy):
 
 
 def test_dump_gives_protocol_5_and_the_buffers():
-    stream, buffers = objects.dump({"a": np.arange(1000)})
+    stream, buffers = _core.pickle_object({"a": np.arange(1000)})
     assert stream[1] == 5
     assert [len(buffer.raw()) for buffer in buffers] == [8000]
     assert pickle.loads(stream, buffers=buffers)["a"].sum() == 499_500
@@ -293,7 +293,7 @@ def test_pandas(channel, copy):
     got = channel.recv_object(copy=copy)
     pandas.testing.assert_frame_equal(got, frame)
     assert (channel.stats().pinned_views == 1) is not copy
-    _, buffers = objects.dump(frame)
+    _, buffers = _core.pickle_object(frame)
     assert sum(len(buffer.raw()) for buffer in buffers) >= 80_000
 
 
@@ -304,7 +304,7 @@ def test_polars(channel, copy):
     channel.send_object({"frame": frame})
     got = channel.recv_object(copy=copy)["frame"]
     assert got.equals(frame)
-    stream, buffers = objects.dump(frame)
+    stream, buffers = _core.pickle_object(frame)
     assert len(stream) < 1000
     assert sum(len(buffer.raw()) for buffer in buffers) >= 40_000
     strange = polars.DataFrame({"o": polars.Series([object()], dtype=polars.Object)})
@@ -335,6 +335,6 @@ def test_torch(channel, copy):
         assert torch.equal(got[name], tensor)
     got["float"] += 1  # memory of its own, always
     got["half"].zero_()
-    stream, buffers = objects.dump(sent["float"])
+    stream, buffers = _core.pickle_object(sent["float"])
     assert len(stream) < 500
     assert [len(buffer.raw()) for buffer in buffers] == [24_000]
