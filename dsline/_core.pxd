@@ -80,6 +80,7 @@ cdef class Receiver:
     cdef bint _synced
     cdef object _timeout
     cdef object _deferred
+    cdef object _kept_rows
     cdef list _callbacks
     cdef uint64_t _deaths_told
     cdef ArrayLayout _received_layout

@@ -25,7 +25,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from dsline._cpp.channel cimport (
     BackpressureRaise, CppBackpressure, CppChannel, CppChannelOptions, CppChannelStats, CppDeadLetter, CppDeath,
     CppLoan, CppOnDeath, CppOnStale, CppOpenMode, CppReceived, CppReport, CppStart, CppSubscribeOptions, Outcome,
-    OutcomeClosed, OutcomeCorrupted, OutcomeDropped, OutcomeNotSynced, OutcomeOk, OutcomeTimedOut,
+    OutcomeClosed, OutcomeCorrupted, OutcomeDropped, OutcomeEmpty, OutcomeNotSynced, OutcomeOk, OutcomeTimedOut,
     channel_directory as cpp_channel_directory, kArrayMessage, kBytesMessage, kObjectMessage,
     list_channels as cpp_list_channels,
 )
@@ -46,7 +46,7 @@ from dsline import pinned as _pinned
 from dsline import report as _report
 from dsline.errors import (
     BufferEmptyError, BufferFullError, BufferTooSmallError, ChannelClosedError, ChannelSystemError, CorruptedMessageError,
-    DslineError, FeatureUnavailableError, SchemaMismatchError, SerializationError,
+    DslineError, FeatureUnavailableError, InvalidArgumentError, SchemaMismatchError, SerializationError,
 )
 
 cnp.import_array()
@@ -337,6 +337,7 @@ cdef object array_over(Lease lease, object base):
 
 include "objects.pxi"
 include "pinned.pxi"
+include "batch.pxi"
 
 
 @cython.no_gc_clear  # for __dealloc__
@@ -906,6 +907,40 @@ cdef class Receiver:
                 self._deferred = error
                 break
         return views
+
+    def recv_batch(self, Py_ssize_t n, *, timeout=DEFAULT, out=None):
+        """Receive `n` arrays of one dtype and shape into the rows of one array.
+
+        Parameters
+        ----------
+        n : int
+            Rows at most, at least 1.
+        timeout : float or None, optional
+            Seconds for the whole batch: None waits until it is full, 0 takes what is there. The handle's by default.
+        out : numpy.ndarray, optional
+            A writable array of shape (n, *shape) and of the dtype to be filled instead of a new one.
+
+        Returns
+        -------
+        numpy.ndarray
+            Writable, of shape (k, *shape) with 1 <= k <= `n`, the first rows of `out` if that was given. Fewer than `n` when
+            the time was up, the channel ended, or the next message is of another kind, dtype or shape: that one stays in the
+            channel and comes next. A damaged message ends the batch, and the next receiving call raises its error.
+
+        Raises
+        ------
+        BufferEmptyError, ChannelClosedError, CorruptedMessageError
+            As for `recv`, when there is no first row.
+        SchemaMismatchError
+            The first message is no array, or does not fit `out`. It stays in the channel.
+
+        Notes
+        -----
+        Copies each message once, from its slot to its row, and frees the slot at once, so `n` may exceed the capacity.
+        Releases the GIL while it waits, and while it copies a message of 64 KiB and more. What a call has taken before an
+        exception ends it (Ctrl-C, a callback) is what the next `recv_batch` of this handle begins with.
+        """
+        return receive_batch(self, n, timeout, out)
 
     def __iter__(self):
         """Iterate over the messages, as `recv` gives them, until the channel is closed or shut down.
