@@ -15,6 +15,7 @@ from dsline.latest import Latest
 from dsline.options import Backpressure, Checksum, OnDeath, OnStale, Start, Storage, Sync
 from dsline.pinned import PinnedViewsWarning
 from dsline.report import Blocker, ChannelReport, PeerDeath
+from dsline.shared_batch import ReadyBatch, Row, SharedBatch
 
 __all__ = [
     "Backpressure",
@@ -30,6 +31,9 @@ __all__ = [
     "OnStale",
     "PeerDeath",
     "PinnedViewsWarning",
+    "ReadyBatch",
+    "Row",
+    "SharedBatch",
     "ShmChannel",
     "Start",
     "Stats",

@@ -338,6 +338,7 @@ cdef object array_over(Lease lease, object base):
 include "objects.pxi"
 include "pinned.pxi"
 include "batch.pxi"
+include "shared_words.pxi"
 
 
 @cython.no_gc_clear  # for __dealloc__
@@ -870,6 +871,12 @@ cdef class Receiver:
         """Same as `recv_message` with timeout=0."""
         return self.recv_message(timeout=0)
 
+    def _core_recv_kept(self, timeout):
+        """`recv_message`, of a message that goes back to the channel when it is let go of without a release."""
+        cdef Message out = self.recv_message(timeout=timeout)
+        out._lease._nack = True
+        return out
+
     def recv_many(self, Py_ssize_t n, *, timeout=DEFAULT):
         """Receive up to `n` messages: waits for the first, then takes what is there.
 
@@ -1150,6 +1157,17 @@ cdef class Receiver:
         if self._cpp.is_closed():
             raise self._closed_error()
         return message.sequence if self._cpp.try_read_latest(True, 0, message) == OutcomeOk else None
+
+    def _core_latest_place(self):
+        """(offset in the shared bytes, length, metadata) of the newest message of the history; None where there is none."""
+        cdef CppReceived message
+        require_open(self)
+        if self._cpp.is_closed():
+            raise self._closed_error()
+        if self._cpp.try_read_latest(True, 0, message) != OutcomeOk:
+            return None
+        meta = decode_meta(PyBytes_FromStringAndSize(<const char*> message.meta(), message.meta_bytes))
+        return self._cpp.payload_offset(message), message.payload_bytes, meta
 
     cdef object _copy_of(self, CppReceived& message):
         cdef ArrayLayout layout

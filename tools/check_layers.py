@@ -60,6 +60,7 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "channel": frozenset({"_core", "endpoint", "errors", "groups", "options", "pinned"}),
     "broadcast": frozenset({"channel"}),
     "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report"}),
+    "shared_batch": frozenset({"_core", "broadcast", "channel", "dtypes", "errors"}),
     "__init__": frozenset(
         {
             "_interpreter",
@@ -72,6 +73,7 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
             "options",
             "pinned",
             "report",
+            "shared_batch",
         }
     ),
     "status": frozenset({"_core", "errors", "report"}),
@@ -81,7 +83,7 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "__main__": frozenset({"cli"}),
 }
 PACKAGES: dict[str, frozenset[str]] = {
-    "numpy": frozenset({"_core", "dtypes", "channel", "bench", "testing", "cli"}),
+    "numpy": frozenset({"_core", "dtypes", "channel", "shared_batch", "bench", "testing", "cli"}),
     "click": frozenset({"cli"}),
     "tqdm": frozenset({"cli", "bench"}),
     # Never needed: only looked for, or loaded by the user already.

@@ -229,6 +229,7 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
 
         Outcome try_read_latest(cbool, uint64_t, CppReceived&) except +raise_current_error
         cbool is_unchanged(const CppReceived&) noexcept
+        uint64_t payload_offset(const CppReceived&) noexcept
         Outcome wait_for_newer(cbool, uint64_t, int64_t, cbool) except +raise_current_error
 
         Outcome wait_for_space(int64_t, cbool) except +raise_current_error

@@ -304,6 +304,8 @@ class Channel {
   /// is_unchanged(). Requires: the channel keeps a history.
   Outcome try_read_latest(bool any, std::uint64_t newer_than, Received& message);
   bool is_unchanged(const Received& message) const noexcept;
+  /// Where the payload of a message lies in the shared bytes (see descriptor()).
+  std::uint64_t payload_offset(const Received& message) const noexcept;
   /// As wait_for_message(), for a message behind `newer_than` in the history.
   Outcome wait_for_newer(bool any, std::uint64_t newer_than, std::int64_t deadline_ns, bool spin);
 

@@ -291,6 +291,9 @@ void Channel::revive(const Received& message) noexcept { impl_->revive(message);
 Outcome Channel::try_read_latest(bool any, std::uint64_t newer_than, Received& message) {
   return impl_->try_read_latest(any, newer_than, message);
 }
+std::uint64_t Channel::payload_offset(const Received& message) const noexcept {
+  return impl_->region->storage_offset(message.payload);
+}
 bool Channel::is_unchanged(const Received& message) const noexcept { return impl_->is_unchanged(message); }
 
 }  // namespace dsline

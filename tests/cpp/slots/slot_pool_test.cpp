@@ -230,7 +230,8 @@ TEST_F(SlotPoolTest, WhatIsFreeWrittenOrRetainedCirculatesAndWhatIsHeldDoesNot) 
   EXPECT_FALSE(pool->anything_circulates(2));
   pool->clear_pending(s, 1);
   EXPECT_TRUE(pool->anything_circulates(0));
-  pool->commit(pool->try_alloc(0), pool->word(s), 3);
+  ASSERT_EQ(pool->try_alloc(0), s);
+  pool->commit(s, pool->word(s), 3);
   pool->clear_pending(s, kEnqueueing);
   EXPECT_FALSE(pool->anything_circulates(2)) << "another group needs it, too";
   pool->clear_pending(s, 1);
