@@ -1432,6 +1432,10 @@ cdef class Receiver:
         require_open(self)
         return self._cpp.is_synced()
 
+    def _core_is_shut_down(self):
+        require_open(self)
+        return self._cpp.is_shut_down()
+
     def _core_lost(self):
         require_open(self)
         return self._cpp.stats().lost

@@ -103,7 +103,7 @@ class Row:
             raise ValueError("the row has been given back")
         if self._array is None:
             # Every view on the row refers to this base, so its references count them.
-            self._flat = self._owner._flat(self.batch, self.index, 1)
+            self._flat = self._owner._flat(self._owner._map, self.batch, self.index, 1)
             self._array = self._flat.reshape(self._owner.shape)
         return self._array
 
@@ -170,8 +170,7 @@ class ReadyBatch:
         self.generation = generation
         self.redelivered = message.redelivered
         self._held = _HeldBatch(owner, message, batch, generation)
-        flat = owner._flat(batch, 0, owner.n)
-        flat.flags.writeable = False
+        flat = owner._flat(owner._readable, batch, 0, owner.n)
         # Every view on the batch refers to this base.
         weakref.finalize(flat, self._held.end).atexit = False
         self._array: NDArray[Any] | None = flat.reshape(owner.n, *owner.shape)
@@ -229,7 +228,8 @@ class _HeldBatch:
         try:
             self._owner._recycle(*self._place, self._message.sequence)
         except ChannelClosedError:
-            self._message.nack()  # nobody waits for its rows here; whoever opens it next does that
+            # Of this handle: whoever receives the message next sends the tokens.
+            self._message.nack()
         else:
             self._message.release()
 
@@ -361,13 +361,14 @@ class SharedBatch:
             return False
         with contextlib.ExitStack() as undo:
             undo.callback(memory.close)
-            while memory._core_latest_place() is None:
+            while (place := memory._core_latest_place()) is None:
                 memory.check_peers()
                 if memory.stats().participants == 1:
                     return False
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"shared batch {name!r} was not ready within {_PATIENCE:g} s")
                 time.sleep(0.005)
+            _Geometry.from_meta(place[2])  # refuses what is no shared batch
             try:
                 todo = undo.enter_context(ShmChannel.open(name + ".todo", **_KEEPING))
                 ready = undo.enter_context(ShmChannel.open(name + ".ready", **_KEEPING))
@@ -393,9 +394,11 @@ class SharedBatch:
         start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         self._map = mmap.mmap(memory.fileno_shared(), offset - start + nbytes, offset=start)
         self._words = _core.SharedWords(self._map, offset - start, geometry.words)
+        self._readable = memoryview(self._map).toreadonly()
         self._base = offset - start
+        self._looked = time.monotonic()
 
-    def _flat(self, batch: int, index: int, rows: int) -> NDArray[Any]:
+    def _flat(self, memory: Any, batch: int, index: int, rows: int) -> NDArray[Any]:
         """Rows of a batch from `index` on in one dimension: a new array each time, whose base is no array."""
         geometry = self._geometry
         dtype = geometry.dtype
@@ -403,7 +406,7 @@ class SharedBatch:
             dtype = dtype.newbyteorder("|")  # its fields can be renamed in place
         size = math.prod(geometry.shape)
         at = self._base + geometry.rows_at(batch) + index * size * dtype.itemsize
-        return np.frombuffer(self._map, dtype, rows * size, at)
+        return np.frombuffer(memory, dtype, rows * size, at)
 
     # --- attributes ---
 
@@ -467,7 +470,7 @@ class SharedBatch:
             timeout = self._timeout
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            message = self._next(self._todo, timeout, deadline)
+            message = self._next(self._todo, deadline)
             if message is None:
                 raise BufferFullError(
                     f"no row of shared batch {self.name!r} became free within {timeout:g} s: its {self.batches} batches of {self.n} "
@@ -541,7 +544,7 @@ class SharedBatch:
             timeout = self._timeout
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            message = self._next(self._ready, timeout, deadline)
+            message = self._next(self._ready, deadline)
             if message is None:
                 raise BufferEmptyError(f"no batch of shared batch {self.name!r} became full within {timeout:g} s")
             batch, generation = _READY.unpack(message.payload)
@@ -578,7 +581,12 @@ class SharedBatch:
         """Of the rows that nobody has begun to write; one that comes twice is dropped by who receives it."""
         for index in range(self.n):
             if self._words.load(self._geometry.row_word(batch, index)) == _generation(generation):
-                self._todo.send(_TOKEN.pack(batch, index, generation), timeout=None)
+                try:
+                    self._todo.send(_TOKEN.pack(batch, index, generation), timeout=None)
+                except ChannelClosedError:
+                    if self._todo._core_is_shut_down():
+                        return  # nobody will write any more
+                    raise
 
     def __iter__(self) -> Iterator[ReadyBatch]:
         """Iterate over the batches until they are shut down; each is released at the next step, unless it was before.
@@ -599,23 +607,27 @@ class SharedBatch:
 
     # --- waiting ---
 
-    def _next(
-        self, channel: ShmChannel, timeout: float | None, deadline: float | None
-    ) -> _core.Message | None:
-        """The next message; None when the time is up. Looks after the dead of both channels meanwhile."""
+    def _next(self, channel: ShmChannel, deadline: float | None) -> _core.Message | None:
+        """The next message; None when the time is up. Looks after the dead now and then."""
         while True:
             left = _SLICE if deadline is None else min(_SLICE, max(0.0, deadline - time.monotonic()))
             try:
                 return channel._core_recv_kept(left)
             except BufferEmptyError:
-                if timeout == 0 or (deadline is not None and time.monotonic() >= deadline):
-                    return None
-            for each in (self._todo, self._ready):
-                # Their holders may be dead, and nobody else may wait there.
-                each.check_peers()
-                if each.stats().dead_letters:
-                    for letter in each.dead_letters():
-                        letter.revive()
+                now = time.monotonic()
+            if now - self._looked >= _SLICE * 0.9:
+                self._looked = now
+                self._look_after_the_dead()
+            if deadline is not None and now >= deadline:
+                return None
+
+    def _look_after_the_dead(self) -> None:
+        """Of both channels: nobody else may wait there. Messages are given back as often as it takes."""
+        for channel in (self._todo, self._ready):
+            channel.check_peers()
+            if channel.stats().dead_letters:
+                for letter in channel.dead_letters():
+                    letter.revive()
 
     # --- the end ---
 
