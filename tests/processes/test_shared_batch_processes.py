@@ -3,10 +3,15 @@
 import contextlib
 import mmap
 import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.resource_sharer
+import multiprocessing.resource_tracker
 import os
 import random
 import signal
+import sys
 import time
+import traceback
 
 import numpy as np
 import pytest
@@ -15,8 +20,25 @@ from support import TIMEOUT, reap
 import dsline
 from dsline import shared_batch
 
+# pytest's timer is a thread, so that Python 3.12 and later warn about every fork here.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
 N, SHAPE = 4, (50, 7)
 METHODS = ["fork", "spawn", "forkserver"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def helpers():
+    """The helper processes of multiprocessing live as long as pytest: their pipes are nobody's leak."""
+    multiprocessing.resource_tracker.ensure_running()
+    multiprocessing.forkserver.ensure_running()
+
+
+@pytest.fixture(autouse=True)
+def sharing_ends():
+    """The thread and the socket by which multiprocessing passes descriptors on end with the test."""
+    yield
+    multiprocessing.resource_sharer.stop(timeout=TIMEOUT)
 
 
 def produce(batches, count):
@@ -147,8 +169,8 @@ def die_after_telling(batches):
 
 
 def die_with_a_batch(batches):
-    batches.recv(timeout=TIMEOUT)
-    die()
+    held = batches.recv(timeout=TIMEOUT)
+    die(held)
 
 
 def die_before_the_batch_is_claimed(batches):
@@ -216,22 +238,19 @@ CONSUMER_DEATHS = [
 
 
 @pytest.mark.parametrize("death", PRODUCER_DEATHS)
-@pytest.mark.parametrize("at", range(N))
+@pytest.mark.parametrize("at", [0, 1, N - 1])
 def test_a_producer_dies(death, at):
-    """At each row of the batch, and as often as a token can be redelivered."""
     with dsline.SharedBatch(N, SHAPE, np.int64, batches=1, timeout=TIMEOUT) as batches:
-        for turn in range(3):
-            written = 0
+        for turn in range(2):
             for index in range(N):
                 if index == at:
                     kill_in_child(batches, death)
                     if death in (die_before_telling, die_after_telling):
-                        written = 1  # by the dead
-                if index - written < N - 1 or not written:
-                    with batches.row() as row:
-                        row.array[...] = index
+                        continue  # the dead has written it
+                with batches.row() as row:
+                    row.array[...] = index
             with pytest.raises(dsline.BufferFullError):
-                batches.row(timeout=0.3)
+                batches.row(timeout=0.15)
             with batches.recv() as ready:
                 assert ready.generation == turn
                 values = ready.array[:, 0, 0].tolist()
@@ -239,31 +258,30 @@ def test_a_producer_dies(death, at):
                 assert len(values) == N
                 assert -1 not in values
             with pytest.raises(dsline.BufferEmptyError):
-                batches.recv(timeout=0.3)
+                batches.recv(timeout=0.15)
 
 
 @pytest.mark.parametrize("death", CONSUMER_DEATHS)
 def test_a_consumer_dies(death):
     with dsline.SharedBatch(N, SHAPE, np.int64, batches=2, timeout=TIMEOUT) as batches:
         seen = []
-        for turn in range(4):
+        for turn in range(3):
             for index in range(N):
                 with batches.row() as row:
                     row.array[...] = 10 * turn + index
             kill_in_child(batches, death)
             with contextlib.suppress(dsline.BufferEmptyError):
                 while True:
-                    with batches.recv(timeout=0.5) as ready:
-                        assert ready.redelivered == (death is not die_before_the_batch_is_claimed) or True
+                    with batches.recv(timeout=0.25) as ready:
                         assert ready.array[:, 0, 0].tolist() == [10 * turn + index for index in range(N)]
                         seen.append((ready.batch, ready.generation))
         recycled = death in (die_before_the_tokens, die_between_the_tokens, die_after_the_tokens)
-        assert len(seen) == (0 if recycled else 4), "seen once more by nobody, or by one"
+        assert len(seen) == (0 if recycled else 3), "seen once more by nobody, or by one"
         for index in range(2 * N):  # all rows are there, each once
             with batches.row() as row:
                 row.array[...] = index
         with pytest.raises(dsline.BufferFullError):
-            batches.row(timeout=0.3)
+            batches.row(timeout=0.15)
         for _ in range(2):
             with batches.recv() as ready:
                 assert len(set(ready.array[:, 0, 0].tolist())) == N
@@ -380,7 +398,7 @@ def test_a_forked_child_has_no_part_in_what_its_parent_holds():
             with batches.row() as other:
                 other.array[...] = 1
             with pytest.raises(dsline.BufferEmptyError):
-                batches.recv(timeout=0.3)
+                batches.recv(timeout=0.15)
         with batches.recv() as ready:
             pid = os.fork()
             if pid == 0:
@@ -388,13 +406,13 @@ def test_a_forked_child_has_no_part_in_what_its_parent_holds():
                 os._exit(0)
             reap(pid)
             with pytest.raises(dsline.BufferFullError):
-                batches.row(timeout=0.3)
+                batches.row(timeout=0.15)
             assert ready.array[:, 0, 0].tolist() == [0, 1]
 
 
 # --- kills at random ------------------------------------------------------------------------------------------------
 
-MOST = 4096
+MOST = 1 << 16
 
 
 class Log:
@@ -408,11 +426,12 @@ class Log:
 def start(function, *arguments):
     pid = os.fork()
     if pid == 0:
-        code = 1
-        with contextlib.suppress(BaseException):
+        try:
             function(*arguments)
-            code = 0
-        os._exit(code)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        os._exit(1)
     return pid
 
 
@@ -446,27 +465,27 @@ def test_kills_at_random(seed):
         end = time.monotonic() + 3
         kills = 0
         try:
-            while time.monotonic() < end and log.seen.sum() < 3 * MOST - 500:
+            while time.monotonic() < end:
                 time.sleep(chance.uniform(0, 0.04))
                 pid = chance.choice(list(roles))
                 os.kill(pid, signal.SIGKILL)
-                assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL, "it failed by itself"
                 role = roles.pop(pid)
+                assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL, "it failed by itself"
                 roles[start(role, *((batches,) if role is produce_for_ever else (batches, log)))] = role
                 kills += 1
         finally:
             for pid in roles:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-        assert kills > 20
+        assert kills > 5
         # Whatever was in their hands: from here on, every batch comes, in its next generations, whole.
-        for _ in range(5):
+        for _ in range(3):
             for _ in range(3 * N):
-                with contextlib.suppress(dsline.BufferFullError), batches.row(timeout=0.5) as row:
+                with contextlib.suppress(dsline.BufferFullError), batches.row(timeout=0.2) as row:
                     row.array[...] = 1
             with contextlib.suppress(dsline.BufferEmptyError):
                 while True:
-                    with batches.recv(timeout=0.5) as ready:
+                    with batches.recv(timeout=0.2) as ready:
                         assert (ready.array == ready.array[:, :1, :1]).all()
                         log.seen[ready.batch, ready.generation] = 1
         assert log.torn[0] == 0
