@@ -338,7 +338,13 @@ class SharedBatch:
             )
             undo.callback(memory.close)
             # Room for as many tokens again: they come twice when a consumer dies while it sends them.
-            small = {"slot_size": 64, "max_message_size": 64, "max_deliveries": _MAX_DELIVERIES, **options, **_KEEPING}
+            small = {
+                "slot_size": 64,
+                "max_message_size": 64,
+                "max_deliveries": _MAX_DELIVERIES,
+                **options,
+                **_KEEPING,
+            }
             todo = ShmChannel.create(name and name + ".todo", capacity=2 * tokens + 64, **small)
             undo.callback(todo.close)
             ready = ShmChannel.create(name and name + ".ready", capacity=4 * geometry.batches + 64, **small)
@@ -378,9 +384,7 @@ class SharedBatch:
             undo.pop_all()
         return True
 
-    def _start(
-        self, memory: Broadcast, todo: ShmChannel, ready: ShmChannel, timeout: float | None
-    ) -> None:
+    def _start(self, memory: Broadcast, todo: ShmChannel, ready: ShmChannel, timeout: float | None) -> None:
         place = memory._core_latest_place()
         assert place is not None
         offset, nbytes, meta = place
@@ -509,9 +513,7 @@ class SharedBatch:
     def _tell_if_full(self, batch: int, index: int, generation: int) -> None:
         # The last of the rows is the last to be given out, so the look ends soon while any is missing.
         first = self._geometry.row_word(batch, 0)
-        if self._words.all_match(
-            first, self.n, index, _GENERATION | _DONE, _generation(generation) | _DONE
-        ):
+        if self._words.all_match(first, self.n, index, _GENERATION | _DONE, _generation(generation) | _DONE):
             self._ready.send(_READY.pack(batch, generation), timeout=None)
 
     # --- consuming ---
@@ -546,7 +548,9 @@ class SharedBatch:
         while True:
             message = self._next(self._ready, deadline)
             if message is None:
-                raise BufferEmptyError(f"no batch of shared batch {self.name!r} became full within {timeout:g} s")
+                raise BufferEmptyError(
+                    f"no batch of shared batch {self.name!r} became full within {timeout:g} s"
+                )
             batch, generation = _READY.unpack(message.payload)
             if self._claim_batch(batch, generation, message):
                 return ReadyBatch(self, message, batch, generation)
@@ -702,7 +706,12 @@ class _Geometry:
 
     def as_meta(self) -> dict[str, Any]:
         shape = struct.pack(f"<{len(self.shape)}Q", *self.shape)
-        return {"n": self.n, "batches": self.batches, "shape": shape, "dtype": dtypes.encode_dtype(self.dtype)}
+        return {
+            "n": self.n,
+            "batches": self.batches,
+            "shape": shape,
+            "dtype": dtypes.encode_dtype(self.dtype),
+        }
 
     @classmethod
     def from_meta(cls, meta: dict[str, Any]) -> _Geometry:

@@ -24,7 +24,8 @@ constexpr std::size_t kLargest = std::size_t{64} << 20;
 constexpr int kRounds = 15;
 
 double microseconds() {
-  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
 }
 
 double median(std::vector<double>& times) {

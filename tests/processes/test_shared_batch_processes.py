@@ -367,17 +367,20 @@ def produce_and_wait(batches, started, over):
     assert over.wait(TIMEOUT)
 
 
-def test_a_child_that_ends_in_order_gives_back_what_it_has(name):
+def keep_until_the_end(take, kept):
+    kept.append(take())
+
+
+def test_a_child_that_ends_in_order_gives_back_what_it_has():
     """As a message it would count as done."""
     context = multiprocessing.get_context("fork")
     with dsline.SharedBatch(N, SHAPE, np.int64, batches=1, timeout=TIMEOUT) as batches:
-        for what in ("row", "batch"):
-            process = context.Process(target=lambda: keep.append(getattr(batches, take)()))
-            keep, take = [], "row" if what == "row" else "recv"
-            if what == "batch":
+        for take in (batches.row, batches.recv):
+            if take == batches.recv:
                 for index in range(N):
                     with batches.row() as row:
                         row.array[...] = index
+            process = context.Process(target=keep_until_the_end, args=(take, []))
             process.start()
             process.join(TIMEOUT)
             assert process.exitcode == 0
@@ -470,7 +473,9 @@ def test_kills_at_random(seed):
                 pid = chance.choice(list(roles))
                 os.kill(pid, signal.SIGKILL)
                 role = roles.pop(pid)
-                assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL, "it failed by itself"
+                assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL, (
+                    "it failed by itself"
+                )
                 roles[start(role, *((batches,) if role is produce_for_ever else (batches, log)))] = role
                 kills += 1
         finally:

@@ -90,7 +90,9 @@ def test_the_end_of_the_channel_ends_the_batch(make_any):
         channel.recv_batch(8)
 
 
-@pytest.mark.parametrize("other", [np.arange(5), row(1, (5, 3)), row(1, dtype=np.int64), row(1, (15,)), b"bytes"])
+@pytest.mark.parametrize(
+    "other", [np.arange(5), row(1, (5, 3)), row(1, dtype=np.int64), row(1, (15,)), b"bytes"]
+)
 def test_another_kind_of_message_ends_it_and_stays(make_any, other):
     channel = make_any(capacity=8, slot_size=512, timeout=30)
     channel.send(row(0))

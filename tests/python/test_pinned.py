@@ -413,6 +413,7 @@ def test_what_one_list_holds_is_no_reason(make_any):
     channel.send(b"4")
     with pytest.warns(dsline.PinnedViewsWarning):
         channel.recv_many(4)
+    assert len(views) == 4
 
 
 # --- how it travels -------------------------------------------------------------------------------------------------

@@ -137,7 +137,8 @@ def test_a_batch_is_read_only(batches):
 
 
 @pytest.mark.parametrize(
-    "derive", [lambda a: a, lambda a: a[1:], lambda a: memoryview(a), lambda a: a.reshape(-1)[3:], lambda a: [a.T]]
+    "derive",
+    [lambda a: a, lambda a: a[1:], lambda a: memoryview(a), lambda a: a.reshape(-1)[3:], lambda a: [a.T]],
 )
 def test_views_keep_a_batch(batches, derive):
     fill(batches, 6)
@@ -277,7 +278,10 @@ def test_a_name_is_opened_or_created(name):
     with dsline.SharedBatch(3, (2, 4), np.int32, name=name, timeout=0) as batches:
         with dsline.SharedBatch(3, (2, 4), "i4", name=name, timeout=0) as other:
             fill(other, 2)
-            with dsline.SharedBatch.open(name, timeout=0) as third, pickle.loads(pickle.dumps(third)) as again:
+            with (
+                dsline.SharedBatch.open(name, timeout=0) as third,
+                pickle.loads(pickle.dumps(third)) as again,
+            ):
                 fill(again, 1, 2)
         with batches.recv() as ready:
             assert first_of(ready.array) == [0, 1, 2]

@@ -87,7 +87,9 @@ def exactly_once(got, producers, count):
             assert numbers == sorted(numbers)
 
 
-@pytest.mark.filterwarnings("ignore::dsline.PinnedViewsWarning")  # three lists of five are more than 8 slots allow
+@pytest.mark.filterwarnings(
+    "ignore::dsline.PinnedViewsWarning"
+)  # three lists of five are more than 8 slots allow
 @pytest.mark.parametrize("receive", [by_view, by_copy, by_message, by_many])
 @pytest.mark.parametrize(("capacity", "words"), [(8, 16), (16, 3000), (64, 16)])
 def test_producers_and_consumers_share_one_handle(make_any, capacity, words, receive):
