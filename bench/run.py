@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peers import runner
-from python import idle_cpu, one_to_one_latency, one_to_one_send_throughput, topologies
+from python import asyncio_messages, idle_cpu, one_to_one_latency, one_to_one_send_throughput, topologies
 
 from dsline.bench import environment
 
@@ -47,6 +47,13 @@ def measure(quick: bool, cpp_loop: Path | None, futex: Path | None) -> dict[str,
         ),
         "peers_round_trip": runner.compare_round_trips(peers, rounds=rounds, count=200 if quick else 2000),
         "idle": idle_cpu.measure(0.5 if quick else 2.0),
+        "asyncio": asyncio_messages.measure(
+            sizes=(64,) if quick else asyncio_messages.SIZES,
+            rounds=rounds,
+            seconds=seconds,
+            idle_seconds=0.5 if quick else 5.0,
+            trips=50 if quick else 3000,
+        ),
     }
 
 
@@ -83,6 +90,8 @@ def markdown(report: dict[str, Any]) -> str:
         "## Idle",
         f"A receiver blocked for {idle['blocked_s']:.1f} s took {idle['cpu_us']:.0f} us of CPU, "
         f"{idle['share_of_a_cpu']:.3%} of one.",
+        "## asyncio",
+        asyncio_messages.tables(report["asyncio"]),
     ]
     return "\n\n".join(sections) + "\n"
 

@@ -5,7 +5,7 @@ from types import ModuleType
 
 from dsline import _interpreter as _interpreter  # first: it refuses subinterpreters
 from dsline._core import VERSION as __version__
-from dsline._core import DeadLetter, Message, build_config
+from dsline._core import DeadLetter, Loan, Message, build_config
 from dsline.broadcast import Broadcast
 from dsline.channel import FileChannel, ShmChannel, Stats, get_include
 from dsline.errors import *  # noqa: F403
@@ -14,10 +14,16 @@ from dsline.groups import Subscriber
 from dsline.latest import Latest
 from dsline.options import Backpressure, Checksum, OnDeath, OnStale, Start, Storage, Sync
 from dsline.pinned import PinnedViewsWarning
+from dsline.queues import JoinableQueue, Queue, ShutDown, SimpleQueue
 from dsline.report import Blocker, ChannelReport, PeerDeath
+from dsline.rpc import Rpc
+from dsline.rpc_server import RpcServer, RpcServerStats
 from dsline.shared_batch import ReadyBatch, Row, SharedBatch
+from dsline.specs import ArraySpec
+from dsline.waiting import wait
 
 __all__ = [
+    "ArraySpec",
     "Backpressure",
     "Blocker",
     "Broadcast",
@@ -25,16 +31,24 @@ __all__ = [
     "Checksum",
     "DeadLetter",
     "FileChannel",
+    "JoinableQueue",
     "Latest",
+    "Loan",
     "Message",
     "OnDeath",
     "OnStale",
     "PeerDeath",
     "PinnedViewsWarning",
+    "Queue",
     "ReadyBatch",
     "Row",
+    "Rpc",
+    "RpcServer",
+    "RpcServerStats",
     "SharedBatch",
     "ShmChannel",
+    "ShutDown",
+    "SimpleQueue",
     "Start",
     "Stats",
     "Storage",
@@ -43,12 +57,13 @@ __all__ = [
     "__version__",
     "build_config",
     "get_include",
+    "wait",
     *(name for name in _error_names if name != "TimeoutError"),
 ]
 
 
 def __getattr__(name: str) -> ModuleType:
     # Loaded at first use: nobody who only sends and receives pays for them.
-    if name in ("bench", "status", "testing"):
+    if name in ("aio", "bench", "expressions", "multiprocessing", "status", "testing"):
         return importlib.import_module(f"dsline.{name}")
     raise AttributeError(f"module 'dsline' has no attribute {name!r}")

@@ -16,37 +16,52 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromSt
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.memoryview cimport PyMemoryView_FromObject, PyMemoryView_GET_BUFFER
 from cpython.ref cimport Py_INCREF, PyTypeObject
+from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
+from libcpp.memory cimport unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from dsline._cpp.channel cimport (
     BackpressureRaise, CppBackpressure, CppChannel, CppChannelOptions, CppChannelStats, CppDeadLetter, CppDeath,
-    CppLoan, CppOnDeath, CppOnStale, CppOpenMode, CppReceived, CppReport, CppStart, CppSubscribeOptions, Outcome,
+    AfterPublishKeep, AfterPublishLetGo, CppAfterPublish, CppLoan, CppOnDeath, CppOnStale, CppOpenMode, CppPlace,
+    CppReceived, CppReport, CppStart, CppSubscribeOptions, Outcome,
     OutcomeClosed, OutcomeCorrupted, OutcomeDropped, OutcomeEmpty, OutcomeNotSynced, OutcomeOk, OutcomeTimedOut,
     channel_directory as cpp_channel_directory, kArrayMessage, kBytesMessage, kObjectMessage,
     list_channels as cpp_list_channels,
 )
 from dsline._cpp.error cimport kErrorCodeCount
-from dsline._cpp.metadata cimport (
-    CppMetadata, CppMetadataBuilder, CppTag, array_bytes, parse_metadata, schema_hash,
+from dsline._cpp.expression cimport (
+    CppColumnView, CppElementType, CppExpressionOp, CppExpressionProgram, CppExpressionStep, CppRowsToKeep, byte,
+    expression_backend as cpp_expression_backend,
 )
+from dsline._cpp.metadata cimport (
+    CppMetadata, CppMetadataBuilder, CppTag, array_bytes, kPaddingEntry, parse_metadata, schema_hash,
+)
+from dsline._cpp.watch cimport CppWaited, CppWatch, SideMessage, SideRoom, most_waited, pretend_old_kernel, wait_for_any
 
+import atexit as _atexit
 import errno as _errno
+import gc as _gc
+import operator as _operator
 import os as _os
 import sys as _sys
+import types as _types
+from collections.abc import Mapping as _Mapping
 
 import numpy as np
 
 from dsline import dtypes as _dtypes
+from dsline import interop as _interop
 from dsline import objects as _objects
 from dsline import pinned as _pinned
 from dsline import report as _report
 from dsline.errors import (
-    BufferEmptyError, BufferFullError, BufferTooSmallError, ChannelClosedError, ChannelSystemError, CorruptedMessageError,
-    DslineError, FeatureUnavailableError, InvalidArgumentError, SchemaMismatchError, SerializationError,
+    BufferEmptyError, BufferFullError, BufferTooSmallError, ChannelClosedError, ChannelLayoutError, ChannelSystemError,
+    CorruptedMessageError, DslineError, FeatureUnavailableError, InvalidArgumentError, LoanEndedError, MessageTooLargeError,
+    SchemaMismatchError, SerializationError,
 )
 
 cnp.import_array()
@@ -101,6 +116,15 @@ def build_config():
 cdef object DEFAULT = object()
 DEFAULT_TIMEOUT = DEFAULT
 
+# In the place of a timeout: as 0, but with WouldBlock, which costs nothing to make, in the place of the error.
+cdef object TRY_ONCE = object()
+TRY = TRY_ONCE
+
+
+class WouldBlock(Exception):
+    """There is nothing to receive, or no room, now."""
+
+
 # A copy shorter than this costs less than letting go of the GIL and taking it again (60 to 90 ns).
 cdef enum:
     NOGIL_COPY_BYTES = 65536
@@ -152,13 +176,15 @@ cdef class Handle:
 
 def leave_all():
     """Close every handle of this process and release what they hold: before a process ends by os._exit in order."""
+    _end_loans()
     with nogil:
         CppChannel.abandon_all()
 
 
 cdef inline int check_timeout(object timeout) except -1:
     """Bad timeouts are refused also where nothing has to be waited for."""
-    if timeout is not DEFAULT and timeout is not None and not (type(timeout) in (int, float) and timeout >= 0):
+    if (timeout is not DEFAULT and timeout is not TRY_ONCE and timeout is not None
+            and not (type(timeout) in (int, float) and timeout >= 0)):
         deadline_of(timeout)
     return 0
 
@@ -201,6 +227,7 @@ cdef class ArrayLayout:
             self.strides[i] = step
             step *= self.shape[i]
         self.nbytes = step
+        self.masked = self.names is not None and ndim == 0 and _interop.is_masked(dtype)
         return self
 
     cdef object array_at(self, void* data, object base, bint writable):
@@ -332,13 +359,18 @@ cdef object array_over(Lease lease, object base):
     if layout is None:
         raise SchemaMismatchError(
             f"the message holds {what_it_holds(lease)}, not an array; {how_to_receive(lease)}, or send an ndarray")
-    return layout.array_at(<void*> lease._payload, base, False)
+    array = layout.array_at(<void*> lease._payload, base, False)
+    return _interop.join_masked(array) if layout.masked else array
+
+
+include "dlpack.pxi"
 
 
 include "objects.pxi"
 include "pinned.pxi"
 include "batch.pxi"
 include "shared_words.pxi"
+include "expressions.pxi"
 
 
 @cython.no_gc_clear  # for __dealloc__
@@ -420,6 +452,60 @@ cdef class Message:
         cdef Lease lease = self._shown()
         array = array_over(lease, ArrayHold(lease))
         return array.copy(order="K") if copy else array
+
+    def __array__(self, dtype=None, copy=None):
+        """The array that was sent, for `numpy.asarray`: a read-only view unless it has to be copied."""
+        array = self.array()
+        if dtype is not None and array.dtype != dtype:
+            if copy is False:
+                raise ValueError(f"the message holds {_specs.dtype_text(array.dtype)}: {dtype} needs a copy")
+            return array.astype(dtype)
+        return array.copy(order="K") if copy else array
+
+    def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
+        """The array that was sent, as a DLPack capsule: for `torch.from_dlpack(message)` and the like.
+
+        Parameters
+        ----------
+        stream : None or -1
+        max_version : tuple of int, optional
+            What the consumer understands. From (1, 0) on the capsule is marked read-only.
+        dl_device : tuple of int, optional
+            Only (1, 0), the memory of the host.
+        copy : bool, optional
+            True gives writable memory of the consumer's own; False and None a view on the slot.
+
+        Raises
+        ------
+        BufferError
+            Plain bytes were sent, DLPack has no such dtype, or the consumer asked for what cannot be.
+        ValueError
+            The message has been released.
+
+        Notes
+        -----
+        Does not copy unless asked to. The slot is taken until the consumer's tensor is gone.
+        """
+        return dlpack_of(self._open(), stream, max_version, dl_device, copy)
+
+    def __dlpack_device__(self):
+        """(1, 0): the memory of the host."""
+        return (DL_CPU, 0)
+
+    def record(self):
+        """Return the record that was sent: a dict with a read-only view per field, as `recv_record` does.
+
+        Raises
+        ------
+        SchemaMismatchError
+            Something else was sent.
+        ValueError
+            The message has been released.
+        """
+        cdef Lease lease = self._open()
+        if lease._layout is None or fields_of(lease._layout) is None:
+            raise SchemaMismatchError("the message holds no record; use payload or array()")
+        return record_over(lease._layout, lease._payload, ArrayHold(lease))
 
     def object(self, *, copy=False):
         """Return what was sent: the object of `send_object`, or an array, or bytes.
@@ -624,6 +710,9 @@ cdef dict decode_meta(bytes metadata):
     return meta
 
 
+include "schema.pxi"
+
+
 cdef inline int require_open(Receiver receiver) except -1:
     if receiver._cpp == NULL:
         raise ChannelClosedError("the channel was never opened")
@@ -643,6 +732,14 @@ cdef class Receiver:
         self._budget = _pinned.AUTO
         # Two, since a loop holds the message before while it takes the next one.
         self._auto_budget = max(2, <int64_t> self._cpp.capacity() * 3 // 4)
+        cdef bytes encoded = as_bytes(self._cpp.schema())
+        if encoded:
+            try:
+                self._schema = Schema.decode(encoded)
+            except (TypeError, ValueError) as error:
+                raise ChannelLayoutError(
+                    _errno.EINVAL, f"channel '{self._label()}' has a spec that cannot be read: {error}") from None
+            self._received_layout = self._checked_layout = self._schema.layout
         return 0
 
     def _core_set_budget(self, int64_t budget):
@@ -705,7 +802,7 @@ cdef class Receiver:
         self._receive(message, 0)
         return PyMemoryView_FromObject(shown(self, self._lease(message), message))
 
-    def recv_array(self, *, timeout=DEFAULT, copy=False):
+    def recv_array(self, *, timeout=DEFAULT, copy=False, out=None):
         """Receive the next message as the array that was sent.
 
         Parameters
@@ -715,22 +812,40 @@ cdef class Receiver:
         copy : bool
             False gives a read-only view on the slot (no copy; past `max_pinned` a read-only copy, as `recv`); True a writable
             array of its own (one copy).
+        out : numpy.ndarray, optional
+            Filled with the array (one copy) and returned; the slot is free at once. Writable, of the message's dtype and
+            shape, with any strides.
 
         Returns
         -------
         numpy.ndarray
-            With the dtype, shape and order that were sent.
+            With the dtype, shape and order that were sent; a masked array where one was sent; `out` where it is given. Of
+            a record, the structure without dimensions: see `recv_record`.
 
         Raises
         ------
         SchemaMismatchError
-            Plain bytes were sent. The message stays in the channel, to be received by `recv`.
+            Plain bytes were sent, or an array of another dtype or shape than `out` has. The message stays in the channel.
+        ValueError
+            `out` cannot be written. Nothing was taken.
+
+        Notes
+        -----
+        Releases the GIL while it waits, and while it copies 64 KiB and more into `out`.
         """
+        if out is not None:
+            if not cnp.PyArray_Check(out):
+                raise TypeError(f"out is a {type(out).__name__}, must be a numpy.ndarray")
+            if not cnp.PyArray_ISWRITEABLE(out):
+                raise ValueError("out is read-only, must be an array that can be written")
         cdef CppReceived message
         self._receive(message, timeout)
         cdef Lease lease = self._lease(message)
         if lease._layout is None:
             self._undo(lease, message)
+        if out is not None:
+            self._copy_to(out, lease, message)
+            return out
         if not copy:
             lease = shown(self, lease, message)
             return array_over(lease, lease)
@@ -740,6 +855,41 @@ cdef class Receiver:
         except:
             lease._nack = True  # the message comes again
             raise
+
+    def recv_record(self, *, timeout=DEFAULT):
+        """Receive the next message as the record that was sent.
+
+        Parameters
+        ----------
+        timeout : float or None, optional
+            As for `recv`.
+
+        Returns
+        -------
+        dict of str to numpy.ndarray
+            A read-only view per field; fields without dimensions are arrays of shape (). The slot is taken until the last
+            of them is gone.
+
+        Raises
+        ------
+        SchemaMismatchError
+            Something else was sent. The message stays in the channel.
+
+        Notes
+        -----
+        Does not copy. Releases the GIL while it waits.
+        """
+        cdef CppReceived message
+        self._receive(message, timeout)
+        cdef Lease lease = self._lease(message)
+        if lease._layout is None or fields_of(lease._layout) is None:
+            kind = what_it_holds(lease) if lease._layout is None else "an array that is no record"
+            self._untake(lease, message)
+            raise SchemaMismatchError(
+                f"the message holds {kind}; it stays in the channel: use recv() or recv_array(), or send a dict on a channel "
+                "whose spec is a dict")
+        lease = shown(self, lease, message)
+        return record_over(lease._layout, lease._payload, lease)
 
     def recv_object(self, *, timeout=DEFAULT, copy=False):
         """Receive the next message as the object that was sent. Unpickles it, which runs code that the sender chose.
@@ -790,7 +940,7 @@ cdef class Receiver:
     def recv_bytes(self, *, timeout=DEFAULT):
         """Receive the next message as bytes of its own (one copy). Parameters and errors as for `recv`."""
         cdef CppReceived message
-        self._receive(message, timeout)
+        self._receive_raw(message, timeout)
         cdef bytes copy
         try:
             copy = PyBytes_FromStringAndSize(<const char*> message.payload, message.payload_bytes)
@@ -827,7 +977,7 @@ cdef class Receiver:
         cdef uint64_t room
         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS)
         try:
-            self._receive(message, timeout)
+            self._receive_raw(message, timeout)
             room = view.len
             if message.payload_bytes > room:
                 self._cpp.put_back(message)
@@ -986,6 +1136,11 @@ cdef class Receiver:
             if outcome == OutcomeCorrupted:
                 raise self._corrupted_error(message)
             if deadline == -1:
+                if self._watch is not None:
+                    self._watch._cpp.get().arm_again()
+                if timeout is TRY_ONCE:
+                    self._between_slices()
+                    raise WouldBlock
                 deadline = deadline_of(timeout)
             if last or (timeout is not None and timeout == 0):
                 raise self._empty_error(timeout)
@@ -997,6 +1152,26 @@ cdef class Receiver:
             outcome = self._cpp.try_recv(message)
             if outcome == OutcomeOk:
                 return 0
+
+    cdef int _receive_raw(self, CppReceived& message, object timeout) except -1:
+        """Takes the next message for its bytes alone."""
+        self._receive(message, timeout)
+        if self._schema is not None:
+            try:
+                self._check_schema(self._layout_of(message) if message.kind == kArrayMessage else None, message)
+            except:
+                self._cpp.release(message.slot, message.process, message.group)
+                raise
+        return 0
+
+    cdef int _check_schema(self, ArrayLayout layout, CppReceived& message) except -1:
+        """Refuses a message that is not what the channel's spec says, as only a peer that ignores it can send it."""
+        if layout is not None and layout is self._checked_layout and message.schema_hash == layout.hash:
+            return 0
+        if not self._schema.fits(layout) or hash_of(layout) != message.schema_hash:
+            raise self._malformed_error(message, f"it is not what the spec of the channel says, {self._schema.text()}")
+        self._checked_layout = layout
+        return 0
 
     cdef int _refuse_receiving(self) except -1:
         require_open(self)
@@ -1048,6 +1223,8 @@ cdef class Receiver:
         lease._kind = message.kind
         if message.kind == kArrayMessage:
             lease._layout = self._layout_of(message)
+        if self._schema is not None:
+            self._check_schema(lease._layout, message)
         self._handle.received += 1
         self._handle.bytes_received += message.payload_bytes
         return lease
@@ -1077,20 +1254,70 @@ cdef class Receiver:
         self._received_layout = layout
         return layout
 
-    cdef void _put_back(self, Lease lease, CppReceived& message) noexcept:
-        """Puts a message back that nobody has seen."""
+    cdef int _undo(self, Lease lease, CppReceived& message) except -1:
+        """Puts a message back that is no array."""
+        self._untake(lease, message)
+        raise SchemaMismatchError(
+            f"the message holds {what_it_holds(lease)}, not an array; it stays in the channel: {how_to_receive(lease)}, or "
+            "send an ndarray")
+
+    cdef int _untake(self, Lease lease, CppReceived& message) noexcept:
+        """Puts a message back that nobody has seen; it comes next, as if it had not been taken."""
         lease._held = False
         self._handle.views -= 1
         self._handle.received -= 1
         self._handle.bytes_received -= message.payload_bytes
         self._cpp.put_back(message)
+        return 0
 
-    cdef int _undo(self, Lease lease, CppReceived& message) except -1:
-        """Puts a message back that is no array."""
-        self._put_back(lease, message)
-        raise SchemaMismatchError(
-            f"the message holds {what_it_holds(lease)}, not an array; it stays in the channel: {how_to_receive(lease)}, or "
-            "send an ndarray")
+    cdef int _copy_to(self, object array, Lease lease, CppReceived& message) except -1:
+        """Fills an array of the caller with a message, and releases it."""
+        cdef cnp.ndarray target = array
+        cdef ArrayLayout layout = lease._layout
+        cdef const void* payload = lease._payload
+        cdef void* data = cnp.PyArray_DATA(target)
+        cdef size_t size = layout.nbytes
+        cdef object dtype = target.dtype
+        if (cnp.PyArray_NDIM(target) != layout.ndim
+                or memcmp(layout.shape, cnp.PyArray_DIMS(target), layout.ndim * sizeof(Py_ssize_t)) != 0
+                or (dtype is not layout.dtype and dtype != layout.dtype)):
+            self._untake(lease, message)
+            sent = tuple([layout.shape[i] for i in range(layout.ndim)])
+            raise SchemaMismatchError(
+                f"the message holds {_specs.dtype_text(layout.dtype)} {sent}, out is {_specs.array_text(array)}; the message "
+                "stays in the channel: give an array of its dtype and shape")
+        try:
+            if not cnp.PyArray_IS_F_CONTIGUOUS(target) if layout.fortran else not cnp.PyArray_IS_C_CONTIGUOUS(target):
+                PyArray_CopyInto(target, array_over(lease, lease))
+            elif size < NOGIL_COPY_BYTES:
+                memcpy(data, payload, size)
+            else:
+                with nogil:
+                    memcpy(data, payload, size)
+        except:
+            lease._nack = True  # the message comes again
+            raise
+        return 0
+
+    def _core_recv_encoded(self, str encoding, timeout):
+        """Receive the next message if it carries this encoding, as a `Message`; else it stays."""
+        cdef CppReceived message
+        cdef Message out = Message.__new__(Message)
+        self._receive(message, timeout)
+        self._fill(out, message)
+        try:
+            found = out.meta.get("encoding")
+        except CorruptedMessageError:
+            raise
+        except:
+            self._untake(out._lease, message)
+            raise
+        if found != encoding or message.kind != kBytesMessage:
+            self._untake(out._lease, message)
+            raise SchemaMismatchError(
+                f"the message is not marked with encoding {encoding!r}; it stays in the channel: use recv(), recv_array() or "
+                "recv_message()")
+        return out
 
     # --- dead letters, the newest message ------------------------------------------------------------------------
 
@@ -1175,11 +1402,15 @@ cdef class Receiver:
         cdef object value
         if message.kind == kArrayMessage:
             layout = self._layout_of(message)
+            if self._schema is not None:
+                self._check_schema(layout, message)
             if layout.nbytes == 0:
                 return layout.array_at(<void*> message.payload, None, False).copy(order="K")
             value = layout.new_array()
             target = <char*> cnp.PyArray_DATA(value)
         else:
+            if self._schema is not None:
+                self._check_schema(None, message)
             value = PyBytes_FromStringAndSize(NULL, message.payload_bytes)
             target = PyBytes_AS_STRING(value)
         if message.payload_bytes < NOGIL_COPY_BYTES:
@@ -1187,6 +1418,8 @@ cdef class Receiver:
         else:
             with nogil:
                 memcpy(target, message.payload, message.payload_bytes)
+        if message.kind == kArrayMessage and layout.masked:
+            return _interop.join_masked(value)
         return value
 
     def _core_wait_newer(self, newer_than, timeout):
@@ -1341,6 +1574,31 @@ cdef class Receiver:
         with nogil:
             self._cpp.unlink()
 
+    def fileno(self):
+        """Descriptor that is readable when there may be something to receive, for selectors and event loops.
+
+        Returns
+        -------
+        int
+            The same at every call, the handle's own: do not read from it, or close it. It goes with this object.
+
+        Raises
+        ------
+        FeatureUnavailableError
+            The channel is a Broadcast, which has no receivers but its subscribers.
+
+        Notes
+        -----
+        Readable when a message waits, and when receiving would raise an error at once (closed, shut down). It may be readable
+        for nothing, since others may take the message. It becomes unreadable by a receiving call that finds nothing, and by
+        this call: so receive until there is nothing, or call this again before each wait, as `select.select` does.
+        The first call starts a thread that watches all such handles of this process. Does not block.
+        """
+        if self._watch is None:
+            self._watch = Watch(self, False)
+        self._watch._cpp.get().arm()
+        return self._watch._cpp.get().descriptor()
+
     def fileno_shared(self):
         """Descriptor of the shared bytes, -1 for heap; it stays the channel's."""
         require_open(self)
@@ -1406,6 +1664,11 @@ cdef class Receiver:
         require_open(self)
         return self._cpp.checksum()
 
+    @property
+    def spec(self):
+        """What every message is: an `ArraySpec`, or a dict of them for records. None: messages of any kind."""
+        return None if self._schema is None else self._schema.spec
+
     def _core_handle(self):
         return self._handle
 
@@ -1454,6 +1717,7 @@ cdef class Receiver:
             "pinned_slots": s.pinned_slots, "free_slots": s.free_slots, "corrupted_slots": s.corrupted_slots,
             "bytes_sent": self._handle.bytes_sent, "bytes_received": self._handle.bytes_received,
             "corrupted": s.corrupted, "reserved_bytes": s.reserved_bytes, "participants": s.participants,
+            "loans": self._handle.loans, "kept_slots": s.kept_slots,
         }
 
 cdef class Channel(Receiver):
@@ -1481,6 +1745,11 @@ cdef class Channel(Receiver):
         given.dead_letters = options.get("dead_letters", -1)
         given.default_group = options.get("default_group", -1)
         given.sync = options.get("sync", -1)
+        cdef Schema schema = options.get("schema")
+        if schema is not None:
+            given.schema = schema.encoded
+            if schema.fixed:
+                given.default_slot_size = max(schema.layout.nbytes, 1)
         deadline_of(timeout)
         if kind == "named" or kind == "file":
             place = target
@@ -1512,7 +1781,10 @@ cdef class Channel(Receiver):
         ----------
         data : bytes, bytearray, memoryview, numpy.ndarray or any buffer exporter
             Arrays arrive as arrays: every dtype of fixed width, every shape, C and Fortran order kept; other strides
-            are gathered into C order by the one copy.
+            are gathered into C order by the one copy. Arrays of other packages are looked at by their `__dlpack__`,
+            `__array_interface__` or `__array__`; masked arrays travel with mask and fill value. On a channel with a spec,
+            what the spec says and nothing else; for a record, a dict with a value per field, each of which is copied once,
+            straight into the slot.
         timeout : float or None, optional
             Seconds to wait for room with backpressure "block": None for ever, 0 not at all. The handle's by default.
         meta : dict, optional
@@ -1531,6 +1803,8 @@ cdef class Channel(Receiver):
             This handle is closed or the channel is shut down.
         MessageTooLargeError
             Larger than max_message_size.
+        SchemaMismatchError
+            Not what the channel's spec says; nothing was sent.
         SharedMemoryFullError
             The slot must grow and the memory is not there; nothing was written.
         TypeError
@@ -1582,6 +1856,78 @@ cdef class Channel(Receiver):
                 break
         return entered
 
+    # --- zero copy -----------------------------------------------------------------------------------------------
+
+    def alloc(self, shape, dtype, *, order="C", fill=None, timeout=DEFAULT, meta=None, meta_room=None):
+        """Lend a free slot as an array to be filled in place, for a handle with ``zero_copy=True``.
+
+        Parameters
+        ----------
+        shape : int or tuple of int
+            Of the array; () for a single element.
+        dtype : dtype
+            Anything of fixed width without Python objects.
+        order : str
+            "C" or "F".
+        fill : scalar or array_like, optional
+            What is written into all of it (one pass). By default it holds whatever was in the slot before.
+        timeout : float or None, optional
+            Seconds to wait for a slot with backpressure "block": None for ever, 0 not at all. The handle's by default.
+        meta : dict, optional
+            First contents of the loan's `meta`.
+        meta_room : int, optional
+            Bytes to keep for metadata beside `meta`, up to 65536. By default the metadata has 256 bytes, those that
+            describe the array included, or 128 more than `meta` takes.
+
+        Returns
+        -------
+        Loan
+            To be published by the end of a ``with`` block, `Loan.publish` or `publish`.
+
+        Raises
+        ------
+        BufferFullError
+            No slot became free in time; with a drop policy: no slot is free that could be had (it counts as dropped).
+        ChannelClosedError
+            This handle is closed or the channel is shut down.
+        FeatureUnavailableError
+            The handle was opened without ``zero_copy``.
+        MessageTooLargeError
+            Larger than max_message_size.
+        SharedMemoryFullError
+            The slot must grow and the memory is not there.
+        TypeError
+            A dtype that cannot be sent.
+
+        Notes
+        -----
+        Does not copy. Blocks with "block" only, and releases the GIL while it waits.
+        """
+        return lend(self, shape, dtype, order, fill, timeout, meta, meta_room)
+
+    def publish(self, loan):
+        """Publish a loan of this handle: same as `Loan.publish`."""
+        require_open(self)
+        if not isinstance(loan, Loan):
+            raise TypeError(f"publish takes a Loan, as alloc() gives it, not a {type(loan).__name__}")
+        if (<Loan> loan)._channel is not self:
+            raise InvalidArgumentError(f"the loan was made by another handle ({(<Loan> loan)._channel!r}), which publishes it")
+        publish_loan(<Loan> loan)
+
+    def _core_zero_copy(self, int level):
+        """Allow alloc: 0 no, 1 yes, 2 with sealed pages."""
+        require_open(self)
+        if level == 2 and not self._cpp.can_seal():
+            if self._core_storage() == "heap":
+                raise FeatureUnavailableError(
+                    "zero_copy='strict' is not possible with storage='heap': senders and receivers share one mapping, so "
+                    "sealing it for one seals it for all; use zero_copy=True, or a memfd (name=None)")
+            raise FeatureUnavailableError(
+                f"zero_copy='strict' seals whole pages, and the slots of channel '{self._label()}' are packed (slot_size "
+                f"{self._cpp.slot_size()}, max_message_size {self._cpp.max_message_size()}); create it with slot_size>=4096 or "
+                "without a max_message_size below that")
+        self._zero_copy = level
+
     def send_object(self, obj, *, timeout=DEFAULT, meta=None):
         """Pickle any object (protocol 5) into a slot; its large buffers are copied once, not pickled.
 
@@ -1625,10 +1971,47 @@ cdef class Channel(Receiver):
         cdef bytes metadata = None if meta is None else encode_meta(meta, None)
         require_open(self)
         check_timeout(timeout)
+        if self._schema is not None:
+            raise self._mismatch("a pickled object", "send an array")
         if not self._alloc(loan, parts.nbytes, metadata, timeout):
             return False
         parts.write(loan.payload)
         return self._publish(loan, kObjectMessage, 0)
+
+    def _core_send_placed(self, stream, list buffers, timeout, meta):
+        """As `_send_pickled`, with backpressure "block": the place of the message, None when nobody is there for it."""
+        cdef CppLoan loan
+        cdef CppPlace place
+        cdef Outcome outcome
+        cdef PickledParts parts = PickledParts(stream, buffers)
+        require_open(self)
+        check_timeout(timeout)
+        self._alloc(loan, parts.nbytes, encode_meta(meta, None), timeout)
+        parts.write(loan.payload)
+        outcome = self._cpp.publish_placed(loan, kObjectMessage, 0, place)
+        if outcome == OutcomeDropped:
+            return None
+        if outcome != OutcomeOk:
+            raise self._closed_error()
+        self._handle.sent += 1
+        self._handle.bytes_sent += loan.payload_bytes
+        return place.slot, place.sequence
+
+    def _core_withdraw(self, uint32_t slot, uint64_t sequence):
+        """Take a message back: True when nobody had taken it."""
+        cdef CppPlace place
+        require_open(self)
+        place.slot = slot
+        place.sequence = sequence
+        return self._cpp.try_withdraw(place)
+
+    def _core_is_there(self, uint32_t slot, uint64_t sequence):
+        """False when every group has finished with the message."""
+        cdef CppPlace place
+        require_open(self)
+        place.slot = slot
+        place.sequence = sequence
+        return self._cpp.is_there(place)
 
     cdef int send_nogil(self, const void* data, size_t size, long long timeout_ns) except -1 nogil:
         """Send bytes without the GIL: 1 when they entered, 0 when a drop policy discarded them. `timeout_ns` < 0 waits
@@ -1636,6 +2019,9 @@ cdef class Channel(Receiver):
         if self._cpp == NULL:
             with gil:
                 require_open(self)
+        if <void*> self._schema != <void*> None:
+            with gil:
+                raise self._mismatch("plain bytes", "send an array")
         cdef int64_t deadline = kForever if timeout_ns < 0 else monotonic_ns() + timeout_ns
         cdef Outcome outcome = self._cpp.send(data, size, self._policy, deadline)
         if outcome == OutcomeOk:
@@ -1654,11 +2040,16 @@ cdef class Channel(Receiver):
         cdef bytes metadata
         require_open(self)
         check_timeout(timeout)
+        if self._schema is not None:
+            return self._send_typed(data, timeout, meta)
         if PyBytes_CheckExact(data) and meta is None:
             return self._send_frame(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), kBytesMessage, None, 0, timeout)
         if cnp.PyArray_Check(data):
             return self._send_array(data, timeout, meta)
         if not PyObject_CheckBuffer(data):
+            array = _interop.as_array(data)
+            if array is not None:
+                return self._send_array(array, timeout, meta)
             raise TypeError(
                 f"cannot send a {type(data).__name__}: send takes bytes-like objects and arrays; encode a str, turn a list "
                 "into an array with numpy.asarray, or pickle other objects with send_object")
@@ -1674,6 +2065,72 @@ cdef class Channel(Receiver):
             return self._send_gathered(&view, metadata, timeout)
         finally:
             PyBuffer_Release(&view)
+
+    cdef bint _send_typed(self, object data, object timeout, object meta) except -1:
+        """What `send` does on a channel with a spec."""
+        if cnp.PyArray_CheckExact(data):
+            return self._send_array(data, timeout, meta)
+        if self._schema.record and isinstance(data, (dict, _Mapping)):
+            return self._send_record(data, timeout, meta)
+        if not cnp.PyArray_Check(data):
+            array = array_of(data)
+            if array is None:
+                given = f"{len(data)} plain bytes" if isinstance(data, (bytes, bytearray)) else f"a {type(data).__name__}"
+                raise self._mismatch(given, "send a dict of its fields" if self._schema.record else "send an array")
+            data = array
+        return self._send_array(data, timeout, meta)
+
+    cdef bint _send_masked(self, object array, object timeout, object meta) except -1:
+        """Data, mask and fill value of a masked array as one structure."""
+        cdef ArrayLayout layout = self._masked_layout
+        if self._schema is not None:
+            raise self._mismatch("a masked array", "send .filled()")
+        dtype, values = _interop.split_masked(array)
+        if layout is None or layout.dtype is not dtype:
+            layout = ArrayLayout.make(dtype, 0, NULL, False, None)
+            describe(layout)
+            self._masked_layout = layout
+        metadata = layout.metadata if meta is None else encode_meta(meta, layout)
+        return self._send_fields(layout, values, metadata, timeout)
+
+    cdef bint _send_record(self, object data, object timeout, object meta) except -1:
+        cdef ArrayLayout layout = self._schema.layout
+        cdef tuple fields = fields_of(layout)
+        cdef Field field
+        cdef bytes metadata
+        cdef list values = []
+        # Everything that can fail, and every line of Python, comes before the slot is taken.
+        for field in fields:
+            try:
+                value = data[field.name]
+            except KeyError:
+                raise self._mismatch(f"a dict without {field.name!r}", "give every field a value") from None
+            values.append(field_value(field, value))
+        if len(data) != len(fields):
+            extra = [name for name in data if name not in self._schema.spec]
+            raise self._mismatch(f"a dict with {', '.join(map(repr, extra))} beside", "leave these out")
+        metadata = layout.metadata if meta is None else encode_meta(meta, layout)
+        return self._send_fields(layout, values, metadata, timeout)
+
+    cdef bint _send_fields(self, ArrayLayout layout, list values, bytes metadata, object timeout) except -1:
+        """Copies each value into its field, straight into the slot. Requires: dtypes and shapes are those of the fields."""
+        cdef tuple fields = fields_of(layout)
+        cdef CppLoan loan
+        cdef Py_ssize_t i
+        if not self._alloc(loan, layout.nbytes, metadata, timeout):
+            return False
+        try:
+            for i in range(len(fields)):
+                write_field(loan.payload, fields[i], values[i])
+        except:
+            self._cpp.abort(loan)
+            raise
+        return self._publish(loan, kArrayMessage, layout.hash)
+
+    cdef object _mismatch(self, str given, str way):
+        return SchemaMismatchError(
+            f"channel '{self._label()}' takes {self._schema.text()}, and {given} was given; {way}, or use a channel with "
+            "another spec; nothing was sent")
 
     cdef bint _send_frame(self, const void* payload, uint64_t size, int kind, bytes metadata, uint64_t schema,
                           object timeout) except -1:
@@ -1718,12 +2175,12 @@ cdef class Channel(Receiver):
 
     cdef bint _send_array(self, object array, object timeout, object meta) except -1:
         if not cnp.PyArray_CheckExact(array) and isinstance(array, MaskedArray):
-            raise TypeError("cannot send a masked array: its mask would be lost; send .filled(), or .data and .mask")
+            return self._send_masked(array, timeout, meta)
         cdef cnp.ndarray source = array
         cdef ArrayLayout layout = self._layout_for(source)
         cdef bytes metadata = layout.metadata if meta is None else encode_meta(meta, layout)
         cdef CppLoan loan
-        if cnp.PyArray_IS_C_CONTIGUOUS(source) or (layout.fortran and cnp.PyArray_IS_F_CONTIGUOUS(source)):
+        if cnp.PyArray_IS_F_CONTIGUOUS(source) if layout.fortran else cnp.PyArray_IS_C_CONTIGUOUS(source):
             return self._send_frame(cnp.PyArray_DATA(source), layout.nbytes, kArrayMessage, metadata, layout.hash, timeout)
         if not self._alloc(loan, layout.nbytes, metadata, timeout):
             return False
@@ -1736,15 +2193,21 @@ cdef class Channel(Receiver):
 
     cdef bint _alloc(self, CppLoan& loan, uint64_t size, bytes metadata, object timeout) except -1:
         """A slot with its metadata written; False when a drop policy said no."""
+        cdef uint32_t meta_bytes = 0 if metadata is None else <uint32_t> PyBytes_GET_SIZE(metadata)
+        if not self._alloc_room(loan, size, meta_bytes, timeout, True):
+            return False
+        if meta_bytes != 0:
+            memcpy(loan.meta, PyBytes_AS_STRING(metadata), meta_bytes)
+        return True
+
+    cdef bint _alloc_room(self, CppLoan& loan, uint64_t size, uint32_t meta_bytes, object timeout, bint for_copy) except -1:
+        """A slot with room for metadata; False when a drop policy said no."""
         cdef Outcome outcome
         cdef int64_t deadline = -1
         cdef bint spin = True
-        cdef uint32_t meta_bytes = 0 if metadata is None else <uint32_t> PyBytes_GET_SIZE(metadata)
         while True:
-            outcome = self._cpp.try_alloc(size, meta_bytes, self._policy, loan)
+            outcome = self._cpp.try_alloc(size, meta_bytes, self._policy, loan, for_copy)
             if outcome == OutcomeOk:
-                if meta_bytes != 0:
-                    memcpy(loan.meta, PyBytes_AS_STRING(metadata), meta_bytes)
                 return True
             if outcome == OutcomeDropped:
                 return False
@@ -1776,6 +2239,9 @@ cdef class Channel(Receiver):
             timeout = self._timeout
         if self._policy == BackpressureRaise:
             raise self._full_error(0)
+        if timeout is TRY_ONCE:
+            self._between_slices()
+            raise WouldBlock
         if deadline[0] == -1:
             deadline[0] = deadline_of(timeout)
         elif deadline[0] != kForever and monotonic_ns() >= deadline[0]:
@@ -1789,6 +2255,35 @@ cdef class Channel(Receiver):
         self._between_slices()
         return 0
 
+    def _core_send_filled(self, uint64_t size, fill, dict meta, timeout):
+        """Let `fill(window)` write a message of at most `size` bytes straight into its slot; it returns how many it wrote."""
+        cdef CppLoan loan
+        cdef Window window
+        cdef bytes metadata = encode_meta(meta, None)
+        require_open(self)
+        check_timeout(timeout)
+        if self._schema is not None:
+            raise self._mismatch("something else", "send an array")
+        if not self._alloc(loan, size, metadata, timeout):
+            return False
+        try:
+            window = Window.__new__(Window)
+            window._at = loan.payload
+            window._size = size
+            try:
+                written = fill(window)
+                if window._exports != 0:
+                    raise BufferError("the message is being written to after its writer has ended")
+                if not 0 <= written <= size:
+                    raise ValueError(f"the writer reports {written} bytes in a room of {size}")
+            finally:
+                window._at = NULL
+        except:
+            self._cpp.abort(loan)
+            raise
+        loan.payload_bytes = written
+        return self._publish(loan, kBytesMessage, 0)
+
     cdef ArrayLayout _layout_for(self, object array):
         """The layout of an array to be sent; the last one is remembered."""
         cdef cnp.ndarray source = array
@@ -1796,25 +2291,21 @@ cdef class Channel(Receiver):
         cdef int ndim = cnp.PyArray_NDIM(source)
         cdef bint fortran = cnp.PyArray_IS_F_CONTIGUOUS(source) and not cnp.PyArray_IS_C_CONTIGUOUS(source)
         cdef object dtype = source.dtype
-        cdef CppMetadataBuilder builder
         cdef int64_t shape[64]
-        cdef int64_t strides[64]
         cdef int i
         if (layout is not None and layout.dtype is dtype and (layout.names is None or layout.names == dtype.names)
                 and layout.ndim == ndim and layout.fortran == fortran
                 and memcmp(layout.shape, cnp.PyArray_DIMS(source), ndim * sizeof(Py_ssize_t)) == 0):
             return layout
-        for i in range(ndim):
-            shape[i] = cnp.PyArray_DIMS(source)[i]
-        layout = ArrayLayout.make(dtype, ndim, shape, fortran, None)
-        for i in range(ndim):
-            strides[i] = layout.strides[i]
-        if fortran:
-            add_layout(builder, dtype, ndim, shape, strides)
+        if self._schema is not None:
+            layout = self._schema.layout_for(source)
+            if layout is None:
+                raise self._mismatch(_specs.array_text(source), "convert it (astype, reshape)")
         else:
-            add_layout(builder, dtype, ndim, shape, NULL)
-        layout.metadata = as_bytes(builder.bytes())
-        layout.hash = schema_hash(PyBytes_AS_STRING(layout.metadata), PyBytes_GET_SIZE(layout.metadata))
+            for i in range(ndim):
+                shape[i] = cnp.PyArray_DIMS(source)[i]
+            layout = ArrayLayout.make(dtype, ndim, shape, fortran, None)
+            describe(layout)
         self._sent_layout = layout
         return layout
 
@@ -1822,7 +2313,13 @@ cdef class Channel(Receiver):
         cdef CppChannelStats stats = self._cpp.stats()
         text = (f"channel '{self._label()}' is full: of its capacity of {self._cpp.capacity()} slots {stats.depth} wait to be "
                 f"received, {stats.pinned_slots} are held by receivers ({self._handle.views} by views of this handle)")
+        if stats.kept_slots:
+            text += (f", {stats.kept_slots} are kept by arrays on published loans ({self._handle.kept} of this handle)")
+        if stats.writing_slots:
+            text += f", {stats.writing_slots} are not published yet ({self._handle.loans} of them loans of this handle)"
         way = "drop the views (or take copies: recv_array(copy=True)), " if stats.pinned_slots else ""
+        if stats.kept_slots:
+            way += "drop the arrays whose loans were published, "
         way += "receive faster, raise capacity, wait longer, or use a drop policy"
         if not timeout:
             error = BufferFullError(f"{text}; {way}")
@@ -1839,6 +2336,41 @@ cdef class Channel(Receiver):
     def _not_synced_error(self):
         return ChannelSystemError(
             _errno.EIO, f"the message entered channel '{self._label()}' but its file could not be written to the disk")
+
+
+include "loan.pxi"
+
+
+cdef object array_of(object data):
+    """The array that an object is or offers; None where it is none: text, bytes, plain buffers, scalars, lists."""
+    cdef Py_buffer view
+    cdef bint plain
+    if cnp.PyArray_Check(data):
+        return data
+    if PyObject_CheckBuffer(data):
+        PyObject_GetBuffer(data, &view, PyBUF_FULL_RO)
+        plain = view.ndim == 1 and (view.format == NULL or view.format[0] in b"Bbc" and view.format[1] == 0)
+        PyBuffer_Release(&view)
+        return None if plain else array_from_buffer(data)
+    return _interop.as_array(data)
+
+
+cdef object field_value(Field field, object value):
+    """The array of exactly a field's dtype and shape that holds `value`."""
+    cdef ArrayLayout layout = field.layout
+    cdef cnp.ndarray source
+    if cnp.PyArray_CheckExact(value):
+        source = value
+        if (source.dtype is layout.dtype and cnp.PyArray_NDIM(source) == layout.ndim
+                and memcmp(layout.shape, cnp.PyArray_DIMS(source), layout.ndim * sizeof(Py_ssize_t)) == 0):
+            return value
+    elif layout.ndim == 0 and isinstance(value, (float, int)):
+        return _specs.scalar_of_field(field.name, value, layout.dtype)
+    elif not isinstance(value, (np.generic, int, float, str, bytes, complex)):
+        array = array_of(value)
+        value = value if array is None else array
+    shape = tuple([layout.shape[i] for i in range(layout.ndim)])
+    return _specs.value_of_field(field.name, value, layout.dtype, shape)
 
 
 cdef object array_from_buffer(object data):
@@ -1882,3 +2414,8 @@ def remove_channel(str path not None, int64_t age_ns, bint even_with_messages, b
 cdef str as_text(const string& text):
     """Of a name that a peer has written."""
     return text.decode("utf-8", "replace")
+
+
+include "store.pxi"
+include "queues.pxi"
+include "watch.pxi"

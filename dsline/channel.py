@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import pathlib
-from typing import Any, NoReturn, Self
+from typing import Any, Literal, Self
 
-from dsline import _core, pinned
+from dsline import _core, interop, pinned
 from dsline.endpoint import Endpoint, Stats, descriptor_for_child, teach_multiprocessing
-from dsline.errors import ChannelNotFoundError, FeatureUnavailableError, InvalidArgumentError
+from dsline.errors import ChannelNotFoundError, InvalidArgumentError, SchemaMismatchError
 from dsline.groups import Subscriber
 from dsline.options import (
     BACKPRESSURE_CODES,
@@ -24,6 +24,7 @@ from dsline.options import (
     Sync,
     parse_enum,
 )
+from dsline.specs import ArraySpec, Spec, spec_text
 
 __all__ = ["FileChannel", "ShmChannel", "Stats"]
 
@@ -66,16 +67,23 @@ def _options(
     max_deliveries: int | None = None,
     dead_letters: int | None = None,
     sync: Sync | str | None = None,
+    spec: Spec | None = None,
 ) -> dict[str, Any]:
     """Check what a creator may choose, in the form that `_core` takes."""
     if type(mode) is not int or not 0o600 <= mode <= 0o666 or mode & 0o111:
         raise InvalidArgumentError(f"mode is {mode!r}, must be permission bits from 0o600 to 0o666")
     kept = _size("history", history, 1 << 20, least=0)
     letters = _size("dead_letters", dead_letters, 1 << 20, least=0)
+    schema = None if spec is None else _core.make_schema(spec)
+    most = _size("max_message_size", max_message_size)
+    if schema is not None and schema.fixed and most is not None and most < schema.layout.nbytes:
+        raise InvalidArgumentError(
+            f"max_message_size is {most}, and every message of {spec_text(schema.spec)} has {schema.layout.nbytes} bytes"
+        )
     return {
         "capacity": _size("capacity", capacity, 1 << 20),
         "slot_size": _size("slot_size", slot_size),
-        "max_message_size": _size("max_message_size", max_message_size),
+        "max_message_size": most,
         "max_handles": _size("max_handles", max_handles, 256),
         "checksum": -1 if checksum is None else CHECKSUM_CODES[parse_enum(Checksum, checksum, "checksum")],
         "mode": mode,
@@ -85,7 +93,16 @@ def _options(
         "max_deliveries": _size("max_deliveries", max_deliveries, 15),
         "dead_letters": -1 if letters is None else letters,
         "sync": -1 if sync is None else SYNC_CODES[parse_enum(Sync, sync, "sync")],
+        "schema": schema,
     }
+
+
+def _zero_copy_level(zero_copy: Any) -> int:
+    if zero_copy is False or zero_copy is True:
+        return int(zero_copy)
+    if zero_copy == "strict":
+        return 2
+    raise InvalidArgumentError(f"zero_copy is {zero_copy!r}, must be False, True or 'strict'")
 
 
 class _Channel(Endpoint, _core.Channel):
@@ -93,6 +110,7 @@ class _Channel(Endpoint, _core.Channel):
 
     _default_group = True  # what is sent waits for a receiver
     _backpressure: Backpressure
+    _zero_copy: bool | Literal["strict"] = False
 
     def _start(
         self,
@@ -102,14 +120,41 @@ class _Channel(Endpoint, _core.Channel):
         mode: int,
         policy: Any,
         timeout: Any,
-        budget: Any = None,
+        zero_copy: Any = False,
+        max_pinned: Any = None,
     ) -> None:
-        most = pinned.parse(budget)
         self._backpressure = parse_enum(Backpressure, policy, "backpressure")
+        level = _zero_copy_level(zero_copy)
+        budget = pinned.parse(max_pinned)
         options = {**options, "default_group": int(self._default_group)}
-        self._open(kind, target, options, mode, BACKPRESSURE_CODES[self._backpressure], timeout)
+        try:
+            self._open(kind, target, options, mode, BACKPRESSURE_CODES[self._backpressure], timeout)
+        except SchemaMismatchError as error:
+            raise self._other_spec(error, options["schema"].spec) from None
         self._default_timeout = timeout
-        self._set_max_pinned(budget, most)
+        self._set_max_pinned(max_pinned, budget)
+        self._zero_copy = (False, True, "strict")[level]
+        try:
+            self._core_zero_copy(level)
+        except BaseException:
+            self.close()
+            raise
+
+    def _other_spec(self, error: SchemaMismatchError, asked: Spec) -> SchemaMismatchError:
+        """Name both specs."""
+        has: Spec | None = None
+        if error._schema:
+            try:
+                has = _core.read_schema(error._schema).spec
+            except (TypeError, ValueError) as why:
+                return SchemaMismatchError(f"channel {self._name!r} has a spec that cannot be read: {why}")
+        hint = ""
+        if isinstance(has, dict) and not isinstance(asked, ArraySpec) and has == dict(asked):
+            hint = " (the same fields in another order)"
+        return SchemaMismatchError(
+            f"channel {self._name!r} carries {spec_text(has)}, and {spec_text(asked)} was asked for{hint}; open it without "
+            "a spec to take the channel's, or choose another name"
+        )
 
     @property
     def backpressure(self) -> Backpressure:
@@ -164,15 +209,50 @@ class _Channel(Endpoint, _core.Channel):
             max_pinned = self._max_pinned
         return Subscriber._of(self, group, start, on_death, durable, timeout, max_pinned)
 
-    def alloc(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not built yet: raises FeatureUnavailableError."""
-        raise FeatureUnavailableError(
-            "alloc/publish (true zero-copy) is not part of this version; send() copies once"
-        )
+    @property
+    def zero_copy(self) -> bool | Literal["strict"]:
+        """Whether `alloc` and `publish` may be used: False, True or "strict"."""
+        return self._zero_copy
 
-    def publish(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not built yet: raises FeatureUnavailableError."""
-        self.alloc()
+    def send_arrow(
+        self,
+        data: Any,
+        *,
+        timeout: float | None = _core.DEFAULT_TIMEOUT,
+        meta: dict[str, Any] | None = None,
+    ) -> bool:
+        """Send a table or record batch as an Arrow IPC stream, written straight into the slot.
+
+        Parameters
+        ----------
+        data : object with ``__arrow_c_stream__`` or ``__arrow_c_array__``
+            A pyarrow Table or RecordBatch, a polars or pandas DataFrame, and the like.
+        timeout, meta : optional
+            As for `send`. The message is marked by ``meta["encoding"] == "arrow"``, which cannot be given.
+
+        Returns
+        -------
+        bool
+            As for `send`.
+
+        Raises
+        ------
+        FeatureUnavailableError
+            Neither pyarrow nor polars is installed.
+        SerializationError
+            Arrow cannot write it.
+        TypeError
+            `data` is no table.
+        Other errors as for `send`.
+
+        Notes
+        -----
+        Copies once. pyarrow writes where it is installed, else polars, which encodes the frame twice: once to learn its size.
+        """
+        if meta is not None and "encoding" in meta:
+            raise InvalidArgumentError("meta has an 'encoding', which send_arrow sets itself; leave it out")
+        size, fill = interop.arrow_writer(data)
+        return self._core_send_filled(size, fill, {**(meta or {}), "encoding": interop.ARROW}, timeout)
 
     def __repr__(self) -> str:
         if self._core_handle() is None:
@@ -193,6 +273,7 @@ class _Channel(Endpoint, _core.Channel):
             self._core_uuid(),
             self._backpressure,
             self._default_timeout,
+            self._zero_copy,
             self._max_pinned,
         )
 
@@ -203,7 +284,12 @@ class _Channel(Endpoint, _core.Channel):
 
     @classmethod
     def _at_place(
-        cls, place: Any, policy: Backpressure | str, timeout: float | None, budget: int | str | None
+        cls,
+        place: Any,
+        policy: Backpressure | str,
+        timeout: float | None,
+        zero_copy: bool | Literal["strict"] = False,
+        max_pinned: int | str | None = None,
     ) -> Self:
         raise NotImplementedError
 
@@ -214,10 +300,11 @@ class _Channel(Endpoint, _core.Channel):
         uuid: str,
         policy: Backpressure | str = Backpressure.BLOCK,
         timeout: float | None = None,
-        budget: int | str | None = None,
+        zero_copy: bool | Literal["strict"] = False,
+        max_pinned: int | str | None = None,
     ) -> Self:
         """Open the channel that was pickled."""
-        channel = cls._at_place(place, policy, timeout, budget)
+        channel = cls._at_place(place, policy, timeout, zero_copy, max_pinned)
         if channel._core_uuid() != uuid:
             channel.close()
             raise ChannelNotFoundError(
@@ -248,7 +335,9 @@ class SharedMemoryChannel(_Channel):
         history: int | None = None,
         max_deliveries: int | None = None,
         dead_letters: int | None = None,
+        zero_copy: bool | Literal["strict"] = False,
         max_pinned: int | str | None = None,
+        spec: Spec | None = None,
     ) -> None:
         options = _options(
             capacity=capacity,
@@ -262,8 +351,9 @@ class SharedMemoryChannel(_Channel):
             history=history,
             max_deliveries=max_deliveries,
             dead_letters=dead_letters,
+            spec=spec,
         )
-        self._begin(name, options, _OPEN_OR_CREATE, backpressure, timeout, storage, max_pinned)
+        self._begin(name, options, _OPEN_OR_CREATE, backpressure, timeout, storage, zero_copy, max_pinned)
 
     def _begin(
         self,
@@ -273,7 +363,8 @@ class SharedMemoryChannel(_Channel):
         policy: Any,
         timeout: Any,
         storage: Storage | str,
-        budget: Any = None,
+        zero_copy: Any = False,
+        max_pinned: Any = None,
     ) -> None:
         where = parse_enum(Storage, storage, "storage")
         if name is not None and not isinstance(name, str):
@@ -285,12 +376,12 @@ class SharedMemoryChannel(_Channel):
             )
         self._name = name
         if where is Storage.HEAP:
-            self._start("heap", None, options, mode, policy, timeout, budget)
+            self._start("heap", None, options, mode, policy, timeout, zero_copy, max_pinned)
         elif name is None:
-            self._start("anonymous", None, options, mode, policy, timeout, budget)
+            self._start("anonymous", None, options, mode, policy, timeout, zero_copy, max_pinned)
             teach_multiprocessing(type(self))
         else:
-            self._start("named", name.encode(), options, mode, policy, timeout, budget)
+            self._start("named", name.encode(), options, mode, policy, timeout, zero_copy, max_pinned)
 
     @classmethod
     def create(
@@ -311,7 +402,9 @@ class SharedMemoryChannel(_Channel):
         history: int | None = None,
         max_deliveries: int | None = None,
         dead_letters: int | None = None,
+        zero_copy: bool | Literal["strict"] = False,
         max_pinned: int | str | None = None,
+        spec: Spec | None = None,
     ) -> Self:
         """Create a channel; ChannelExistsError when one of that name is in use. Parameters as for the class."""
         options = _options(
@@ -326,9 +419,10 @@ class SharedMemoryChannel(_Channel):
             history=history,
             max_deliveries=max_deliveries,
             dead_letters=dead_letters,
+            spec=spec,
         )
         channel = cls.__new__(cls)
-        channel._begin(name, options, _CREATE, backpressure, timeout, storage, max_pinned)
+        channel._begin(name, options, _CREATE, backpressure, timeout, storage, zero_copy, max_pinned)
         return channel
 
     @classmethod
@@ -338,16 +432,21 @@ class SharedMemoryChannel(_Channel):
         *,
         backpressure: Backpressure | str = Backpressure.BLOCK,
         timeout: float | None = None,
+        zero_copy: bool | Literal["strict"] = False,
         max_pinned: int | str | None = None,
+        spec: Spec | None = None,
     ) -> Self:
-        """Open the channel of that name, whatever its geometry; ChannelNotFoundError when there is none."""
+        """Open the channel of that name, whatever its geometry; ChannelNotFoundError when there is none.
+
+        With a `spec`, SchemaMismatchError when the channel has another one, or none.
+        """
         channel = cls.__new__(cls)
         if name is None:
             raise TypeError(
                 "name is None, but an anonymous channel cannot be opened: pass its handle to the process"
             )
-        options = _options()
-        channel._begin(name, options, _OPEN, backpressure, timeout, Storage.SHM, max_pinned)
+        options = _options(spec=spec)
+        channel._begin(name, options, _OPEN, backpressure, timeout, Storage.SHM, zero_copy, max_pinned)
         return channel
 
     @classmethod
@@ -356,13 +455,18 @@ class SharedMemoryChannel(_Channel):
 
     @classmethod
     def _at_place(
-        cls, place: Any, policy: Backpressure | str, timeout: float | None, budget: int | str | None
+        cls,
+        place: Any,
+        policy: Backpressure | str,
+        timeout: float | None,
+        zero_copy: bool | Literal["strict"] = False,
+        max_pinned: int | str | None = None,
     ) -> Self:
         if isinstance(place, str):
-            return cls.open(place, backpressure=policy, timeout=timeout, max_pinned=budget)
+            return cls.open(place, backpressure=policy, timeout=timeout, zero_copy=zero_copy, max_pinned=max_pinned)
         channel = cls.__new__(cls)
         channel._name = None
-        channel._start("adopt", place.detach(), {}, _OPEN, policy, timeout, budget)
+        channel._start("adopt", place.detach(), {}, _OPEN, policy, timeout, zero_copy, max_pinned)
         teach_multiprocessing(cls)
         return channel
 
@@ -412,11 +516,20 @@ class ShmChannel(SharedMemoryChannel):
         copies, counted in ``stats().forced_copies``, so that views which are kept do not stop the senders. "auto" (None) is
         three quarters of the capacity, at least 2, and never the last slot that is left to send into; 0 always copies; a
         number is taken as it is; "unlimited" never copies: then senders wait for whoever drops the views.
+    zero_copy : bool or "strict"
+        Whether this handle may `alloc` and `publish`. "strict" makes the pages of a published message read-only in this
+        process, so that not even a stray pointer can change it; slots must be a page at least.
+    spec : ArraySpec or dict of str to ArraySpec, optional
+        What every message is: an array of this shape, dtype and order, or a record with these fields. Kept with the channel
+        and checked whenever it is opened and at every send; an opener without a spec takes the channel's. `slot_size` is
+        the size of such a message then, unless given.
 
     Raises
     ------
     ChannelMismatchError
         The channel exists with another geometry than the one given.
+    SchemaMismatchError
+        The channel exists with another spec than the one given.
     SharedMemoryFullError
         The memory cannot be reserved.
     ChannelLayoutError, ChannelPermissionError
@@ -465,7 +578,9 @@ class FileChannel(_Channel):
         max_deliveries: int | None = None,
         dead_letters: int | None = None,
         sync: Sync | str | None = None,
+        zero_copy: bool | Literal["strict"] = False,
         max_pinned: int | str | None = None,
+        spec: Spec | None = None,
     ) -> Self:
         """Create the file; ChannelExistsError when it exists (on_stale="reset" replaces a channel that nobody uses).
 
@@ -488,8 +603,9 @@ class FileChannel(_Channel):
             max_deliveries=max_deliveries,
             dead_letters=dead_letters,
             sync=sync,
+            spec=spec,
         )
-        return cls._at(path, options, _CREATE, backpressure, timeout, max_pinned)
+        return cls._at(path, options, _CREATE, backpressure, timeout, zero_copy, max_pinned)
 
     @classmethod
     def open(
@@ -498,22 +614,27 @@ class FileChannel(_Channel):
         *,
         backpressure: Backpressure | str = Backpressure.BLOCK,
         timeout: float | None = None,
+        zero_copy: bool | Literal["strict"] = False,
         max_pinned: int | str | None = None,
+        spec: Spec | None = None,
     ) -> Self:
-        """Open the channel in a file; ChannelNotFoundError when there is none."""
-        options = _options()
-        return cls._at(path, options, _OPEN, backpressure, timeout, max_pinned)
+        """Open the channel in a file; ChannelNotFoundError when there is none.
+
+        With a `spec`, SchemaMismatchError when the channel has another one, or none.
+        """
+        options = _options(spec=spec)
+        return cls._at(path, options, _OPEN, backpressure, timeout, zero_copy, max_pinned)
 
     @classmethod
     def _at(
-        cls, path: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any, budget: Any
+        cls, path: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any, zero_copy: Any, max_pinned: Any
     ) -> Self:
         channel = cls.__new__(cls)
         absolute = os.path.abspath(os.fsdecode(path))
         if "\0" in absolute:
             raise InvalidArgumentError(f"path {absolute!r} holds a null character, which no file name can")
         channel._name = os.path.basename(absolute)
-        channel._start("file", os.fsencode(absolute), options, mode, policy, timeout, budget)
+        channel._start("file", os.fsencode(absolute), options, mode, policy, timeout, zero_copy, max_pinned)
         return channel
 
     @property
@@ -527,9 +648,14 @@ class FileChannel(_Channel):
 
     @classmethod
     def _at_place(
-        cls, place: Any, policy: Backpressure | str, timeout: float | None, budget: int | str | None
+        cls,
+        place: Any,
+        policy: Backpressure | str,
+        timeout: float | None,
+        zero_copy: bool | Literal["strict"] = False,
+        max_pinned: int | str | None = None,
     ) -> Self:
-        return cls.open(place, backpressure=policy, timeout=timeout, max_pinned=budget)
+        return cls.open(place, backpressure=policy, timeout=timeout, zero_copy=zero_copy, max_pinned=max_pinned)
 
 
 def _open_again(
@@ -538,7 +664,8 @@ def _open_again(
     uuid: str,
     policy: Backpressure,
     timeout: float | None,
-    budget: int | str | None = None,
+    zero_copy: bool | Literal["strict"] = False,
+    max_pinned: int | str | None = None,
 ) -> _Channel:
     """Unpickle a handle."""
-    return cls._again(place, uuid, policy, timeout, budget)
+    return cls._again(place, uuid, policy, timeout, zero_copy, max_pinned)

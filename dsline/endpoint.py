@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
-from dsline import _core
+from dsline import _core, interop
 from dsline.errors import FeatureUnavailableError
 from dsline.options import CHECKSUM_CODES, Checksum
 from dsline.report import ChannelReport
@@ -54,6 +54,10 @@ class Stats:
         Memory that the channel takes.
     participants : int
         Open handles.
+    loans : int
+        Loans of this handle that are neither published nor gone.
+    kept_slots : int
+        Published messages whose sender still has an array on them.
     """
 
     depth: int
@@ -83,6 +87,8 @@ class Stats:
     corrupted: int
     reserved_bytes: int
     participants: int
+    loans: int
+    kept_slots: int
 
     def asdict(self) -> dict[str, int]:
         """Return the counters as a dict."""
@@ -129,6 +135,39 @@ class Endpoint(_core.Receiver):
     def timeout(self) -> float | None:
         """Seconds that calls of this handle wait unless they say otherwise; None for ever."""
         return self._default_timeout
+
+    def recv_arrow(self, *, timeout: float | None = _core.DEFAULT_TIMEOUT, library: str | None = None) -> Any:
+        """Receive the next message as the table that was sent by `send_arrow`.
+
+        Parameters
+        ----------
+        timeout : float or None, optional
+            As for `recv`.
+        library : str, optional
+            "pyarrow" or "polars". By default pyarrow, or polars where that is not installed.
+
+        Returns
+        -------
+        pyarrow.Table or polars.DataFrame
+            The table's columns are views on the slot, which is taken until the last of them is gone. The frame is a copy.
+
+        Raises
+        ------
+        FeatureUnavailableError
+            The package is not installed. Nothing was taken.
+        SchemaMismatchError
+            Something else was sent. It stays in the channel.
+        SerializationError
+            The message is marked as Arrow, but cannot be read. It is given back, and comes again with the next `attempt`.
+
+        Notes
+        -----
+        Releases the GIL while it waits.
+        """
+        name, module = interop.arrow_library(library)
+        message = self._core_recv_encoded(interop.ARROW, timeout)
+        with message:
+            return interop.read_arrow(message.payload, name, module)
 
     def stats(self) -> Stats:
         """Return the counters of the channel and of this handle."""

@@ -29,14 +29,18 @@ __all__ = [
     "ChannelSystemError",
     "CorruptedMessageError",
     "DslineError",
+    "ExpressionError",
     "FeatureUnavailableError",
     "InvalidArgumentError",
+    "LoanEndedError",
     "MessageTooLargeError",
     "OperatorError",
     "PeerDiedError",
     "PipelineBuildError",
     "PipelineError",
     "PipelineRuntimeError",
+    "RpcError",
+    "RpcTimeoutError",
     "SchemaMismatchError",
     "SerializationError",
     "SharedMemoryFullError",
@@ -148,7 +152,13 @@ class CorruptedMessageError(ChannelError):
 
 
 class SchemaMismatchError(ChannelError, TypeError):
-    """The message is not of the kind that was asked for."""
+    """What is sent, received or opened is not of the kind that the channel carries, or that was asked for."""
+
+    _schema: bytes | None = None  # the channel's, encoded, until it is put into words
+
+
+class LoanEndedError(ChannelError, ValueError):
+    """The loan was published or aborted before, or belongs to the parent of this process."""
 
 
 class TooManyHandlesError(ChannelError):
@@ -167,6 +177,14 @@ class SerializationError(DslineError):
     """An object cannot be turned into a message, or a message into an object."""
 
 
+class RpcError(DslineError):
+    """A call was answered by something else than a result: no such function, or an error that cannot be brought over."""
+
+
+class RpcTimeoutError(RpcError, builtins.TimeoutError):
+    """A call had no answer in time."""
+
+
 class FeatureUnavailableError(DslineError):
     """Not available: not built yet, not asked for, or not on this platform; the message says which."""
 
@@ -177,6 +195,18 @@ class PipelineError(DslineError):
 
 class PipelineBuildError(PipelineError, ValueError):
     """The description of a pipeline is wrong."""
+
+
+class ExpressionError(PipelineBuildError):
+    """A text that is no expression over the columns it was given, or data that do not fit it.
+
+    Attributes
+    ----------
+    column : int or None
+        Where in the text, from 1; None where it is the data.
+    """
+
+    column: int | None = None
 
 
 class PipelineRuntimeError(PipelineError):
@@ -210,6 +240,7 @@ CORE_ERRORS: tuple[type[DslineError], ...] = (
     BufferTooSmallError,
     TimeoutError,
     TooManyGroupsError,
+    SchemaMismatchError,
 )
 
 _DEFAULT_ERRNO: dict[type[DslineError], int] = {
@@ -223,7 +254,7 @@ _DEFAULT_ERRNO: dict[type[DslineError], int] = {
 }
 
 
-def from_core(code: int, os_errno: int, message: str) -> DslineError:
+def from_core(code: int, os_errno: int, message: str, detail: bytes = b"") -> DslineError:
     """Make the exception for an error of the C++ core.
 
     Parameters
@@ -234,6 +265,8 @@ def from_core(code: int, os_errno: int, message: str) -> DslineError:
         The errno of the failed system call, 0 where none failed.
     message : str
         What went wrong, for people.
+    detail : bytes
+        Of a SchemaMismatchError: the schema that the channel has.
 
     Returns
     -------
@@ -243,4 +276,7 @@ def from_core(code: int, os_errno: int, message: str) -> DslineError:
     cls = CORE_ERRORS[code] if 0 <= code < len(CORE_ERRORS) else ChannelError
     if issubclass(cls, OSError):
         return cls(os_errno or _DEFAULT_ERRNO[cls], message)
-    return cls(message)
+    error = cls(message)
+    if isinstance(error, SchemaMismatchError):
+        error._schema = detail
+    return error

@@ -13,6 +13,7 @@ from dsline.channel import Stats
 from dsline.errors import BufferEmptyError, ChannelMismatchError
 from dsline.options import Backpressure, Checksum, OnStale, Storage
 from dsline.report import PeerDeath
+from dsline.specs import Spec
 
 __all__ = ["Latest", "Reading"]
 
@@ -58,8 +59,8 @@ class Latest:
         Bytes that are reserved for a value, eight times. 65536 when created. Larger values just work.
     max_message_size : int, optional
         Bytes of a value at most.
-    checksum, storage, mode, on_stale, max_handles : optional
-        As for `ShmChannel`.
+    checksum, storage, mode, on_stale, max_handles, spec : optional
+        As for `ShmChannel`. With a dict as `spec`, values are dicts, of what `ShmChannel.send` takes for a record.
     timeout : float or None
         Seconds that `wait_newer` of this handle waits unless it says otherwise; None for ever.
 
@@ -91,6 +92,7 @@ class Latest:
         on_stale: OnStale | str = OnStale.RECOVER,
         max_handles: int | None = None,
         timeout: float | None = None,
+        spec: Spec | None = None,
     ) -> None:
         self._channel = Broadcast(
             name,
@@ -105,6 +107,7 @@ class Latest:
             on_stale=on_stale,
             max_handles=max_handles,
             timeout=timeout,
+            spec=spec,
         )
 
     @classmethod
@@ -120,6 +123,7 @@ class Latest:
         on_stale: OnStale | str = OnStale.RECOVER,
         max_handles: int | None = None,
         timeout: float | None = None,
+        spec: Spec | None = None,
     ) -> Self:
         """Create a cell; ChannelExistsError when one of that name is in use. Parameters as for the class."""
         return cls._over(
@@ -136,13 +140,14 @@ class Latest:
                 on_stale=on_stale,
                 max_handles=max_handles,
                 timeout=timeout,
+                spec=spec,
             )
         )
 
     @classmethod
-    def open(cls, name: str, *, timeout: float | None = None) -> Self:
-        """Open the cell of that name; ChannelNotFoundError when there is none."""
-        channel = Broadcast.open(name, backpressure=Backpressure.DROP_OLDEST, timeout=timeout)
+    def open(cls, name: str, *, timeout: float | None = None, spec: Spec | None = None) -> Self:
+        """Open the cell of that name; ChannelNotFoundError when there is none, SchemaMismatchError with another spec."""
+        channel = Broadcast.open(name, backpressure=Backpressure.DROP_OLDEST, timeout=timeout, spec=spec)
         if channel.history == 0:
             channel.close()
             raise ChannelMismatchError(f"channel {name!r} is a Broadcast without a history, not a Latest")
@@ -185,8 +190,9 @@ class Latest:
 
         Returns
         -------
-        numpy.ndarray or bytes
-            As it was set. An array is writable and the caller's own.
+        numpy.ndarray, bytes or dict
+            As it was set. An array is writable and the caller's own; a record is a dict of such arrays (a field without
+            dimensions is a NumPy scalar).
 
         Raises
         ------
@@ -195,7 +201,7 @@ class Latest:
         """
         found = self._channel._core_latest(None, False)
         if found is not None:
-            return found[0]
+            return self._value(found[0])
         if default is _NOTHING:
             raise self._empty()
         return default
@@ -205,7 +211,7 @@ class Latest:
         found = self._channel._core_latest(None, False)
         if found is None:
             raise self._empty()
-        return found[0], found[1]
+        return self._value(found[0]), found[1]
 
     def read(self) -> Reading:
         """Return a copy of the value with everything that came with it; BufferEmptyError when nothing has been set."""
@@ -213,7 +219,7 @@ class Latest:
         if found is None:
             raise self._empty()
         value, sequence, timestamp_ns, meta = found
-        return Reading(value, sequence, timestamp_ns, meta or {})
+        return Reading(self._value(value), sequence, timestamp_ns, meta or {})
 
     def wait_newer(
         self, sequence: int | None = None, timeout: float | None = _core.DEFAULT_TIMEOUT
@@ -240,7 +246,7 @@ class Latest:
             The cell is closed or shut down.
         """
         found = self._channel._core_wait_newer(sequence, timeout)
-        return found[0], found[1]
+        return self._value(found[0]), found[1]
 
     def on_peer_death(self, callback: Callable[[PeerDeath], object]) -> Callable[[], None]:
         """Call back when a process has died with this cell open: as `ShmChannel.on_peer_death`, from `wait_newer`."""
@@ -250,6 +256,15 @@ class Latest:
     def sequence(self) -> int | None:
         """Sequence number of the value; None when nothing has been set."""
         return self._channel._core_latest_sequence()
+
+    def _value(self, value: Any) -> Any:
+        """What the user set: of a record, its fields."""
+        return {name: value[name] for name in value.dtype.names} if isinstance(self.spec, dict) else value
+
+    @property
+    def spec(self) -> Spec | None:
+        """What every value is: an `ArraySpec`, or a dict of them for records. None: values of any kind."""
+        return self._channel.spec
 
     def _empty(self) -> BufferEmptyError:
         return BufferEmptyError(

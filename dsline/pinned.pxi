@@ -87,7 +87,7 @@ cdef Lease copied(Receiver receiver, Lease lease, CppReceived& message, bint may
             _pinned.warn(receiver._label(), others, budget, auto, receiver._handle.site, _sys._getframe(0))
         copy = private_copy(lease)
     except:
-        receiver._put_back(lease, message)
+        receiver._untake(lease, message)
         raise
     receiver._handle.forced_copies += 1
     return copy

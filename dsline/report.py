@@ -53,6 +53,8 @@ class Blocker:
         How long it has held the oldest of its messages; None when it holds none.
     group : str or None
         Group that it receives for; None for the default group.
+    keeps : int
+        Slots that it has published by a loan and still has an array on.
     """
 
     pid: int
@@ -62,6 +64,7 @@ class Blocker:
     writing: int
     for_seconds: float | None
     group: str | None
+    keeps: int = 0
 
     def __str__(self) -> str:
         parts = []
@@ -70,6 +73,8 @@ class Blocker:
             parts.append(f"holds {_count(self.holds, 'message')}{group} for {self.for_seconds or 0:.3g} s")
         if self.writing:
             parts.append(f"has not published {_count(self.writing, 'slot')}")
+        if self.keeps:
+            parts.append(f"has arrays on {_count(self.keeps, 'published loan')}")
         if not parts:
             group = "" if self.group is None else f" for group {self.group!r}"
             parts.append(f"takes no message{group}")
@@ -132,6 +137,8 @@ class ParticipantReport:
         Slots that it has not published, messages that it has not released.
     held_seconds : float or None
         How long it has held the oldest of them.
+    kept : int
+        Slots that it has published by a loan and still has an array on.
     """
 
     number: int
@@ -146,6 +153,7 @@ class ParticipantReport:
     writing: int
     held: int
     held_seconds: float | None
+    kept: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +210,7 @@ class SlotReport:
     ----------
     number : int
     state : str
-        "WRITING", "COMMITTED", "PINNED" (held) or "CORRUPTED".
+        "WRITING", "COMMITTED", "PINNED" (held), "KEPT" (its sender alone still has an array on it) or "CORRUPTED".
     owner : int or None
         Participant that wrote it.
     sequence : int or None
@@ -359,7 +367,7 @@ def blockers(report: ChannelReport, *, for_room: bool, group: str | None) -> lis
     for peer in report.participants:
         if for_room:
             idle = peer.pid != own and peer.receives and peer.waiting_for != "room" and peer.group in lagging
-            wanted = bool(peer.held or peer.writing) or idle
+            wanted = bool(peer.held or peer.writing or peer.kept) or idle
         else:
             holds = peer.held and peer.receives and peer.group == group
             wanted = bool(holds or peer.writing) or (peer.pid != own and peer.state == "stopped")
@@ -373,6 +381,7 @@ def blockers(report: ChannelReport, *, for_room: bool, group: str | None) -> lis
                     writing=peer.writing,
                     for_seconds=peer.held_seconds,
                     group=peer.group,
+                    keeps=peer.kept if for_room else 0,
                 )
             )
     return sorted(found, key=lambda blocker: (-(blocker.for_seconds or 0), -blocker.writing, blocker.pid))
@@ -462,6 +471,7 @@ def _participant(peer: dict[str, Any], names: dict[int, str | None]) -> Particip
         writing=peer["writing"],
         held=peer["held"],
         held_seconds=peer["held_for_ns"] / 1e9 if peer["held"] else None,
+        kept=peer["kept"],
     )
 
 
@@ -482,7 +492,7 @@ def _slot(slot: dict[str, Any], names: dict[int, str | None]) -> SlotReport:
         number=slot["number"],
         state=state,
         owner=None if slot["owner"] == _NO_GROUP else slot["owner"],
-        sequence=slot["sequence"] if state in ("COMMITTED", "PINNED") else None,
+        sequence=slot["sequence"] if state in ("COMMITTED", "PINNED", "KEPT") else None,
         waiting_for=tuple(name for number, name in names.items() if slot["pending"] >> number & 1),
         reserved_bytes=slot["reserved_bytes"],
         holders=tuple(

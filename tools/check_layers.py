@@ -18,6 +18,7 @@ VOCABULARY = frozenset({"dsline/error.hpp", "dsline/metadata.hpp"})
 SUPPLIED = frozenset({"scheduled_atomic.hpp"})  # by the model checker, in its own build of the core only
 CPP_LAYERS: dict[str, frozenset[str]] = {
     "base": frozenset(),
+    "expressions": frozenset({"dsline/expression.hpp"}),
     "frames": frozenset({"base"}),
     "waiting": frozenset({"base"}),
     "memory": frozenset({"base", "waiting"}),
@@ -39,6 +40,8 @@ CPP_LAYERS: dict[str, frozenset[str]] = {
             "liveness",
             "dsline/channel.hpp",
             "dsline/build.hpp",
+            "dsline/tally.hpp",
+            "dsline/watch.hpp",
         }
     ),
 }
@@ -52,15 +55,24 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "errors": frozenset({"report"}),
     "options": frozenset({"errors"}),
     "dtypes": frozenset({"errors"}),
+    "specs": frozenset({"errors", "dtypes"}),
+    "interop": frozenset({"errors"}),
     "objects": frozenset(),
     "pinned": frozenset({"errors"}),
-    "_core": frozenset({"errors", "dtypes", "objects", "pinned", "report"}),
-    "endpoint": frozenset({"_core", "errors", "options", "report"}),
+    "_core": frozenset({"errors", "dtypes", "interop", "objects", "pinned", "report", "specs"}),
+    "expressions": frozenset({"_core", "errors"}),
+    "endpoint": frozenset({"_core", "errors", "interop", "options", "report"}),
     "groups": frozenset({"endpoint", "errors", "options", "pinned"}),
-    "channel": frozenset({"_core", "endpoint", "errors", "groups", "options", "pinned"}),
+    "channel": frozenset({"_core", "endpoint", "errors", "groups", "interop", "options", "pinned", "specs"}),
     "broadcast": frozenset({"channel"}),
-    "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report"}),
+    "accelerate": frozenset({"_core", "errors"}),
+    "rpc_server": frozenset({"_core", "broadcast", "channel", "errors"}),
+    "rpc": frozenset({"_core", "broadcast", "channel", "errors", "rpc_server"}),
+    "queues": frozenset({"_core", "channel", "errors"}),
+    "multiprocessing": frozenset({"queues"}),
     "shared_batch": frozenset({"_core", "broadcast", "channel", "dtypes", "errors"}),
+    "waiting": frozenset({"_core", "endpoint", "errors"}),
+    "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report", "specs"}),
     "__init__": frozenset(
         {
             "_interpreter",
@@ -72,10 +84,16 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
             "latest",
             "options",
             "pinned",
+            "queues",
             "report",
+            "rpc",
+            "rpc_server",
             "shared_batch",
+            "specs",
+            "waiting",
         }
     ),
+    "aio": frozenset({"_core", "endpoint", "errors", "waiting"}),
     "status": frozenset({"_core", "errors", "report"}),
     "testing": frozenset({"dsline", "_core", "errors"}),
     "bench": frozenset({"dsline", "errors"}),
@@ -83,7 +101,22 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "__main__": frozenset({"cli"}),
 }
 PACKAGES: dict[str, frozenset[str]] = {
-    "numpy": frozenset({"_core", "dtypes", "channel", "shared_batch", "bench", "testing", "cli"}),
+    "numpy": frozenset(
+        {
+            "accelerate",
+            "_core",
+            "aio",
+            "dtypes",
+            "expressions",
+            "interop",
+            "specs",
+            "channel",
+            "shared_batch",
+            "bench",
+            "testing",
+            "cli",
+        }
+    ),
     "click": frozenset({"cli"}),
     "tqdm": frozenset({"cli", "bench"}),
     # Never needed: only looked for, or loaded by the user already.

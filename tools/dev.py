@@ -458,7 +458,8 @@ def installed(run: Shell, version: str, *pins: str) -> Path:
     if python is None:
         raise StepSkipped(f"Python {version} is neither on PATH nor among pyenv's versions")
     name = f"test-{version}" + ("-oldest" if pins else "")
-    python = make_venv(run, name, python, *requirements("test"), *TEST_PACKAGES, *pins)
+    extras = ("test",) if pins else ("test", "interop")  # what is pinned has to work without the others
+    python = make_venv(run, name, python, *requirements(*extras), *TEST_PACKAGES, *pins)
     return install_wheel(run, python, wheel_for(version))
 
 

@@ -61,6 +61,8 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         int dead_letters
         int default_group
         int sync
+        uint64_t default_slot_size
+        string schema
 
     cdef cppclass CppSubscribeOptions "dsline::SubscribeOptions":
         string group
@@ -74,6 +76,11 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         uint64_t payload_bytes
         void* meta
         void* payload
+        const void* shown
+
+    cdef enum CppAfterPublish "dsline::AfterPublish":
+        AfterPublishLetGo "dsline::AfterPublish::LetGo"
+        AfterPublishKeep "dsline::AfterPublish::Keep"
 
     cdef cppclass CppReceived "dsline::Received":
         uint32_t slot
@@ -90,6 +97,15 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         const void* payload
         const char* fault
         const void* meta() noexcept
+
+    cdef cppclass CppPlace "dsline::Place":
+        uint32_t slot
+        uint64_t sequence
+
+    cdef struct CppMemoryUse "dsline::MemoryUse":
+        uint64_t used_bytes
+        uint64_t idle_bytes
+        uint32_t used_slots
 
     cdef struct CppChannelStats "dsline::ChannelStats":
         uint64_t depth
@@ -114,6 +130,7 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         uint32_t corrupted_slots
         uint32_t pinned_by_me
         uint32_t dead_letters
+        uint32_t kept_slots
         uint32_t participants
 
     cdef cppclass CppDeadLetter "dsline::DeadLetter":
@@ -141,6 +158,7 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         uint32_t group
         cbool alive
         uint32_t writing
+        uint32_t kept
         uint32_t held
         int64_t held_for_ns
 
@@ -212,7 +230,12 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         shared_ptr[CppChannel] subscribe(const CppSubscribeOptions&) except +raise_current_error
 
         Outcome try_alloc(uint64_t, uint32_t, CppBackpressure, CppLoan&) except +raise_current_error
+        Outcome try_alloc(uint64_t, uint32_t, CppBackpressure, CppLoan&, cbool for_copy) except +raise_current_error
         Outcome publish(const CppLoan&, int, uint64_t) noexcept
+        Outcome publish(const CppLoan&, int, uint64_t, CppAfterPublish, cbool seal) except +raise_current_error
+        void end_keeping(const CppLoan&) noexcept
+        cbool can_seal() noexcept
+        cbool part_with_loans() noexcept
         void abort(const CppLoan&) noexcept
         Outcome try_send(const void*, uint64_t, int, const void*, uint32_t, uint64_t,
                          CppBackpressure) except +raise_current_error
@@ -235,6 +258,15 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         Outcome wait_for_space(int64_t, cbool) except +raise_current_error
         Outcome wait_for_message(int64_t, cbool) except +raise_current_error
         void pass_on_wake() noexcept
+
+        Outcome try_place(const void*, uint64_t, uint64_t, CppPlace&) except +raise_current_error
+        Outcome try_take_into(const CppPlace&, void*, uint64_t) except +raise_current_error
+        Outcome publish_placed "publish"(const CppLoan&, int, uint64_t, CppPlace&) noexcept
+        cbool try_withdraw(const CppPlace&) noexcept
+        cbool is_there(const CppPlace&) noexcept
+        uint32_t discard_older(int64_t) noexcept
+        CppMemoryUse memory_use() noexcept
+        void trim() noexcept
 
         void shutdown(cbool) except +raise_current_error
         cbool is_shut_down() noexcept
@@ -267,6 +299,7 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         uint32_t max_deliveries() noexcept
         cbool has_default_group() noexcept
         cbool is_synced() noexcept
+        const string& schema() noexcept
         string group() except +raise_current_error
         cbool can_receive() noexcept
         string storage() except +raise_current_error
@@ -275,5 +308,6 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         string uuid() except +raise_current_error
         int descriptor() noexcept
 
+    uint64_t available_memory() except +raise_current_error
     string channel_directory() except +raise_current_error
     vector[string] list_channels() except +raise_current_error

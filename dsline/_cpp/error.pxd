@@ -16,8 +16,9 @@ cdef extern from *:
         }
         PyObject* errors = PyImport_ImportModule("dsline.errors");
         if (errors == nullptr) return;
-        PyObject* instance = PyObject_CallMethod(errors, "from_core", "iis#", info.code, info.os_errno,
-                                                 info.message.data(), (Py_ssize_t)info.message.size());
+        PyObject* instance = PyObject_CallMethod(errors, "from_core", "iis#y#", info.code, info.os_errno,
+                                                 info.message.data(), (Py_ssize_t)info.message.size(),
+                                                 info.detail.data(), (Py_ssize_t)info.detail.size());
         Py_DECREF(errors);
         if (instance == nullptr) return;
         PyErr_SetObject((PyObject*)Py_TYPE(instance), instance);

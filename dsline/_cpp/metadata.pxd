@@ -41,6 +41,8 @@ cdef extern from "dsline/metadata.hpp" namespace "dsline::frames" nogil:
         void add_tag_bytes(const string&, const string&) except +raise_current_error
         const string& bytes() noexcept
 
+    const int kPaddingEntry
+
     cbool parse_metadata(const void*, size_t, CppMetadata&, string&) except +raise_current_error
     cbool array_bytes(const CppMetadata&, uint64_t&) noexcept
     uint64_t schema_hash(const void*, size_t) noexcept

@@ -7,9 +7,11 @@ import gc
 import json
 import mmap
 import os
+import signal
 import struct
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -31,6 +33,72 @@ def read_word():
 
 def wait_for_ever():
     sys.stdin.read()
+
+
+# --- calls ----------------------------------------------------------------------------------------------------------
+
+
+def _append(path, text):
+    """One line, whole, also when several processes write."""
+    with open(path, "a") as file:
+        file.write(f"{text}\n")
+
+
+def _executions(path):
+    return len(Path(path).read_text().splitlines()) if Path(path).exists() else 0
+
+
+def _die(path, most):
+    """Kills its process, until it has killed `most`."""
+    _append(path, os.getpid())
+    if _executions(path) <= most:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return os.getpid()
+
+
+def _hold(path):
+    _append(path, os.getpid())
+    time.sleep(60)
+
+
+def serve_calls(name, options):
+    functions = {
+        "pid": os.getpid,
+        "die": _die,
+        "hold": _hold,
+        "append": _append,
+        "double": lambda array: array * 2,
+        "echo": lambda value: value,
+    }
+    server = dsline.RpcServer(name, functions, **options).start()
+    report("ready")
+    while read_word() == "stats":
+        stats = server.stats()
+        clients = len(server._replies._open)
+        report({**stats.__dict__, "clients": clients})
+    server.close()
+
+
+def call_and_wait(name, path):
+    """A request that a server holds, and many that wait."""
+    client = dsline.Rpc(name, timeout=30)
+    futures = [client.submit("hold", path)]
+    while not _executions(path):
+        time.sleep(0.001)
+    futures += [client.submit("append", path, "late") for _ in range(10)]
+    report(len(futures))
+    wait_for_ever()
+
+
+def call_without_end(name):
+    """Calls with arrays, there and back, until it is killed."""
+    client = dsline.Rpc(name, timeout=30)
+    report("ready")
+    number = 0
+    while True:
+        futures = [client.submit("double", np.full(100_000, number)) for _ in range(8)]
+        assert all((future.result(30) == 2 * number).all() for future in futures)
+        number += 1
 
 
 # --- programs ---------------------------------------------------------------------------------------------------
@@ -75,6 +143,65 @@ def keep_all(name, stop_after):
         read_word()
         report([check_proof(array) for array in kept])
         del kept
+
+
+def take_and_hold(name):
+    """Take a message and keep it until killed."""
+    with dsline.ShmChannel(name, timeout=30) as channel:
+        view = channel.recv()
+        report("holds")
+        wait_for_ever()
+        del view
+
+
+def idle_with_channel(name):
+    with dsline.ShmChannel(name, timeout=30):
+        report("open")
+        wait_for_ever()
+
+
+def hold_as_subscriber(name):
+    """The only member of a group, with a message in its hands, until killed."""
+    with dsline.Broadcast(name, timeout=30) as channel, channel.subscribe("one") as subscriber:
+        report("subscribed")
+        read_word()
+        view = subscriber.recv()
+        report("holds")
+        wait_for_ever()
+        del view
+
+
+def watch_and_end(name, how):
+    """End with a watch armed, and with the thread asleep on it."""
+    channel = dsline.ShmChannel(name, timeout=30)
+    channel.fileno()
+    report("watches")
+    read_word()
+    if how == "os._exit":
+        os._exit(3)
+    if how == "exception":
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        raise RuntimeError
+    sys.exit(0)
+
+
+def proven_record(step):
+    """A record whose fields prove each other."""
+    return {"frame": np.full((64, 96), step % 251, "u1"), "step": step, "half": step / 2}
+
+
+def send_records(name, first):
+    """Send records without an end, to be killed; first show that another spec is refused."""
+    try:
+        dsline.ShmChannel(name, spec=dsline.ArraySpec((3,), "f4"))
+    except dsline.SchemaMismatchError as error:
+        report(str(error))
+    with dsline.ShmChannel(name, timeout=30) as channel:
+        report(sorted(channel.spec))
+        step = first
+        while True:
+            channel.send(proven_record(step))
+            step += 1
 
 
 def echo(there, back):
@@ -326,6 +453,33 @@ def threads_in_child(channel, count):
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def lend(name, count, zero_copy):
+    """Publish arrays that grow, the last of which stays in view until the parent says so."""
+    with dsline.ShmChannel(name, zero_copy=zero_copy, timeout=30) as channel:
+        for number in range(count):
+            with channel.alloc(1000 * (number + 1), np.int32) as loan:
+                kept = loan.array
+                kept[:] = number
+        del loan
+        report("sent")
+        read_word()
+        assert set(kept.tolist()) == {count - 1}
+        del kept
+        report("dropped")
+
+
+def lend_and_wait(name, what):
+    """Keep an open loan, or the array of a published one."""
+    with dsline.ShmChannel(name, zero_copy=True, timeout=30) as channel:
+        loan = channel.alloc(4, np.int32, fill=5)
+        array = loan.array
+        if what == "kept":
+            loan.publish()
+        report("ready")
+        read_word()
+        assert array.tolist() == [5] * 4
 
 
 if __name__ == "__main__":

@@ -41,6 +41,37 @@ def test_every_message_exactly_once_and_whole(name, producers, consumers, words)
         assert stats.participants == 1
 
 
+def test_records_of_a_killed_sender_are_whole(name):
+    spec = {
+        "frame": dsline.ArraySpec((64, 96), "u1"),
+        "step": dsline.ArraySpec((), "i8"),
+        "half": dsline.ArraySpec((), "f8"),
+    }
+    with dsline.ShmChannel(name, capacity=4, timeout=TIMEOUT, spec=spec) as channel:
+        for life in range(3):
+            first = life * 1_000_000
+            with Child("send_records", name, first) as child:
+                refused = child.read()
+                assert "'half': ArraySpec((), 'float64')" in refused
+                assert "ArraySpec((3,), 'float32')" in refused
+                assert child.read() == sorted(spec)
+                for step in range(first, first + 100):
+                    check_record(channel.recv_record(), step)
+                child.kill()
+            step = first + 100
+            channel.check_peers()
+            while len(channel):
+                check_record(channel.recv_record(timeout=0), step)
+                step += 1
+        stats = channel.stats()
+        assert (stats.free_slots, stats.corrupted, stats.deaths) == (4, 0, 3)
+
+
+def check_record(got, step):
+    assert (got["step"], got["half"]) == (step, step / 2)
+    assert (got["frame"] == step % 251).all()
+
+
 def test_a_conversation(name):
     back = f"{name}-back"
     with (

@@ -380,7 +380,7 @@ def test_any_flipped_byte_of_the_description_is_noticed(name, place):
     stale(name, place)
     with open(place, "rb") as file:
         good = file.read(256)
-    for offset in [*range(144), *range(160, 216)]:
+    for offset in [*range(152), *range(168, 224)]:
         poke(place, offset, bytes([good[offset] ^ 0x10]))
         with pytest.raises(dsline.ChannelLayoutError):
             dsline.ShmChannel.open(name)

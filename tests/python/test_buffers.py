@@ -398,7 +398,7 @@ REFUSED = {
     "memoryview of objects": (lambda: memoryview(np.array([1, "two"], object)), "object"),
     "memoryview with an object field": (lambda: memoryview(np.zeros(1, [("a", "i8"), ("o", "O")])), "object"),
     "ctypes objects": (lambda: (ctypes.py_object * 2)(1, 2), "object"),
-    "masked array": (lambda: np.ma.masked_array([1, 2], [True, False]), "mask"),
+    "masked array of objects": (lambda: np.ma.masked_array([1, None], [True, False]), "object"),
     "str": (lambda: "text", "str"),
     "int": (lambda: 5, "int"),
     "float": (lambda: 1.5, "float"),

@@ -804,15 +804,6 @@ def test_names_are_removed_by_garbage_collection_too(name):
     assert name not in list_names()
 
 
-def test_alloc_and_publish_are_not_there_yet(make_channel):
-    channel = make_channel(capacity=1, slot_size=64)
-    with pytest.raises(dsline.FeatureUnavailableError, match="send"):
-        channel.alloc((4,), "f4")
-    with pytest.raises(dsline.FeatureUnavailableError, match="send"):
-        channel.publish(None)
-    assert channel.stats().free_slots == 1
-
-
 def test_many_channels_open_at_once(tmp_path):
     with contextlib.ExitStack() as stack:
         channels = [stack.enter_context(dsline.ShmChannel(capacity=1, slot_size=64)) for _ in range(50)]

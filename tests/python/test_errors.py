@@ -29,6 +29,7 @@ PARENTS = {
     "SharedMemoryFullError": (errors.ChannelError, OSError),
     "CorruptedMessageError": (errors.ChannelError,),
     "SchemaMismatchError": (errors.ChannelError, TypeError),
+    "LoanEndedError": (errors.ChannelError, ValueError),
     "TooManyHandlesError": (errors.ChannelError,),
     "TooManyGroupsError": (errors.ChannelError,),
     "PeerDiedError": (errors.DslineError,),

@@ -13,7 +13,7 @@ from dsline import _core
 ROOT = Path(__file__).resolve().parents[2]
 STUB = ast.parse((ROOT / "dsline" / "_core.pyi").read_text())
 # Keepers of buffers that no call returns.
-INTERNAL = {"ArrayHold", "ArrayLayout", "BatchRows", "Lease", "OutOfBand", "PickledParts"}
+INTERNAL = {"ArrayHold", "ArrayLayout", "BatchRows", "Field", "Lease", "OutOfBand", "PickledParts", "Window"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 

@@ -56,13 +56,17 @@ struct ChannelOptions {
   int checksum = -1;  ///< 0 none, 1 header, 2 full
   std::uint32_t mode = 0600;
   OnStale on_stale = OnStale::Recover;
-  std::uint64_t first_position = 0;  ///< for tests that start near a wrap
-  std::uint32_t max_groups = 0;      ///< named groups at a time
-  int history = -1;                  ///< messages kept for late joiners
-  std::uint32_t max_deliveries = 0;  ///< 1 to 15
-  int dead_letters = -1;             ///< kept at most
-  int default_group = -1;            ///< 1: what is sent waits for a receiver; 0: only named groups get it
-  int sync = -1;                     ///< 1: send returns when the message is on the disk (files)
+  std::uint64_t first_position = 0;     ///< for tests that start near a wrap
+  std::uint32_t max_groups = 0;         ///< named groups at a time
+  int history = -1;                     ///< messages kept for late joiners
+  std::uint32_t max_deliveries = 0;     ///< 1 to 15
+  int dead_letters = -1;                ///< kept at most
+  int default_group = -1;               ///< 1: what is sent waits for a receiver; 0: only named groups get it
+  int sync = -1;                        ///< 1: send returns when the message is on the disk (files)
+  std::uint64_t default_slot_size = 0;  ///< where a channel is created without `slot_size`; 0: 65536
+  /// What every message has to be: metadata entries that describe an array (dsline/metadata.hpp), written and read by the
+  /// language binding; the core stores and compares it. Empty: not given. Another one than the channel's is refused.
+  std::string schema;
 };
 
 /// Which group a handle takes part in.
@@ -82,7 +86,11 @@ struct Loan {
   std::uint64_t payload_bytes = 0;
   std::byte* meta = nullptr;
   std::byte* payload = nullptr;
+  const std::byte* shown = nullptr;  ///< the payload in the read-only mapping
 };
+
+/// Whether a publisher still looks at the payload after publish(): then the slot is not free before end_keeping().
+enum class AfterPublish : int { LetGo = 0, Keep = 1 };
 
 /// A message that the caller holds until it releases it.
 struct Received {
@@ -108,6 +116,19 @@ struct Received {
   std::vector<std::byte> long_meta;
 };
 
+/// Where a message is. It names that message for ever: no other has both numbers.
+struct Place {
+  std::uint32_t slot = 0;
+  std::uint64_t sequence = 0;
+};
+
+/// Memory of the slots.
+struct MemoryUse {
+  std::uint64_t used_bytes = 0;  ///< of slots that are written, wait, or are held
+  std::uint64_t idle_bytes = 0;  ///< of slots that are free
+  std::uint32_t used_slots = 0;
+};
+
 struct ChannelStats {
   std::uint64_t depth = 0;
   std::uint64_t next_sequence = 0;
@@ -131,6 +152,7 @@ struct ChannelStats {
   std::uint32_t corrupted_slots = 0;
   std::uint32_t pinned_by_me = 0;
   std::uint32_t dead_letters = 0;  ///< slots with a dead letter
+  std::uint32_t kept_slots = 0;    ///< published, and their sender still looks at them
   std::uint32_t participants = 0;
 };
 
@@ -165,6 +187,7 @@ struct Report {
     std::uint32_t group = 0;       ///< number; kNoGroup: none
     bool alive = false;
     std::uint32_t writing = 0;     ///< slots that it has not published
+    std::uint32_t kept = 0;        ///< slots that it has published and still looks at
     std::uint32_t held = 0;        ///< messages that it holds
     std::int64_t held_for_ns = 0;  ///< the longest of them
   };
@@ -191,7 +214,7 @@ struct Report {
   };
   struct Slot {
     std::uint32_t number = 0;
-    std::string state;           ///< FREE, WRITING, COMMITTED, PINNED, CORRUPTED
+    std::string state;           ///< FREE, WRITING, COMMITTED, PINNED, KEPT, CORRUPTED
     std::uint32_t owner = 0;     ///< participant; kNoGroup: none
     std::uint64_t sequence = 0;  ///< of a committed one
     std::uint32_t pending = 0;   ///< bits of the groups that have not finished with it
@@ -230,6 +253,9 @@ enum class Removal : int {
   TooYoung = 4,
 };
 
+class Watch;
+struct Waited;
+
 /// One open handle of a channel: sends and receives.
 ///
 /// Threads: any number may call; close() must not run while another thread is inside a try_ call (send() and recv() may,
@@ -261,10 +287,24 @@ class Channel {
 
   /// Takes a free slot for a message. Ok, Full (Block and Raise), Dropped (drop policies) or Closed.
   /// Throws Error(MessageTooLarge) and Error(SharedMemoryFull); no slot is taken then.
-  Outcome try_alloc(std::uint64_t payload_bytes, std::uint32_t meta_bytes, Backpressure policy, Loan& loan);
+  /// `for_copy`: waits a little for a slot that is still in cache, where a long copy follows.
+  Outcome try_alloc(std::uint64_t payload_bytes, std::uint32_t meta_bytes, Backpressure policy, Loan& loan,
+                    bool for_copy = true);
   /// Makes a written loan visible. Closed when the channel was shut down meanwhile (the loan is aborted then), or when
   /// the loan is no longer the caller's: published or aborted before, or taken by the parent of this process.
   Outcome publish(const Loan& loan, int kind, std::uint64_t schema_hash) noexcept;
+  /// The same, and says where the message is. Dropped: no group is there for it.
+  Outcome publish(const Loan& loan, int kind, std::uint64_t schema_hash, Place& place) noexcept;
+  /// The same. `seal`: makes the pages of the slot read-only in this handle's mapping before the message can be seen, until
+  /// the handle allocates the slot again; throws Error(System) when the kernel refuses, and nothing has been published.
+  Outcome publish(const Loan& loan, int kind, std::uint64_t schema_hash, AfterPublish after, bool seal);
+  /// Ends AfterPublish::Keep. Does nothing in a forked child.
+  void end_keeping(const Loan& loan) noexcept;
+  /// True when slots have pages of their own, so that publish() can seal them.
+  bool can_seal() const noexcept;
+  /// In a forked child: makes the bytes behind every loan of the parent private to this process, and gives the handle a
+  /// writable mapping of its own at its next use. False when the kernel refuses.
+  bool part_with_loans() noexcept;
   /// Gives it back. Does nothing when it is no longer the caller's.
   void abort(const Loan& loan) noexcept;
   /// try_alloc, one copy, publish.
@@ -308,6 +348,29 @@ class Channel {
   std::uint64_t payload_offset(const Received& message) const noexcept;
   /// As wait_for_message(), for a message behind `newer_than` in the history.
   Outcome wait_for_newer(bool any, std::uint64_t newer_than, std::int64_t deadline_ns, bool spin);
+
+  // --- a channel as a store: messages are taken by their place, in any order ---------------------------------------
+
+  /// One copy into a slot, without waiting: Ok, Full (no slot, no memory, or slots in use would have more than
+  /// `limit_bytes`) or Closed. Nobody was there for the message: Dropped.
+  Outcome try_place(const void* payload, std::uint64_t payload_bytes, std::uint64_t limit_bytes,
+                    Place& place);
+  /// Takes the message at `place` for the group of this handle: Ok, Empty (it was taken before, or dropped), Closed or
+  /// Corrupted. From then on as after try_recv().
+  Outcome try_take(const Place& place, Received& message);
+  /// The same, one copy out and release. Corrupted also where the message has not `bytes` bytes.
+  Outcome try_take_into(const Place& place, void* to, std::uint64_t bytes);
+  /// Takes a message back that its sender has placed or published, from every group that has not taken it: true when none
+  /// had, so that nobody sees it.
+  bool try_withdraw(const Place& place) noexcept;
+  /// False when every group has finished with the message at `place`.
+  bool is_there(const Place& place) const noexcept;
+  /// Drops the messages of this handle's group that were sent before `before_ns` (CLOCK_REALTIME) and that nobody has
+  /// taken; how many.
+  std::uint32_t discard_older(std::int64_t before_ns) noexcept;
+  MemoryUse memory_use() const noexcept;
+  /// Gives back the memory that free slots have beyond `slot_size`.
+  void trim() noexcept;
 
   // --- waiting ---------------------------------------------------------------------------------------------------
 
@@ -366,6 +429,8 @@ class Channel {
   std::uint32_t max_deliveries() const noexcept;
   bool has_default_group() const noexcept;
   bool is_synced() const noexcept;
+  /// The creator's schema; empty: messages may be of any kind.
+  const std::string& schema() const noexcept;
   /// Name of the group that this handle receives for; empty: the default group.
   std::string group() const;
   /// False for a handle that can only send: the channel has no default group, and this handle no group of its own.
@@ -381,11 +446,17 @@ class Channel {
   int descriptor() const noexcept;
 
  private:
+  friend class Watch;  // watch.hpp
+  friend Outcome wait_for_any(Waited* list, std::size_t count, std::int64_t deadline_ns, bool spin);
+
   struct Impl;
   explicit Channel(std::unique_ptr<Impl> impl);
   static std::shared_ptr<Channel> make(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };
+
+/// Bytes that shared memory may still take, by what the machine and the cgroups of this process leave.
+std::uint64_t available_memory();
 
 /// Directory of the named channels of this user.
 std::string channel_directory();

@@ -3,6 +3,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace dsline {
 
@@ -25,8 +26,9 @@ enum class ErrorCode : int {
   BufferTooSmall = 14,
   TimedOut = 15,
   TooManyGroups = 16,
+  SchemaMismatch = 17,
 };
-inline constexpr int kErrorCodeCount = 17;
+inline constexpr int kErrorCodeCount = 18;
 /// Not an ErrorCode: the allocator of the process failed.
 inline constexpr int kOutOfMemory = -1;
 
@@ -34,16 +36,19 @@ inline constexpr int kOutOfMemory = -1;
 /// a receive is a value (see Outcome).
 class Error : public std::runtime_error {
  public:
-  Error(ErrorCode code, const std::string& message, int os_errno = 0)
-      : std::runtime_error(message), code_(code), os_errno_(os_errno) {}
+  Error(ErrorCode code, const std::string& message, int os_errno = 0, std::string detail = {})
+      : std::runtime_error(message), code_(code), os_errno_(os_errno), detail_(std::move(detail)) {}
 
   ErrorCode code() const noexcept { return code_; }
   /// The errno of the failed system call, 0 where none failed.
   int os_errno() const noexcept { return os_errno_; }
+  /// Of SchemaMismatch: the schema that the channel has.
+  const std::string& detail() const noexcept { return detail_; }
 
  private:
   ErrorCode code_;
   int os_errno_;
+  std::string detail_;
 };
 
 /// The exception in flight, as values. Requires: called from a catch block.
@@ -51,18 +56,19 @@ struct ErrorInfo {
   int code = 0;
   int os_errno = 0;
   std::string message;
+  std::string detail;
 };
 inline ErrorInfo current_error() noexcept {
   try {
     throw;
   } catch (const Error& error) {
-    return {static_cast<int>(error.code()), error.os_errno(), error.what()};
+    return {static_cast<int>(error.code()), error.os_errno(), error.what(), error.detail()};
   } catch (const std::bad_alloc&) {
-    return {kOutOfMemory, 0, "out of memory"};
+    return {kOutOfMemory, 0, "out of memory", ""};
   } catch (const std::exception& error) {
-    return {static_cast<int>(ErrorCode::Internal), 0, error.what()};
+    return {static_cast<int>(ErrorCode::Internal), 0, error.what(), ""};
   } catch (...) {
-    return {static_cast<int>(ErrorCode::Internal), 0, "unknown C++ exception"};
+    return {static_cast<int>(ErrorCode::Internal), 0, "unknown C++ exception", ""};
   }
 }
 

@@ -18,6 +18,8 @@ inline constexpr std::size_t kMaxMetadataEntries = 72;  // of any type
 inline constexpr std::size_t kMaxUserEntries = 64;      // columns, encoding and tags
 inline constexpr std::size_t kMaxTagKeyBytes = 64;
 inline constexpr std::size_t kMaxDims = 64;
+/// Type of an entry that only takes room, up to where the payload of a loan begins.
+inline constexpr int kPaddingEntry = 0x7FFF;
 
 enum class TagKind : int { None = 0, Bool = 1, Int = 2, Float = 3, Str = 4, Bytes = 5 };
 

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <pthread.h>
+#include <sys/eventfd.h>
 #include <sys/random.h>
 #include <unistd.h>
 
@@ -66,6 +67,14 @@ int open_closed_in_child(const char* path, int flags) {
   std::lock_guard lock(child_list().mutex);
   child_list().descriptors.reserve(child_list().descriptors.size() + 1);
   int fd = open(path, flags | O_CLOEXEC);
+  if (fd >= 0) child_list().descriptors.push_back(fd);
+  return fd;
+}
+
+int make_event_closed_in_child() {
+  std::lock_guard lock(child_list().mutex);
+  child_list().descriptors.reserve(child_list().descriptors.size() + 1);
+  int fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (fd >= 0) child_list().descriptors.push_back(fd);
   return fd;
 }

@@ -20,7 +20,10 @@ inline std::uint32_t fork_generation() noexcept {
 /// Opens a file whose descriptor a forked child must close at once, because it carries kernel locks of the parent; -1
 /// with errno as open(). No fork comes between the opening and the registration.
 int open_closed_in_child(const char* path, int flags);
-/// Closes it, in the process that opened it.
+/// An eventfd (counter 0, not blocking) that a forked child closes at once, because its reads would be missed by the
+/// parent; -1 with errno as eventfd().
+int make_event_closed_in_child();
+/// Closes one of these, in the process that opened it.
 void close_closed_in_child(int fd) noexcept;
 
 /// Serialises what changes per process: registering handles anew in a forked child, and the list of handles. Locked

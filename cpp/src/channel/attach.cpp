@@ -10,6 +10,7 @@
 #include "base/points.hpp"
 #include "base/process.hpp"
 #include "channel/directory.hpp"
+#include "dsline/metadata.hpp"
 #include "liveness/participants.hpp"
 #include "liveness/recovery.hpp"
 #include "order/order_ring.hpp"
@@ -70,8 +71,11 @@ std::uint32_t groups_for(const ChannelOptions& options) noexcept {
 memory::Geometry plan(const ChannelOptions& options) {
   memory::Geometry planned = memory::plan_geometry(
       options.capacity == 0 ? kDefaultCapacity : options.capacity,
-      options.slot_size == 0 ? kDefaultSlotBytes : options.slot_size, options.max_message_size,
-      options.max_handles == 0 ? kDefaultParticipants : options.max_handles, groups_for(options));
+      options.slot_size != 0           ? options.slot_size
+      : options.default_slot_size != 0 ? options.default_slot_size
+                                       : kDefaultSlotBytes,
+      options.max_message_size, options.max_handles == 0 ? kDefaultParticipants : options.max_handles,
+      groups_for(options), options.schema.size());
   if (options.history > 0 && static_cast<std::uint32_t>(options.history) >= planned.slots) {
     throw Error(ErrorCode::InvalidArgument,
                 "history is " + std::to_string(options.history) + ", must be below the capacity of " +
@@ -85,7 +89,7 @@ std::unique_ptr<memory::Region> make_region(std::unique_ptr<memory::Storage> sto
   const memory::Rules rules = rules_of(options);
   std::uint64_t first = options.first_position;
   if ((first & slots::kPositionMask) == slots::kNoPositionLow) ++first;
-  auto region = memory::Region::create(std::move(storage), plan(options), rules, first);
+  auto region = memory::Region::create(std::move(storage), plan(options), rules, first, options.schema);
   DSLINE_POINT("create.reserved");
   slots::SlotPool::initialise(*region);
   order::OrderRing::initialise(*region, first);
@@ -148,6 +152,29 @@ std::string differences(const memory::Region& region, const ChannelOptions& opti
                                               "; open it without these options, or choose another name");
 }
 
+bool has_other_schema(const memory::Region& region, const ChannelOptions& options) noexcept {
+  return !options.schema.empty() && options.schema != region.schema();
+}
+
+void refuse_other_schema(const std::string& label, const memory::Region& region,
+                         const ChannelOptions& options) {
+  if (!has_other_schema(region, options)) return;
+  throw Error(ErrorCode::SchemaMismatch,
+              "channel '" + label + "' carries messages of another spec than the one that was asked for", 0,
+              region.schema());
+}
+
+// The checksum says that it is what was written; this, that somebody in his right mind wrote it. Empty, or what is wrong.
+std::string schema_fault(const std::string& schema) {
+  frames::Metadata parsed;
+  std::string why;
+  if (schema.empty() ||
+      (frames::parse_metadata(schema.data(), schema.size(), parsed, why) && parsed.has_shape)) {
+    return "";
+  }
+  return "its spec describes no array" + (why.empty() ? "" : " (" + why + ")");
+}
+
 // Requires: the control lock.
 std::uint32_t join(memory::Region& region, const std::string& label) {
   int full = 0;
@@ -196,6 +223,10 @@ bool was_shut_down(const memory::Region& region) noexcept {
 bool replace_unusable(std::unique_ptr<memory::Storage>& storage, const std::string& path,
                       const ChannelOptions& options, OpenMode mode) {
   memory::Inspection inspection = memory::inspect(*storage);
+  if (inspection.found == memory::Found::Channel) {
+    inspection.reason = schema_fault(inspection.schema);
+    if (!inspection.reason.empty()) inspection.found = memory::Found::Damaged;
+  }
   if (inspection.found == memory::Found::Channel) return false;
   const bool ours = inspection.found != memory::Found::Foreign;
   const bool may = storage->kind() == memory::StorageKind::PosixShm ? mode == OpenMode::OpenOrCreate
@@ -222,6 +253,9 @@ Verdict try_attach(std::unique_ptr<memory::Storage> storage, const ChannelOption
   out.region = memory::Region::attach(std::move(storage));
   memory::Region& region = *out.region;
   const bool is_shm = region.storage().kind() == memory::StorageKind::PosixShm;
+  if (const std::string fault = schema_fault(region.schema()); !fault.empty()) {
+    throw Error(ErrorCode::ChannelLayout, region.storage().describe() + " is not a usable channel: " + fault);
+  }
   ControlLock control(region, out.label);
   // The name may have been removed, or have moved on to a new region, before the lock was ours.
   if (!out.path.empty() && !is_named(region.storage(), out.path)) return Verdict::Retry;
@@ -235,6 +269,7 @@ Verdict try_attach(std::unique_ptr<memory::Storage> storage, const ChannelOption
                   EEXIST);
     }
     if (!found.empty()) refuse_differences(out.label, found);
+    refuse_other_schema(out.label, region, options);
   } else {
     const bool empty = !holds_messages(region);
     const bool may_replace = mode != OpenMode::Open && is_shm;
@@ -253,11 +288,13 @@ Verdict try_attach(std::unique_ptr<memory::Storage> storage, const ChannelOption
                   EEXIST);
     }
     if (options.on_stale == OnStale::Reset ||
-        (may_replace && empty && (was_shut_down(region) || !found.empty()))) {
+        (may_replace && empty &&
+         (was_shut_down(region) || !found.empty() || has_other_schema(region, options)))) {
       remove_name(region.storage(), out.path);
       return Verdict::Retry;
     }
     if (!found.empty()) refuse_differences(out.label, found);
+    refuse_other_schema(out.label, region, options);
     auto boot = base::boot_id();
     if (std::memcmp(region.header().boot_id, boot.data(), boot.size()) != 0) {
       liveness::rebuild(region);

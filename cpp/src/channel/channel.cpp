@@ -101,6 +101,7 @@ std::uint32_t Channel::history() const noexcept { return impl_->region->rules().
 std::uint32_t Channel::max_deliveries() const noexcept { return impl_->region->rules().max_deliveries; }
 bool Channel::has_default_group() const noexcept { return impl_->region->rules().default_group != 0; }
 bool Channel::is_synced() const noexcept { return impl_->region->rules().sync != 0; }
+const std::string& Channel::schema() const noexcept { return impl_->region->schema(); }
 bool Channel::can_receive() const noexcept { return impl_->group_number != Impl::kNoGroup; }
 std::string Channel::group() const {
   if (impl_->group_number == 0 || impl_->group_number == Impl::kNoGroup) return "";

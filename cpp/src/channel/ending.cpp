@@ -4,6 +4,7 @@
 
 #include "channel/directory.hpp"
 #include "channel/impl.hpp"
+#include "channel/watcher.hpp"
 
 namespace dsline {
 
@@ -60,6 +61,12 @@ std::set<Channel::Impl*>& Channel::Impl::handles() {
 void Channel::Impl::abandon_all() {
   std::lock_guard lock(base::process_mutex());
   for (Impl* handle : handles()) handle->abandon();
+  if (channel::Watcher* watcher = channel::Watcher::existing()) watcher->stop();
+}
+
+/// Before the handle leaves, whose bit an armed watch has set. Requires: `closed` is set, so that nothing is armed again.
+void Channel::Impl::end_watches() noexcept {
+  if (channel::Watcher* watcher = channel::Watcher::existing()) watcher->drop_all_of(this);
 }
 
 /// In a forked child: registers anew. The parent's leases and loans stay the parent's.
@@ -114,6 +121,7 @@ void Channel::Impl::close() noexcept {
   group.messages().wake_all();
   if (region->keeps_history()) order::Group(*region, region->retention_group()).messages().wake_all();
   pool.space().wake_all();
+  end_watches();
   leave_group();
   leave_if_idle();
 }
@@ -175,6 +183,7 @@ void Channel::Impl::return_everything() noexcept {
   for (std::uint32_t s = 0; s < region->geometry().slots; ++s) {
     const SlotWord word = pool.word(s);
     if (word.is(SlotPhase::Writing) && word.owner() == me) pool.abort(s, word);
+    if (word.owner() == me && word.is_kept()) publication.end_keeping(s, word);
     for (std::uint32_t g = 0; g < region->geometry().groups; ++g) {
       if (!is_held_by_me(s, g, word)) continue;
       order::Group from(*region, g);
@@ -196,6 +205,7 @@ void Channel::Impl::return_everything() noexcept {
 void Channel::Impl::abandon() noexcept {
   if (is_inherited() || left) return;
   closed.store(true, std::memory_order_seq_cst);
+  end_watches();
   // A thread that still sends or waits goes on until the process is gone; the kernel's lock tells the others then.
   if (busy.load(std::memory_order_seq_cst) != 0) return;
   for (std::uint32_t s = 0; s < region->geometry().slots; ++s) {
@@ -203,6 +213,7 @@ void Channel::Impl::abandon() noexcept {
     for (std::uint32_t g = 0; g < region->geometry().groups; ++g) {
       if (is_held_by_me(s, g, word)) pool.clear_pending(s, 1u << g);
     }
+    if (word.owner() == me && word.is_kept()) publication.end_keeping(s, word);
   }
   leave_group();
   leave_if_idle();

@@ -13,6 +13,7 @@
 #include "delivery/dead_letters.hpp"
 #include "delivery/publication.hpp"
 #include "dsline/channel.hpp"
+#include "dsline/watch.hpp"
 #include "liveness/membership.hpp"
 #include "order/group.hpp"
 #include "order/order_ring.hpp"
@@ -23,7 +24,7 @@ namespace dsline {
 
 inline constexpr std::int64_t kSliceNs = 50'000'000;
 
-/// One handle: sending.cpp, receiving.cpp, waiting.cpp, ending.cpp and report.cpp hold its parts.
+/// One handle: sending.cpp, receiving.cpp, placing.cpp, waiting.cpp, ending.cpp and report.cpp hold its parts.
 ///
 /// Threads: `me` and `group` change only when a forked child registers anew, before any other thread of the child may
 /// call. The mutexes guard slow paths; a forked child gets new ones, since a thread that is not there may have held the
@@ -97,15 +98,19 @@ struct Channel::Impl {
   }
 
   // --- sending.cpp ---
-  Outcome try_alloc(std::uint64_t payload_bytes, std::uint32_t meta_bytes, Backpressure policy, Loan& loan);
+  Outcome try_alloc(std::uint64_t payload_bytes, std::uint32_t meta_bytes, Backpressure policy, Loan& loan,
+                    bool for_copy = true);
   void abort(const Loan& loan) noexcept;
-  Outcome publish(const Loan& loan, int kind, std::uint64_t schema_hash) noexcept;
+  Outcome publish(const Loan& loan, int kind, std::uint64_t schema_hash, AfterPublish after, bool seal,
+                  std::uint64_t* entered_at = nullptr);
+  void end_keeping(const Loan& loan) noexcept;
   bool is_mine(const Loan& loan) const noexcept;
   std::uint32_t take_slot(std::uint64_t payload_bytes) noexcept;
   std::uint32_t wait_for_hot_slot(std::uint64_t payload_bytes) noexcept;
   std::uint32_t take_slot_when_full(Backpressure policy);
   void fit(std::uint32_t s, std::uint64_t frame);
   void grow(std::uint32_t s, std::uint64_t need);
+  void unseal(std::uint32_t s);
   bool reclaim_free_slots() noexcept;
 
   // --- receiving.cpp ---
@@ -129,8 +134,36 @@ struct Channel::Impl {
            slots::Claim::holder(me);
   }
 
+  // --- placing.cpp ---
+  Outcome try_place(const void* payload, std::uint64_t bytes, std::uint64_t limit_bytes, Place& place);
+  Outcome try_take(const Place& place, Received& message);
+  bool try_withdraw(const Place& place) noexcept;
+  std::uint32_t discard_older(std::int64_t before_ns) noexcept;
+  MemoryUse memory_use() const noexcept;
+
   // --- waiting.cpp ---
   class Sleeper;
+  class Watched;
+  void begin_to_sleep(waiting::WaitPoint point, std::uint32_t& count, std::uint64_t reason);
+  void end_sleep(waiting::WaitPoint point, std::uint32_t& count);
+  void begin_to_sleep(Side side);
+  void end_sleep(Side side);
+  waiting::WaitPoint point(Side side) noexcept {
+    return side == Side::Room ? pool.space() : group.messages();
+  }
+  bool message_or_end() noexcept;
+  bool certain_message_or_end() noexcept;
+  bool is_at_end() noexcept;
+  bool room_or_end(bool surely) noexcept;
+  /// Whether a wait is over, for who does not try himself. `surely`: for the last look before sleeping.
+  bool is_ready(Side side, bool surely) noexcept {
+    if (side == Side::Room) return room_or_end(surely);
+    return message_or_end() && (!surely || certain_message_or_end());
+  }
+  /// What somebody who waits does after a slice in vain; true when he had better try again.
+  bool look_after(Side side) noexcept;
+  /// Called by who was woken and takes nothing.
+  void pass_on(Side side) noexcept;
   template <class Ready, class Surely>
   Outcome wait(waiting::WaitPoint point, std::uint32_t& count, std::uint64_t reason,
                waiting::AdaptiveSpin& spinner, Ready ready, Surely surely, std::uint64_t done,
@@ -151,6 +184,7 @@ struct Channel::Impl {
   void shutdown(bool at_once);
   void wake_receivers() noexcept;
   void close() noexcept;
+  void end_watches() noexcept;
   void leave_if_idle() noexcept;
   void leave() noexcept;
   void leave_group() noexcept;

@@ -124,9 +124,8 @@ bool Channel::Impl::is_drained() noexcept {
   for (std::uint32_t s = 0; s < region->geometry().slots; ++s) {
     SlotWord word = pool.word(s);
     if (word.is(SlotPhase::Writing)) return false;
-    if (!word.is(SlotPhase::Committed) || (word.pending() & (group.bit() | slots::kEnqueueing)) == 0)
-      continue;
-    if ((word.pending() & slots::kEnqueueing) != 0) return false;
+    if (!word.is(SlotPhase::Committed) || (word.pending() & group.bit()) == 0) continue;
+    if (word.is_entering()) return false;
     const std::uint32_t who = group.claim(s).who();
     if (who == slots::Claim::kNobody || who == slots::Claim::kRedeliver) return false;
   }

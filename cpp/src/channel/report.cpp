@@ -24,6 +24,7 @@ namespace {
 const char* state_name(SlotWord word, bool pinned) noexcept {
   if (word.is_free()) return "FREE";
   if (word.is(SlotPhase::Writing)) return "WRITING";
+  if (word.is_kept() && (word.pending() & slots::kGroupBits) == 0) return "KEPT";
   if (word.is(SlotPhase::Committed)) return pinned ? "PINNED" : "COMMITTED";
   return "CORRUPTED";
 }
@@ -100,6 +101,7 @@ ChannelStats count(memory::Region& region, std::uint32_t number, std::uint32_t m
       out.pinned_slots += pinned;
       out.pinned_by_me += mine;
       out.dead_letters += dead;
+      out.kept_slots += word.is_kept();
     }
   }
   return out;
@@ -167,6 +169,9 @@ Report report(memory::Region& region, const std::string& path, std::uint32_t me)
     one.reserved_bytes = region.slot(s).room_bytes.load(std::memory_order_relaxed);
     if (word.is(SlotPhase::Writing)) {
       if (Report::Participant* owner = participant(word.owner())) ++owner->writing;
+    }
+    if (word.is_kept()) {
+      if (Report::Participant* owner = participant(word.owner())) ++owner->kept;
     }
     for (std::uint32_t g = 0; g < geometry.groups; ++g) {
       if ((one.pending >> g & 1) == 0) continue;

@@ -1,6 +1,7 @@
 #include "channel/impl.hpp"
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <optional>
 
@@ -67,7 +68,7 @@ std::uint32_t Channel::Impl::wait_for_hot_slot(std::uint64_t payload_bytes) noex
 }
 
 Outcome Channel::Impl::try_alloc(std::uint64_t payload_bytes, std::uint32_t meta_bytes, Backpressure policy,
-                                 Loan& loan) {
+                                 Loan& loan, bool for_copy) {
   enter();
   const memory::Geometry& g = region->geometry();
   std::uint64_t frame = 0;
@@ -80,7 +81,7 @@ Outcome Channel::Impl::try_alloc(std::uint64_t payload_bytes, std::uint32_t meta
     return Outcome::Closed;
   }
   region->prepare_writing();
-  std::uint32_t s = take_slot(payload_bytes);
+  std::uint32_t s = take_slot(for_copy ? payload_bytes : std::min(payload_bytes, kHotWaitBytes - 1));
   if (s == kNoSlot) [[unlikely]] {
     s = take_slot_when_full(policy);
     if (s == kNoSlot) {
@@ -90,6 +91,8 @@ Outcome Channel::Impl::try_alloc(std::uint64_t payload_bytes, std::uint32_t meta
     }
   }
   DSLINE_POINT("alloc.taken");
+  if (region->has_sealed(s)) [[unlikely]]
+    unseal(s);
   fit(s, frame);
   loan.word = pool.word(s).bits;
   loan.process = process.load(std::memory_order_relaxed);
@@ -99,6 +102,7 @@ Outcome Channel::Impl::try_alloc(std::uint64_t payload_bytes, std::uint32_t meta
   loan.payload_bytes = payload_bytes;
   loan.meta = at + sizeof(FrameHeader);
   loan.payload = at + frames::payload_offset(meta_bytes);
+  loan.shown = region->read_frame(s) + frames::payload_offset(meta_bytes);
   return Outcome::Ok;
 }
 
@@ -154,6 +158,16 @@ void Channel::Impl::fit(std::uint32_t s, std::uint64_t frame) {
   }
 }
 
+void Channel::Impl::unseal(std::uint32_t s) {
+  if (region->unseal_slot(s)) return;
+  const int failure = errno;
+  pool.abort(s, pool.word(s));
+  throw Error(
+      ErrorCode::System,
+      "channel '" + label + "': a sealed slot cannot be made writable again (" + strerror(failure) + ")",
+      failure);
+}
+
 void Channel::Impl::grow(std::uint32_t s, std::uint64_t need) {
   try {
     try {
@@ -197,7 +211,17 @@ void Channel::Impl::abort(const Loan& loan) noexcept {
     leave_if_idle();
 }
 
-Outcome Channel::Impl::publish(const Loan& loan, int kind, std::uint64_t schema_hash) noexcept {
+void Channel::Impl::end_keeping(const Loan& loan) noexcept {
+  if (loan.process != base::fork_generation() || left.load(std::memory_order_relaxed)) return;
+  const SlotWord word = pool.word(loan.slot);
+  if (word.generation() != SlotWord{loan.word}.generation() || word.owner() != me || !word.is_kept()) return;
+  publication.end_keeping(loan.slot, word);
+  if (closed.load(std::memory_order_seq_cst)) [[unlikely]]
+    leave_if_idle();
+}
+
+Outcome Channel::Impl::publish(const Loan& loan, int kind, std::uint64_t schema_hash, AfterPublish after,
+                               bool seal, std::uint64_t* entered_at) {
   if (!is_mine(loan)) [[unlikely]]
     return Outcome::Closed;
   FrameHeader header{};
@@ -210,6 +234,17 @@ Outcome Channel::Impl::publish(const Loan& loan, int kind, std::uint64_t schema_
   header.timestamp_ns = base::realtime_ns();
   frames::seal(header, region->checksum(), loan.meta, loan.payload);
   std::memcpy(region->write_frame(loan.slot), &header, sizeof header);
+  if (seal) [[unlikely]] {
+    const std::uint64_t frame = frames::payload_offset(loan.meta_bytes) + loan.payload_bytes;
+    if (!region->seal_slot(loan.slot, frame)) {
+      const int failure = errno;
+      throw Error(ErrorCode::System,
+                  "channel '" + label + "': the pages of the message cannot be sealed (" + strerror(failure) +
+                      "); the number of mappings (vm.max_map_count) may be used up; the loan is still open",
+                  failure);
+    }
+    DSLINE_POINT("publish.sealed");
+  }
 
   // SYNC active: sequentially consistent with the slot's WRITING word. Whoever changes `active` sees the slot WRITING
   // or this load sees the change.
@@ -220,7 +255,8 @@ Outcome Channel::Impl::publish(const Loan& loan, int kind, std::uint64_t schema_
     return Outcome::Closed;
   }
   const std::uint32_t groups = static_cast<std::uint32_t>(state) & region->group_bits();
-  if (!publication.publish(loan.slot, SlotWord{loan.word}, groups, me)) [[unlikely]]
+  if (!publication.publish(loan.slot, SlotWord{loan.word}, groups, me, after == AfterPublish::Keep,
+                           entered_at)) [[unlikely]]
     return Outcome::Closed;
   count(sent);
   // A group that ended meanwhile leaves its bit to whoever looks next.
@@ -233,12 +269,22 @@ Outcome Channel::Impl::publish(const Loan& loan, int kind, std::uint64_t schema_
 }
 
 Outcome Channel::try_alloc(std::uint64_t payload_bytes, std::uint32_t meta_bytes, Backpressure policy,
-                           Loan& loan) {
-  return impl_->try_alloc(payload_bytes, meta_bytes, policy, loan);
+                           Loan& loan, bool for_copy) {
+  return impl_->try_alloc(payload_bytes, meta_bytes, policy, loan, for_copy);
 }
 Outcome Channel::publish(const Loan& loan, int kind, std::uint64_t schema_hash) noexcept {
-  return impl_->publish(loan, kind, schema_hash);
+  return impl_->publish(loan, kind, schema_hash, AfterPublish::LetGo, false);
 }
+Outcome Channel::publish(const Loan& loan, int kind, std::uint64_t schema_hash, AfterPublish after,
+                         bool seal) {
+  return impl_->publish(loan, kind, schema_hash, after, seal);
+}
+void Channel::end_keeping(const Loan& loan) noexcept { impl_->end_keeping(loan); }
+bool Channel::can_seal() const noexcept {
+  return impl_->region->storage().kind() != memory::StorageKind::Heap &&
+         impl_->region->geometry().stride_bytes % memory::kPageBytes == 0;
+}
+bool Channel::part_with_loans() noexcept { return impl_->region->part_with_writable(); }
 void Channel::abort(const Loan& loan) noexcept { impl_->abort(loan); }
 
 Outcome Channel::try_send(const void* payload, std::uint64_t payload_bytes, int kind, const void* meta,
@@ -256,7 +302,7 @@ Outcome Channel::try_send(const void* payload, std::uint64_t payload_bytes, int 
   if (meta_bytes != 0) std::memcpy(loan.meta, meta, meta_bytes);
   if (payload_bytes != 0) std::memcpy(loan.payload, payload, payload_bytes);
   DSLINE_POINT("send.copied");
-  return impl_->publish(loan, kind, schema_hash);
+  return impl_->publish(loan, kind, schema_hash, AfterPublish::LetGo, false);
 }
 
 Outcome Channel::send(const void* payload, std::uint64_t payload_bytes, Backpressure policy,

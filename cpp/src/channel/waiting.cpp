@@ -5,23 +5,22 @@
 #include "liveness/recovery.hpp"
 
 namespace dsline {
+namespace {
+
+// ParticipantState::waiting_on, as a report shows it.
+constexpr std::uint64_t kWaitsForRoom = 1;
+constexpr std::uint64_t kWaitsForMessage = 2;
+
+}  // namespace
 
 /// Adds this handle's bit while at least one of its threads sleeps.
 class Channel::Impl::Sleeper {
  public:
   Sleeper(Impl& impl, waiting::WaitPoint point, std::uint32_t& count, std::uint64_t reason)
       : impl_(impl), point_(point), count_(count) {
-    std::lock_guard lock(impl_.local->waiters);
-    ++count_;
-    point_.add(impl_.me);
-    impl_.region->participant(impl_.me).waiting_on.store(reason, std::memory_order_relaxed);
+    impl_.begin_to_sleep(point, count, reason);
   }
-  ~Sleeper() {
-    std::lock_guard lock(impl_.local->waiters);
-    if (--count_ != 0) return;
-    point_.remove(impl_.me);
-    impl_.region->participant(impl_.me).waiting_on.store(0, std::memory_order_relaxed);
-  }
+  ~Sleeper() { impl_.end_sleep(point_, count_); }
   Sleeper(const Sleeper&) = delete;
   Sleeper& operator=(const Sleeper&) = delete;
 
@@ -30,6 +29,71 @@ class Channel::Impl::Sleeper {
   waiting::WaitPoint point_;
   std::uint32_t& count_;
 };
+
+void Channel::Impl::begin_to_sleep(waiting::WaitPoint point, std::uint32_t& count, std::uint64_t reason) {
+  std::lock_guard lock(local->waiters);
+  ++count;
+  point.add(me);
+  region->participant(me).waiting_on.store(reason, std::memory_order_relaxed);
+}
+
+void Channel::Impl::end_sleep(waiting::WaitPoint point, std::uint32_t& count) {
+  std::lock_guard lock(local->waiters);
+  if (--count != 0) return;
+  point.remove(me);
+  region->participant(me).waiting_on.store(0, std::memory_order_relaxed);
+}
+
+void Channel::Impl::begin_to_sleep(Side side) {
+  begin_to_sleep(point(side), side == Side::Room ? local->sleeping_for_space : local->sleeping_for_message,
+                 side == Side::Room ? kWaitsForRoom : kWaitsForMessage);
+}
+
+void Channel::Impl::end_sleep(Side side) {
+  end_sleep(point(side), side == Side::Room ? local->sleeping_for_space : local->sleeping_for_message);
+}
+
+bool Channel::Impl::message_or_end() noexcept {
+  if (group.anything_waiting() || closed.load(std::memory_order_relaxed) || !may_receive()) return true;
+  return is_at_end();
+}
+
+bool Channel::Impl::certain_message_or_end() noexcept {
+  if (closed.load(std::memory_order_relaxed) || !may_receive()) return true;
+  return group.anything_to_take() || is_at_end();
+}
+
+/// Of a channel that was shut down: nothing will come any more.
+bool Channel::Impl::is_at_end() noexcept {
+  const std::uint64_t state = active();
+  return (state & memory::kShutDown) != 0 && ((state & memory::kShutDownAtOnce) != 0 || is_drained());
+}
+
+bool Channel::Impl::room_or_end(bool surely) noexcept {
+  return pool.anything_free() || closed.load(std::memory_order_relaxed) || is_shut_down() ||
+         (surely && pool.anything_free_by_scan());
+}
+
+bool Channel::Impl::look_after(Side side) noexcept {
+  sweep(false);
+  if (side == Side::Message) {
+    group.offer_what_was_passed();
+    return false;
+  }
+  tidy();
+  offer_what_was_passed();
+  return region->keeps_history();  // a sender drops of it what nobody holds any more, of which nobody tells
+}
+
+void Channel::Impl::pass_on(Side side) noexcept {
+  if (is_inherited() || left) return;
+  if (side == Side::Message) {
+    if (may_receive()) group.pass_on();
+  } else if (pool.anything_free() ||
+             (region->geometry().slots <= slots::kMostSlotsForHints && pool.anything_free_by_scan())) {
+    pool.space().wake_one_if_anyone();
+  }
+}
 
 /// `ready` is looked at while spinning; `surely` once more between registering and sleeping.
 template <class Ready, class Surely>
@@ -66,11 +130,9 @@ Outcome Channel::Impl::wait_for_space(std::int64_t deadline_ns, bool spin) {
   Busy guard(*this);
   if (closed.load(std::memory_order_seq_cst)) return Outcome::Ok;
   send_waits.fetch_add(1, std::memory_order_relaxed);
-  auto ready = [this] {
-    return pool.anything_free() || closed.load(std::memory_order_relaxed) || is_shut_down();
-  };
-  auto surely = [this, &ready] { return ready() || pool.anything_free_by_scan(); };
-  return wait(pool.space(), local->sleeping_for_space, 1, local->space_spin, ready, surely,
+  auto ready = [this] { return room_or_end(false); };
+  auto surely = [this] { return room_or_end(true); };
+  return wait(pool.space(), local->sleeping_for_space, kWaitsForRoom, local->space_spin, ready, surely,
               sent.load(std::memory_order_relaxed), deadline_ns, spin);
 }
 
@@ -79,13 +141,10 @@ Outcome Channel::Impl::wait_for_message(std::int64_t deadline_ns, bool spin) {
   Busy guard(*this);
   if (closed.load(std::memory_order_seq_cst) || !may_receive()) return Outcome::Ok;
   recv_waits.fetch_add(1, std::memory_order_relaxed);
-  auto ready = [this] {
-    if (group.anything_waiting() || closed.load(std::memory_order_relaxed) || !may_receive()) return true;
-    const std::uint64_t state = active();
-    return (state & memory::kShutDown) != 0 && ((state & memory::kShutDownAtOnce) != 0 || is_drained());
-  };
-  const Outcome outcome = wait(group.messages(), local->sleeping_for_message, 2, local->message_spin, ready,
-                               ready, taken.load(std::memory_order_relaxed), deadline_ns, spin);
+  auto ready = [this] { return message_or_end(); };
+  const Outcome outcome =
+      wait(group.messages(), local->sleeping_for_message, kWaitsForMessage, local->message_spin, ready, ready,
+           taken.load(std::memory_order_relaxed), deadline_ns, spin);
   if (outcome == Outcome::Empty) group.offer_what_was_passed();
   return outcome;
 }
@@ -103,14 +162,14 @@ Outcome Channel::Impl::wait_for_newer(bool any, std::uint64_t newer_than, std::i
     return closed_or_shut_down() || find_latest(any, newer_than, slot, position, word);
   };
   order::Group retention(*region, region->retention_group());
-  return wait(retention.messages(), local->sleeping_for_newer, 2, local->message_spin, ready, ready,
-              taken.load(std::memory_order_relaxed), deadline_ns, spin);
+  return wait(retention.messages(), local->sleeping_for_newer, kWaitsForMessage, local->message_spin, ready,
+              ready, taken.load(std::memory_order_relaxed), deadline_ns, spin);
 }
 
 void Channel::Impl::pass_on_wake() noexcept {
   if (is_inherited() || left) return;
-  if (may_receive() && group.anything_waiting()) group.messages().wake_one_if_anyone();
-  if (pool.anything_free()) pool.space().wake_one_if_anyone();
+  pass_on(Side::Message);
+  pass_on(Side::Room);
 }
 
 bool Channel::Impl::sweep(bool now) noexcept {

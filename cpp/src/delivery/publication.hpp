@@ -14,7 +14,8 @@ namespace dsline::delivery {
 /// What a sender does with slots and order together: publish (P1 to P4), make room, keep the history short.
 ///
 /// Threads: any number, of any processes.
-/// Death: between P1 and P2b the slot has ENQ and its owner's number, and recovery goes on from there. A message that was
+/// Death: between P1 and P2b the slot has ENQ and its owner's number, and recovery goes on from there; with KEPT it only
+///   clears ENQ. A message that was
 ///   taken to be discarded carries the claim kDiscard with its taker's number, and recovery releases it. A history that
 ///   is too long is cut by the next sender.
 class Publication {
@@ -23,17 +24,21 @@ class Publication {
       : region_(&region), pool_(&pool), ring_(region) {}
 
   /// P1 to P4 for the slot that `me` wrote. `groups` is what `active` held after the slot was taken. False when the slot
-  /// has been taken away.
-  bool publish(std::uint32_t s, slots::SlotWord word, std::uint32_t groups, std::uint32_t me) noexcept {
+  /// has been taken away. `keep`: the slot is not free before end_keeping(), whoever is done with the message.
+  /// `entered_at` becomes its position; it stays as it is where no group is there for the message.
+  bool publish(std::uint32_t s, slots::SlotWord word, std::uint32_t groups, std::uint32_t me,
+               bool keep = false, std::uint64_t* entered_at = nullptr) noexcept {
     DSLINE_POINT("publish.before_commit");
-    if (!pool_->commit(s, word, groups)) [[unlikely]]
+    if (!pool_->commit(s, word, groups, keep)) [[unlikely]]
       return false;
     DSLINE_POINT("publish.committed");
     if (groups == 0) [[unlikely]] {
       region_->header().unheard.fetch_add(1, std::memory_order_relaxed);
+      if (keep) pool_->keep(s);
       return true;
     }
-    const std::uint64_t position = enter(s, groups);
+    const std::uint64_t position = enter(s, groups, keep);
+    if (entered_at != nullptr) *entered_at = position;
     if (region_->keeps_history()) [[unlikely]] {
       DSLINE_POINT("history.before_cut");
       trim_history(position, me);
@@ -43,16 +48,27 @@ class Publication {
 
   /// P2 to P4: enters a committed slot; its position.
   /// Requires: the caller is its publisher, or acts for it under its lock.
-  std::uint64_t enter(std::uint32_t s, std::uint32_t groups) noexcept {
+  std::uint64_t enter(std::uint32_t s, std::uint32_t groups, bool keep = false) noexcept {
     order::OrderRing::Entered entered = ring_.enter(s, groups);
     DSLINE_POINT("publish.entered");
     ring_.advance_tail(entered);
     DSLINE_POINT("publish.tail_moved");
-    pool_->clear_pending(s, slots::kEnqueueing);
+    if (keep) {
+      pool_->keep(s);
+      DSLINE_POINT("publish.kept");
+    } else {
+      pool_->clear_pending(s, slots::kEnqueueing);
+    }
     DSLINE_POINT("publish.before_wake");
     base::fence_seq_cst_after_rmw();
     wake(groups);
     return entered.position;
+  }
+
+  /// The publisher of `word` no longer looks at the payload. Does nothing for a later message of the slot.
+  void end_keeping(std::uint32_t s, slots::SlotWord word) noexcept {
+    DSLINE_POINT("keep.before_end");
+    pool_->clear_pending_of(s, word, slots::kEnqueueing);
   }
 
   /// DROP_OLDEST: takes the oldest message that some group has not claimed, for every group that has not, and releases

@@ -134,8 +134,7 @@ std::uint32_t Membership::make(std::string_view wanted, std::uint32_t rules, Joi
 std::uint64_t Membership::offered_position(std::uint32_t s, SlotWord word, std::uint32_t group,
                                            std::uint64_t tail) const noexcept {
   const std::uint32_t pending = word.pending() & region_->group_bits();
-  if (!word.is(SlotPhase::Committed) || (word.pending() & slots::kEnqueueing) != 0 || pending == 0 ||
-      (pending >> group & 1) != 0)
+  if (!word.is(SlotPhase::Committed) || word.is_entering() || pending == 0 || (pending >> group & 1) != 0)
     return slots::kNoPosition;
   bool wanted = false;
   for (std::uint32_t left = pending; left != 0; left &= left - 1) {
@@ -192,8 +191,7 @@ void Membership::offer_old(std::uint32_t group, std::uint64_t from) noexcept {
     if (!claim.compare_exchange_strong(before.bits, open.bits, std::memory_order_acq_rel)) continue;
     DSLINE_POINT("join.offered");
     while (offered_position(s, word, group, tail) == position) {
-      SlotWord with_group =
-          SlotWord::make(word.generation(), word.owner(), word.phase(), word.pending() | 1u << group);
+      const SlotWord with_group{word.bits | std::uint64_t{1} << group};
       const std::uint32_t generation = word.generation();
       // SYNC word: sequentially consistent, so that a release that came first is seen as the end of the message.
       if (region_->slot(s).word.compare_exchange_strong(word.bits, with_group.bits,
@@ -210,9 +208,7 @@ void Membership::wait_for_senders(std::uint32_t group) const noexcept {
     const SlotWord first = pool_->word(s);
     auto may_lack = [&](SlotWord word) {
       return word.generation() == first.generation() &&
-             (word.is(SlotPhase::Writing) ||
-              (word.is(SlotPhase::Committed) && (word.pending() & slots::kEnqueueing) != 0 &&
-               (word.pending() >> group & 1) == 0));
+             (word.is(SlotPhase::Writing) || (word.is_entering() && (word.pending() >> group & 1) == 0));
     };
     while (may_lack(pool_->word(s)) && base::monotonic_ns() < deadline) sched_yield();
   }
@@ -267,7 +263,7 @@ void Membership::remove_abandoned(std::uint32_t except, std::uint32_t me) noexce
 
 // A sweeper that is no participant yet leaves kDiscard without a number when it dies; the control lock says that nobody
 // is at it any more. A claim is read before the word and taken only at a real position: an entering sender writes the claims of its
-// groups while the word has ENQ, and such a word is left for a later sweep.
+// groups while the word is entering, and such a word is left for a later sweep.
 void Membership::sweep(std::uint32_t me) noexcept {
   for (std::uint32_t s = 0; s < region_->geometry().slots; ++s) {
     std::uint32_t gone = pool_->word(s).pending() & region_->group_bits() & ~active();
@@ -275,8 +271,8 @@ void Membership::sweep(std::uint32_t me) noexcept {
       const std::uint32_t g = static_cast<std::uint32_t>(std::countr_zero(gone));
       Claim claim{region_->claim(s, g).load(std::memory_order_acquire)};
       const SlotWord word = pool_->word(s);
-      if (!word.is(SlotPhase::Committed) || (word.pending() & slots::kEnqueueing) != 0 ||
-          (word.pending() >> g & 1) == 0 || !(claim.is_open() || claim.who() == Claim::kDiscard) ||
+      if (!word.is(SlotPhase::Committed) || word.is_entering() || (word.pending() >> g & 1) == 0 ||
+          !(claim.is_open() || claim.who() == Claim::kDiscard) ||
           claim.position_low() == slots::kNoPositionLow)
         continue;
       DSLINE_POINT("sweep.before_claim");

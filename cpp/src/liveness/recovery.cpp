@@ -54,6 +54,11 @@ void recover_published(memory::Region& region, SlotPool& pool, OrderRing& ring, 
     return;
   }
   if (!word.is(SlotPhase::Committed) || (word.pending() & slots::kEnqueueing) == 0) return;
+  if (word.is_kept()) {
+    DSLINE_POINT("recover.before_not_kept");
+    pool.clear_pending(s, slots::kEnqueueing);
+    return;
+  }
   if (is_in_order(region, ring, s, word)) {
     ring.advance_tail_past(region.slot(s).position.load(std::memory_order_acquire));
     DSLINE_POINT("recover.before_not_enqueueing");
@@ -250,8 +255,8 @@ void rebuild(memory::Region& region) {
     SlotWord word{region.slot(s).word.load(std::memory_order_relaxed)};
     const bool queued = word.is(SlotPhase::Committed) && (word.pending() & kept) != 0;
     std::uint64_t position = region.slot(s).position.load(std::memory_order_relaxed);
-    // With ENQ set the position is only intended, and another message may have it.
-    if (queued && ((word.pending() & slots::kEnqueueing) != 0 || position == slots::kNoPosition)) {
+    // While it is entering the position is only intended, and another message may have it.
+    if (queued && (word.is_entering() || position == slots::kNoPosition)) {
       late.push_back(s);
     } else if (queued) {
       end = std::max(end, slots::next_position(position));

@@ -25,7 +25,7 @@ std::string out_of_range(const char* what, std::uint64_t value, std::uint64_t le
 }  // namespace
 
 Geometry plan_geometry(std::uint32_t slots, std::uint64_t slot_bytes, std::uint64_t max_message_bytes,
-                       std::uint32_t participants, std::uint32_t groups) {
+                       std::uint32_t participants, std::uint32_t groups, std::uint64_t schema_bytes) {
   if (slots < 1 || slots > kMaxSlots) invalid(out_of_range("capacity", slots, 1, kMaxSlots));
   if (participants < 1 || participants > kMaxParticipants) {
     invalid(out_of_range("max_handles", participants, 1, kMaxParticipants));
@@ -34,6 +34,9 @@ Geometry plan_geometry(std::uint32_t slots, std::uint64_t slot_bytes, std::uint6
     invalid(out_of_range("max_groups with the default group and the history's", groups, 1, kMaxGroups));
   if (slot_bytes < 1 || slot_bytes > kMaxRegionBytes)
     invalid(out_of_range("slot_size", slot_bytes, 1, kMaxRegionBytes));
+  if (schema_bytes > kMaxSchemaBytes)
+    invalid("the spec needs " + std::to_string(schema_bytes) + " bytes, must have at most " +
+            std::to_string(kMaxSchemaBytes));
   if (max_message_bytes == 0) {
     std::uint64_t share = kDefaultArena / slots;
     share = share > kLargestFrameOverhead ? share - kLargestFrameOverhead : 0;
@@ -51,6 +54,7 @@ Geometry plan_geometry(std::uint32_t slots, std::uint64_t slot_bytes, std::uint6
   g.participants = participants;
   g.groups = groups;
   g.order_cells = std::bit_ceil(kCellsPerSlot * slots);
+  g.schema_bytes = static_cast<std::uint32_t>(schema_bytes);
 
   std::uint64_t packed = base::round_up(kFrameRoomBytes + max_message_bytes, base::kCacheLine);
   if (packed < kPageBytes) {
@@ -61,7 +65,7 @@ Geometry plan_geometry(std::uint32_t slots, std::uint64_t slot_bytes, std::uint6
     g.stride_bytes = std::max(g.stride_bytes, g.room_bytes);
   }
 
-  std::uint64_t at = kPageBytes;
+  std::uint64_t at = base::round_up(kSchemaOffset + schema_bytes, 2 * base::kCacheLine);
   auto place = [&at](std::uint64_t bytes) {
     std::uint64_t offset = at;
     at = base::round_up(at + bytes, 2 * base::kCacheLine);
@@ -91,7 +95,7 @@ bool is_valid(const Geometry& geometry) noexcept {
   try {
     if (geometry.max_message_bytes == 0) return false;
     Geometry planned = plan_geometry(geometry.slots, geometry.slot_bytes, geometry.max_message_bytes,
-                                     geometry.participants, geometry.groups);
+                                     geometry.participants, geometry.groups, geometry.schema_bytes);
     return std::memcmp(&planned, &geometry, sizeof planned) == 0;
   } catch (const Error&) {
     return false;

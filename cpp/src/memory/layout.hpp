@@ -14,13 +14,17 @@
 namespace dsline::memory {
 
 inline constexpr std::uint32_t kRegionMagic = 0x4E4C5344;  // "DSLN", little-endian
-inline constexpr std::uint32_t kLayoutVersion = 2;
+inline constexpr std::uint32_t kLayoutVersion = 3;
 inline constexpr std::uint32_t kPageBytes = 4096;
 
 inline constexpr std::uint32_t kMaxSlots = 1u << 20;
 inline constexpr std::uint32_t kMaxParticipants = 256;
 inline constexpr std::uint32_t kMaxGroups = 23;
 inline constexpr std::uint64_t kMaxRegionBytes = std::uint64_t{1} << 44;
+
+/// Bytes of a schema at most, and where it lies: directly behind the header.
+inline constexpr std::uint32_t kMaxSchemaBytes = 65536;
+inline constexpr std::uint64_t kSchemaOffset = kPageBytes;
 
 /// Bytes of a group's name at most.
 inline constexpr std::uint32_t kMaxGroupName = 100;
@@ -40,6 +44,8 @@ struct Geometry {
   std::uint32_t participants;
   std::uint32_t groups;
   std::uint32_t order_cells;
+  std::uint32_t schema_bytes;  // 0: messages of any kind
+  std::uint32_t reserved;      // 0
   std::uint64_t participants_offset;
   std::uint64_t groups_offset;
   std::uint64_t order_offset;
@@ -49,18 +55,18 @@ struct Geometry {
   std::uint64_t notes_offset;
   std::uint64_t arena_offset;
 };
-static_assert(sizeof(Geometry) == 120 && std::is_trivially_copyable_v<Geometry>);
+static_assert(sizeof(Geometry) == 128 && std::is_trivially_copyable_v<Geometry>);
 
 /// Cells of the order per slot, at least: a message that a late joiner still gets may lie a pool of slots before the
 /// tail that the joiner saw, and two pools of messages may enter behind that tail before the joiner has taken it (one of
 /// senders that had not seen the joiner, one that waits for it).
 inline constexpr std::uint32_t kCellsPerSlot = 4;
 
-/// Fills in everything that follows from the five choices. Throws Error(InvalidArgument) that names the value
+/// Fills in everything that follows from the six choices. Throws Error(InvalidArgument) that names the value
 /// and the limit. `max_message_bytes` 0 asks for the default. `groups` counts the default group and, where the channel
 /// keeps a history, the retention group.
 Geometry plan_geometry(std::uint32_t slots, std::uint64_t slot_bytes, std::uint64_t max_message_bytes,
-                       std::uint32_t participants, std::uint32_t groups);
+                       std::uint32_t participants, std::uint32_t groups, std::uint64_t schema_bytes = 0);
 
 /// True iff plan_geometry() of its choices gives exactly `geometry`.
 bool is_valid(const Geometry& geometry) noexcept;
@@ -110,7 +116,7 @@ struct RegionHeader {
   Rules rules;
   std::uint32_t creator_pid;  // for people
   std::uint32_t storage;
-  std::uint32_t reserved;
+  std::uint32_t schema_crc;       // CRC32C of the schema, which is written once too; 0 of none
   std::uint32_t description_crc;  // CRC32C of the bytes before it, less boot_id
 
   // Bits 0…22: active groups. Bit 32: shut down. Bit 33: shut down at once. Writers: join, leave, shutdown
@@ -128,11 +134,12 @@ struct RegionHeader {
   alignas(64) DeathState death[kDeathsKept];
 };
 static_assert(offsetof(RegionHeader, magic) == 0 && offsetof(RegionHeader, layout_version) == 4);
-static_assert(offsetof(RegionHeader, geometry) == 8 && offsetof(RegionHeader, uuid) == 128);
-static_assert(offsetof(RegionHeader, boot_id) == 144 && offsetof(RegionHeader, created_ns) == 160);
-static_assert(offsetof(RegionHeader, first_position) == 168 && offsetof(RegionHeader, rules) == 176);
-static_assert(offsetof(RegionHeader, creator_pid) == 200 && offsetof(RegionHeader, storage) == 204);
-static_assert(offsetof(RegionHeader, description_crc) == 212 && offsetof(RegionHeader, active) == 256);
+static_assert(offsetof(RegionHeader, geometry) == 8 && offsetof(RegionHeader, uuid) == 136);
+static_assert(offsetof(RegionHeader, boot_id) == 152 && offsetof(RegionHeader, created_ns) == 168);
+static_assert(offsetof(RegionHeader, first_position) == 176 && offsetof(RegionHeader, rules) == 184);
+static_assert(offsetof(RegionHeader, creator_pid) == 208 && offsetof(RegionHeader, storage) == 212);
+static_assert(offsetof(RegionHeader, schema_crc) == 216);
+static_assert(offsetof(RegionHeader, description_crc) == 220 && offsetof(RegionHeader, active) == 256);
 static_assert(offsetof(RegionHeader, dropped_newest) == 264 && offsetof(RegionHeader, unheard) == 272);
 static_assert(offsetof(RegionHeader, corrupted) == 280 && offsetof(RegionHeader, deaths) == 288);
 static_assert(offsetof(RegionHeader, buried) == 296 && offsetof(RegionHeader, letters_dropped) == 304);

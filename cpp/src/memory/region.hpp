@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
+#include <vector>
 
 #include "memory/layout.hpp"
 #include "memory/storage.hpp"
@@ -18,10 +20,12 @@ namespace dsline::memory {
 /// Threads: any number.
 class Region {
  public:
-  /// Lays out a new region in an empty storage and reserves it; slots, order and groups are still zero. Nobody else
+  /// Lays out a new region in an empty storage and reserves it, with a schema of
+  /// geometry.schema_bytes; slots, order and groups are still zero. Nobody else
   /// can reach it yet.
   static std::unique_ptr<Region> create(std::unique_ptr<Storage> storage, const Geometry& geometry,
-                                        const Rules& rules, std::uint64_t first_position);
+                                        const Rules& rules, std::uint64_t first_position,
+                                        std::string_view schema = {});
   /// Maps a region that exists. Throws Error(ChannelLayout) when the bytes are not one of this version.
   static std::unique_ptr<Region> attach(std::unique_ptr<Storage> storage);
   ~Region();
@@ -29,6 +33,8 @@ class Region {
   const Geometry& geometry() const noexcept { return geometry_; }
   Storage& storage() const noexcept { return *storage_; }
   const Rules& rules() const noexcept { return rules_; }
+  /// What every message has to be, as the creator wrote it (a private copy); empty: anything.
+  const std::string& schema() const noexcept { return schema_; }
   Checksum checksum() const noexcept { return static_cast<Checksum>(rules_.checksum); }
   bool keeps_history() const noexcept { return rules_.history != 0; }
   /// Number of the retention group. Requires: keeps_history().
@@ -75,6 +81,19 @@ class Region {
   void reserve_slot(std::uint32_t s, std::uint64_t bytes);
   void shrink_slot(std::uint32_t s, std::uint64_t bytes) noexcept;
 
+  /// Makes the pages under the first `frame` bytes of a slot's frame read-only in the writable mapping of this object, and
+  /// back; false with errno when the kernel refuses. Requires: slots have pages of their own, and the caller owns this one
+  /// in state WRITING.
+  bool seal_slot(std::uint32_t s, std::uint64_t frame) noexcept;
+  bool unseal_slot(std::uint32_t s) noexcept;
+  bool has_sealed(std::uint32_t s) const noexcept {
+    const base::Atomic<std::uint64_t>* sealed = sealed_.load(std::memory_order_acquire);
+    return sealed != nullptr && (sealed[s / 64].load(std::memory_order_relaxed) >> s % 64 & 1) != 0;
+  }
+  /// In a forked child, before it writes: what was written through the old mapping from here on is seen by this process
+  /// alone. The next writer maps another. False with errno when the kernel refuses.
+  bool part_with_writable() noexcept;
+
  private:
   explicit Region(std::unique_ptr<Storage> storage) : storage_(std::move(storage)) {}
   void map(const Geometry& geometry);
@@ -87,9 +106,14 @@ class Region {
   std::unique_ptr<Storage> storage_;
   Geometry geometry_{};
   Rules rules_{};
+  std::string schema_;
   std::byte* control_ = nullptr;
   const std::byte* arena_ = nullptr;
   base::Atomic<std::byte*> writable_arena_{nullptr};
+  // Bit per slot: its pages may be read-only in the writable mapping. Set before they are, cleared after they are not.
+  base::Atomic<base::Atomic<std::uint64_t>*> sealed_{nullptr};
+  // Mappings that were parted with; views of dead loans may still show them.
+  std::vector<std::byte*> parted_;
   ParticipantState* participants_ = nullptr;
   GroupState* groups_ = nullptr;
   OrderState* order_ = nullptr;
@@ -110,6 +134,7 @@ enum class Found {
 struct Inspection {
   Found found;
   std::string reason;  ///< for people, empty for Channel
+  std::string schema;  ///< of a Channel
 };
 Inspection inspect(const Storage& storage);
 

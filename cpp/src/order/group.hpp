@@ -65,6 +65,28 @@ class Group {
     return c.ahead_of(p) == 0 && c.slot() < region_->geometry().slots && is_unclaimed(c.slot(), p);
   }
 
+  /// Whether try_take() would find something now, without taking it; puts right what says so in vain: the redeliver flag,
+  /// which recovery raises whether or not it gave anything back, and a cursor that somebody did not move on.
+  bool anything_to_take() noexcept {
+    std::uint64_t loaded = state().redeliver.load(std::memory_order_seq_cst);
+    if ((loaded & 1) != 0) {
+      for (std::uint32_t s = 0; s < region_->geometry().slots; ++s) {
+        if (is_pending(s) && claim(s).who() == slots::Claim::kRedeliver) return true;
+      }
+      if (!state().redeliver.compare_exchange_strong(loaded, loaded & ~std::uint64_t{1},
+                                                     std::memory_order_acq_rel))
+        return true;  // raised again meanwhile
+    }
+    std::uint64_t position = 0;
+    std::uint32_t slot = 0;
+    return next_unclaimed(position, slot);
+  }
+
+  /// For who was woken and takes nothing: another member has it then.
+  void pass_on() noexcept {
+    if (anything_waiting()) messages_.wake_one_if_anyone();
+  }
+
   /// T0 to T2: takes the next message for participant `me`. False when there is none.
   bool try_take(std::uint32_t me, Held& held) noexcept {
     const std::uint32_t who = slots::Claim::holder(me);
@@ -72,6 +94,18 @@ class Group {
       if (take_given_back(who, held)) return true;
     }
     return take_at_cursor(who, held);
+  }
+
+  /// Takes the message at `position`, in slot `s`, for participant `me`, in whatever order: false when somebody has it, or
+  /// is done with it. No cell is looked at: one that a whole lap of others has overwritten does not matter.
+  bool try_take_at(std::uint32_t s, std::uint64_t position, std::uint32_t me, Held& held) noexcept {
+    return claim_open_at(s, position, slots::Claim::holder(me), held);
+  }
+
+  /// The same to discard it: the caller releases it.
+  bool try_withdraw_at(std::uint32_t s, std::uint64_t position, std::uint32_t me) noexcept {
+    Held held{};
+    return claim_open_at(s, position, slots::Claim::discarder(me), held);
   }
 
   /// The same for a message that nobody will see: the caller releases it. Of those that were never taken first, so
@@ -168,9 +202,9 @@ class Group {
     for (std::uint32_t s = 0; s < region_->geometry().slots; ++s) {
       slots::Claim found = claim(s);
       const slots::SlotWord word{region_->slot(s).word.load(std::memory_order_acquire)};
-      if (!word.is(slots::SlotPhase::Committed) || (word.pending() & bit()) == 0 ||
-          (word.pending() & slots::kEnqueueing) != 0 || found.who() != slots::Claim::kNobody ||
-          found.position_low() == slots::kNoPositionLow || slots::distance(found.position_low(), cursor) >= 0)
+      if (!word.is(slots::SlotPhase::Committed) || (word.pending() & bit()) == 0 || word.is_entering() ||
+          found.who() != slots::Claim::kNobody || found.position_low() == slots::kNoPositionLow ||
+          slots::distance(found.position_low(), cursor) >= 0)
         continue;
       const slots::Claim offered = found.with(0, slots::Claim::kRedeliver);
       any = region_->claim(s, number_)
@@ -236,8 +270,8 @@ class Group {
 
   // The cell does not say: it is damaged, or the cursor is, or the group was made while a lap went by. The first message
   // at or behind `p` that the group needs is found by its claim, and the cursor goes there; never beyond the tail that
-  // was loaded before, behind which messages enter. A message that is still entering has its final claim only when it
-  // is no longer ENQ, so it is waited for.
+  // was loaded before, behind which messages enter. A message that is still entering does not have its final claim yet, so
+  // it is waited for.
   Seen look_by_claims(std::uint64_t p) const noexcept {
     const std::uint64_t tail = order_.tail_guess();
     Seen seen{Look::Nothing, 0, tail};
@@ -254,7 +288,7 @@ class Group {
         continue;
       seen.next += static_cast<std::uint64_t>(before_next);
       seen.slot = s;
-      is_entering = (word.pending() & slots::kEnqueueing) != 0;
+      is_entering = word.is_entering();
       if (seen.next == p && !is_entering) return {Look::Message, s, slots::next_position(p)};
     }
     if (seen.next == p) seen.what = Look::Empty;
@@ -279,6 +313,27 @@ class Group {
         return true;
       }
     }
+  }
+
+  bool claim_open_at(std::uint32_t s, std::uint64_t position, std::uint32_t who, Held& held) noexcept {
+    if (!is_pending(s)) return false;
+    // As in claim_at(): it is the message that the claim speaks of.
+    if (region_->slot(s).position.load(std::memory_order_acquire) != position) return false;
+    slots::Claim found = claim(s);
+    const std::uint32_t attempts = found.attempts();
+    if (found.position_low() != (position & slots::kPositionMask) ||
+        (found.who() != slots::Claim::kNobody && found.who() != slots::Claim::kRedeliver))
+      return false;
+    DSLINE_POINT("take_at.before_claim");
+    // SYNC claim: as in claim_at(). A claim with this position is of this message for as long as there are positions.
+    if (!region_->claim(s, number_)
+             .compare_exchange_strong(found.bits, found.with(attempts, who).bits, std::memory_order_acq_rel))
+      return false;
+    DSLINE_POINT("take_at.claimed");
+    note_time(s);
+    advance(position, slots::next_position(position));
+    held = Held{s, position, attempts};
+    return true;
   }
 
   bool claim_at(std::uint32_t s, std::uint64_t position, std::uint32_t who) noexcept {

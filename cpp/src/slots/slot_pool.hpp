@@ -147,10 +147,10 @@ class SlotPool {
   }
 
   /// P1: from here the message will be delivered, whoever dies. Requires: `s` is WRITING and mine. `groups` is what
-  /// `active` held after the slot was taken; 0 (nobody listens) frees the slot.
+  /// `active` held after the slot was taken; 0 (nobody listens) frees the slot, unless its publisher keeps it.
   /// False when the word is no longer the one that alloc made: the slot has been taken away.
-  bool commit(std::uint32_t s, SlotWord mine, std::uint32_t groups) noexcept {
-    std::uint32_t pending = groups == 0 ? 0 : groups | kEnqueueing;
+  bool commit(std::uint32_t s, SlotWord mine, std::uint32_t groups, bool keep = false) noexcept {
+    std::uint32_t pending = groups == 0 && !keep ? 0 : groups | kEnqueueing;
     // What an earlier message left there must not pass for a claim on this one. Claims of other groups are nobody's to
     // look at. Only the owner touches these while the slot is WRITING; ordered by the compare-and-swap below.
     for (std::uint32_t left = groups; left != 0; left &= left - 1) {
@@ -164,6 +164,12 @@ class SlotPool {
       return false;
     if (pending == 0) free(s);
     return true;
+  }
+
+  /// Instead of P2b: the slot stays the publisher's to look at until it clears ENQ. Requires: ENQ is the caller's.
+  void keep(std::uint32_t s) noexcept {
+    // SYNC word: release, so that whoever sees KEPT sees the message in the order.
+    region_->slot(s).word.fetch_or(kKept, std::memory_order_acq_rel);
   }
 
   /// P2b and release: takes `bits` off the pending ones; whoever takes the last one frees the slot.

@@ -45,6 +45,9 @@ class WaitPoint {
 
   std::uint32_t sequence() const noexcept { return state_->sequence.load(std::memory_order_seq_cst); }
 
+  /// What sleepers sleep on, for who sleeps on several.
+  const base::Atomic<std::uint32_t>& word() const noexcept { return state_->sequence; }
+
   /// Requires: add() was called and the condition was looked at after sequence() gave `expected`.
   Wake sleep(std::uint32_t expected, std::int64_t deadline_ns) const noexcept {
     return futex_wait(state_->sequence, expected, deadline_ns);

@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "dsline/metadata.hpp"
 #include "memory/layout.hpp"
 #include "support/channels.hpp"
 
@@ -233,6 +234,90 @@ TEST(NamedChannel, ADamagedOrOlderRegionThatNobodyUsesIsReplaced) {
     EXPECT_EQ(send(*channel, "a"), Outcome::Ok);
     EXPECT_EQ(next(*channel), "a");
   }
+}
+
+std::string schema_of(std::int64_t length) {
+  frames::MetadataBuilder builder;
+  builder.add_dtype(std::string("f\1\0\0\4\0\0\0", 8));
+  builder.add_shape(&length, 1);
+  return builder.bytes();
+}
+
+ChannelOptions typed(const std::string& schema) {
+  ChannelOptions options = small();
+  options.schema = schema;
+  return options;
+}
+
+TEST(NamedChannel, TheSchemaIsTheCreatorsAndAnotherOneIsRefusedWithIt) {
+  Name name;
+  auto channel = named(name, typed(schema_of(3)));
+  EXPECT_EQ(channel->schema(), schema_of(3));
+  EXPECT_EQ(named(name)->schema(), schema_of(3)) << "not given: that of the channel";
+  EXPECT_EQ(named(name, typed(schema_of(3)))->schema(), schema_of(3));
+  EXPECT_EQ(channel->again()->schema(), schema_of(3));
+  SubscribeOptions group;
+  group.group = "g";
+  EXPECT_EQ(channel->subscribe(group)->schema(), schema_of(3));
+  for (OpenMode mode : {OpenMode::OpenOrCreate, OpenMode::Open}) {
+    try {
+      named(name, typed(schema_of(4)), mode);
+      FAIL() << "another schema was taken";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::SchemaMismatch);
+      EXPECT_EQ(error.detail(), schema_of(3));
+    }
+  }
+  EXPECT_EQ(channel->stats().participants, 1u);
+}
+
+TEST(NamedChannel, AChannelWithoutASchemaDoesNotGetOneLater) {
+  Name name;
+  auto channel = named(name);
+  EXPECT_EQ(channel->schema(), "");
+  EXPECT_EQ(code_of([&] { named(name, typed(schema_of(3))); }), ErrorCode::SchemaMismatch);
+}
+
+TEST(NamedChannel, AStaleEmptyChannelOfAnotherSchemaIsReplacedAndAFullOneIsNot) {
+  Name name;
+  in_process_that_dies([&] { new std::shared_ptr<Channel>(named(name, typed(schema_of(3)))); });
+  EXPECT_EQ(named(name, typed(schema_of(4)))->schema(), schema_of(4));
+  in_process_that_dies([&] {
+    auto* channel = new std::shared_ptr<Channel>(named(name, typed(schema_of(3))));
+    send(**channel, "a");
+  });
+  EXPECT_EQ(code_of([&] { named(name, typed(schema_of(4))); }), ErrorCode::SchemaMismatch);
+  EXPECT_EQ(named(name)->schema(), schema_of(3));
+}
+
+TEST(NamedChannel, ASchemaThatDescribesNothingIsDamage) {
+  Name name;
+  for (const std::string& nonsense : {std::string("nonsense"), std::string(16, '\0')}) {
+    in_process_that_dies([&] { new std::shared_ptr<Channel>(named(name, typed(nonsense))); });
+    std::string why;
+    EXPECT_EQ(code_of([&] { named(name, {}, OpenMode::Open); }, &why), ErrorCode::ChannelLayout);
+    EXPECT_NE(why.find("describes no array"), std::string::npos) << why;
+    EXPECT_EQ(named(name)->schema(), "") << "replaced, as any damaged one that nobody has open";
+    auto anonymous = Channel::create_anonymous(typed(nonsense));
+    EXPECT_EQ(code_of([&] { Channel::adopt_anonymous(dup(anonymous->descriptor())); }),
+              ErrorCode::ChannelLayout);
+  }
+  in_process_that_dies([&] { new std::shared_ptr<Channel>(named(name, typed(schema_of(3)))); });
+  const char bad = 0x55;
+  overwrite(name.path(), memory::kSchemaOffset + 3, &bad, 1);
+  EXPECT_EQ(code_of([&] { named(name, {}, OpenMode::Open); }), ErrorCode::ChannelLayout);
+  EXPECT_EQ(named(name)->schema(), "");
+}
+
+TEST(NamedChannel, TheDefaultSlotSizeIsForCreatorsOnly) {
+  Name name;
+  ChannelOptions options;
+  options.capacity = 4;
+  options.default_slot_size = 12345;
+  auto channel = named(name, options);
+  EXPECT_EQ(channel->slot_size(), 12345u);
+  options.default_slot_size = 999;
+  EXPECT_EQ(named(name, options)->slot_size(), 12345u);
 }
 
 TEST(NamedChannel, ADamagedRegionThatIsInUseIsNotTakenAway) {

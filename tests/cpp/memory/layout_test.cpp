@@ -121,6 +121,48 @@ TEST(Region, InspectionTellsWhatAFileIs) {
   EXPECT_EQ(inspect(*again).found, Found::Foreign);
 }
 
+TEST(Layout, ASchemaLiesBehindTheHeaderAndCostsNothingWhereThereIsNone) {
+  const Geometry none = plan_geometry(8, 64, 64, 64, 8);
+  EXPECT_EQ(none.participants_offset, kPageBytes);
+  for (std::uint32_t bytes : {1u, 128u, 129u, kMaxSchemaBytes}) {
+    const Geometry g = plan_geometry(8, 64, 64, 64, 8, bytes);
+    EXPECT_EQ(g.schema_bytes, bytes);
+    EXPECT_GE(g.participants_offset, kSchemaOffset + bytes);
+    EXPECT_TRUE(is_valid(g));
+    Geometry other = g;
+    other.schema_bytes = 0;
+    EXPECT_FALSE(is_valid(other));
+  }
+  EXPECT_THROW(plan_geometry(8, 64, 64, 64, 8, std::uint64_t{kMaxSchemaBytes} + 1), Error);
+  EXPECT_THROW(plan_geometry(8, 64, 64, 64, 8, std::uint64_t{1} << 32), Error);
+}
+
+TEST(Region, TheSchemaIsReadOnceAndCheckedByItsChecksum) {
+  for (std::size_t bytes : {1u, 40u, 5000u, kMaxSchemaBytes}) {
+    std::string schema(bytes, 's');
+    schema.back() = 'e';
+    auto storage = make_memfd_storage();
+    const int fd = dup(storage->descriptor());
+    auto region = Region::create(std::move(storage), plan_geometry(4, 64, 64, 4, 1, bytes),
+                                 rules(Checksum::Header), 0, schema);
+    EXPECT_EQ(region->schema(), schema);
+    auto other = Region::attach(make_file_storage(fd, StorageKind::File, "copy"));
+    EXPECT_EQ(other->schema(), schema);
+    EXPECT_EQ(inspect(other->storage()).found, Found::Channel);
+    for (std::size_t at : {std::size_t{0}, bytes / 2, bytes - 1}) {
+      char* byte = reinterpret_cast<char*>(&region->header()) + kSchemaOffset + at;
+      *byte ^= 1;
+      EXPECT_EQ(inspect(other->storage()).found, Found::Damaged);
+      EXPECT_NE(inspect(other->storage()).reason.find("spec"), std::string::npos);
+      EXPECT_EQ(other->schema(), schema) << "a private copy";
+      EXPECT_THROW(Region::attach(other->storage().again()), Error);
+      *byte ^= 1;
+    }
+    region->header().schema_crc ^= 1;
+    EXPECT_EQ(inspect(other->storage()).found, Found::Damaged) << "the description covers the checksum";
+  }
+}
+
 TEST(Region, AttachingShowsTheSameStateAndKeepsThePayloadReadOnlyUntilItIsWritten) {
   auto storage = make_memfd_storage();
   int fd = dup(storage->descriptor());

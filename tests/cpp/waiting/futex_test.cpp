@@ -63,6 +63,28 @@ TEST(Futex, AWakeReachesASleeperInAnotherProcessThatMapsTheWordReadOnly) {
   munmap(shared, 4096);
 }
 
+TEST(Futex, OneOfManyIsWoken) {
+  if (!can_wait_for_many()) GTEST_SKIP() << "this kernel has no futex_waitv";
+  base::Atomic<std::uint32_t> words[3] = {};
+  const Expected wanted[] = {{&words[0], 0}, {&words[1], 0}, {&words[2], 0}};
+  std::size_t hit = 0;
+  EXPECT_EQ(futex_wait_many(wanted, 3, base::monotonic_ns() + 1'000'000, hit), Wake::TimedOut);
+  EXPECT_EQ(hit, 3u);
+  std::atomic<bool> stop{false};
+  std::thread waker([&] {
+    // Until it sleeps there is nobody to wake, and the words do not change.
+    while (!stop) futex_wake(words[1], 1);
+  });
+  std::size_t found = 3;
+  EXPECT_EQ(futex_wait_many(wanted, 3, base::monotonic_ns() + 60'000'000'000, found), Wake::Woken);
+  EXPECT_EQ(found, 1u);
+  stop = true;
+  waker.join();
+  words[2] = 1;
+  EXPECT_EQ(futex_wait_many(wanted, 3, base::monotonic_ns() + 60'000'000'000, hit), Wake::Woken);
+  EXPECT_EQ(hit, 3u);
+}
+
 TEST(Futex, ASignalInterruptsTheSleep) {
   struct sigaction action {};
   struct sigaction before {};

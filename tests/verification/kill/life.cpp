@@ -95,6 +95,8 @@ class Member {
       nap(random_, 2000);
     }
     while (!held_.empty()) let_go();
+    if (!kept_.empty() && random_.one_in(2)) channel_->close();
+    while (!kept_.empty()) end_keeping();
     channel_->close();
     channel_.reset();
     base_.reset();
@@ -104,6 +106,7 @@ class Member {
   /// False when this life is over.
   bool send_one() {
     ++life_.heartbeat;
+    while (!kept_.empty() && random_.one_in(3)) end_keeping();
     const std::uint32_t bytes = random_.between(kLeastPayload, random_.one_in(4) ? plan_.largest : 200);
     if (random_.one_in(20)) return abort_one(bytes);
     const std::uint32_t sequence = life_.sends.load(std::memory_order_relaxed);
@@ -131,13 +134,32 @@ class Member {
       const Outcome outcome = channel_->try_alloc(bytes, 0, plan_.policy, loan);
       if (outcome == Outcome::Ok) break;
       if (outcome != Outcome::Full) return outcome;
+      while (!kept_.empty()) end_keeping();  // it may be what there is no room for
       const Outcome waited = channel_->wait_for_space(deadline, spin);
       if (waited == Outcome::TimedOut) return waited;
       spin = waited == Outcome::Ok;
     }
     write_payload(loan.payload, index_, sequence, bytes);
     nap(random_, plan_.send_pause_us / 4);
-    return channel_->publish(loan, kBytesMessage, 0);
+    const bool keep = random_.one_in(3);
+    const Outcome outcome =
+        channel_->publish(loan, kBytesMessage, 0, keep ? AfterPublish::Keep : AfterPublish::LetGo,
+                          channel_->can_seal() && random_.one_in(4));
+    if (keep && outcome == Outcome::Ok) kept_.push_back({loan, sequence});
+    while (kept_.size() > 1 || (!kept_.empty() && random_.one_in(3))) end_keeping();
+    return outcome;
+  }
+
+  /// Ends the view on a message that was published, whoever has received it meanwhile.
+  void end_keeping() {
+    const Kept kept = kept_.front();
+    kept_.pop_front();
+    Stamp stamp{};
+    if (!read_payload(kept.loan.shown, kept.loan.payload_bytes, stamp) || stamp.producer != index_ ||
+        stamp.sequence != kept.sequence) {
+      throw Torn("the payload changed under its publisher: slot " + std::to_string(kept.loan.slot));
+    }
+    channel_->end_keeping(kept.loan);
   }
 
   // Nothing that is aborted may ever be received.
@@ -174,6 +196,11 @@ class Member {
     Stamp stamp{};
     std::uint32_t group = 0;
     bool is_letter = false;
+  };
+
+  struct Kept {
+    Loan loan;
+    std::uint32_t sequence;
   };
 
   void note(const Held& held, What what) {
@@ -268,6 +295,7 @@ class Member {
   std::shared_ptr<Channel> base_;  // what a subscriber came from
   std::shared_ptr<Channel> channel_;
   std::deque<Held> held_;
+  std::deque<Kept> kept_;
   std::uint64_t newest_ = 0;
   bool has_looked_ = false;
 };

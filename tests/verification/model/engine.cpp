@@ -33,6 +33,7 @@ struct WordClass {
   bool written = false;
   bool shared = false;  // used by two, written by one: an access is a step
   bool ignored = false;
+  std::uint64_t tells = ~std::uint64_t{0};  // bits that make states different
 };
 
 struct Range {
@@ -553,7 +554,8 @@ void after_access(const void* at, std::uint64_t before, std::uint64_t after, boo
   if (!wrote || before == after) return;
   aside.wrote[current] = 1;
   const std::uint64_t where = word_index(at) * 0xA24BAED4963EE407ull;
-  aside.memory ^= mix(before, where) ^ mix(after, where);
+  const std::uint64_t tells = classes[word_index(at)].tells;
+  aside.memory ^= mix(before & tells, where) ^ mix(after & tells, where);
   const Mode outer = mode;
   mode = Mode::Setup;  // what the ledger looks at is no step
   subject->on_write(at, before, after);
@@ -572,6 +574,8 @@ void ignore_word(const void* at, std::size_t bytes) {
   for (std::size_t b = 0; b < bytes; b += 4)
     classes[word_index(static_cast<const std::byte*>(at) + b)].ignored = true;
 }
+
+void count_modulo(const void* at, std::uint64_t tells) { classes[word_index(at)].tells = tells; }
 
 void kernel_step(const void* at) noexcept { before_access(at); }
 void kernel_changed(const void* at) noexcept {

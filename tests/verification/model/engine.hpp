@@ -70,6 +70,10 @@ void add_range(void* begin, std::size_t bytes);
 /// Words that nobody decides by: statistics, times, notes for people.
 void ignore_word(const void* at, std::size_t bytes);
 
+/// A counter that is only compared for being the same: states in which it differs by a multiple of what `tells` can count
+/// are one. Requires: it can count more than there are processes that remember a value of it.
+void count_modulo(const void* at, std::uint64_t tells);
+
 Result explore(Subject& subject, const Bounds& bounds);
 
 /// A step of the kernel's (locks, futexes): as an access to the word `at`.

@@ -123,8 +123,9 @@ MUTANTS = [
         12,
         "V5: a message in the order keeps its ENQ",
         "liveness/recovery.cpp",
-        "    pool.clear_pending(s, slots::kEnqueueing);\n    return;\n",
-        "    if (!MUTANT(12)) pool.clear_pending(s, slots::kEnqueueing);\n    return;\n",
+        '    DSLINE_POINT("recover.before_not_enqueueing");\n    pool.clear_pending(s, slots::kEnqueueing);\n',
+        '    DSLINE_POINT("recover.before_not_enqueueing");\n'
+        "    if (!MUTANT(12)) pool.clear_pending(s, slots::kEnqueueing);\n",
         ("one-to-one",),
     ),
     Mutant(
@@ -165,9 +166,8 @@ MUTANTS = [
         17,
         "commit without the publisher's own bit",
         "slots/slot_pool.hpp",
-        "    std::uint32_t pending = groups == 0 ? 0 : groups | kEnqueueing;\n",
-        "    std::uint32_t pending = groups == 0 ? 0 : groups | kEnqueueing;\n"
-        "    if (MUTANT(17)) pending = groups;\n",
+        "0 : groups | kEnqueueing;\n",
+        "0 : groups | kEnqueueing;\n    if (MUTANT(17)) pending = groups;\n",
         ("one-to-one",),
     ),
     Mutant(
@@ -278,10 +278,8 @@ MUTANTS = [
         30,
         "sweep: a message that is still entering is released",
         "liveness/membership.cpp",
-        "      if (!word.is(SlotPhase::Committed) || (word.pending() & slots::kEnqueueing) != 0 ||\n"
-        "          (word.pending() >> g & 1) == 0 ||",
-        "      if (!word.is(SlotPhase::Committed) || (!MUTANT(30) && (word.pending() & slots::kEnqueueing) != 0) ||\n"
-        "          (word.pending() >> g & 1) == 0 ||",
+        "word.is_entering() || (word.pending() >> g & 1) == 0 ||",
+        "(!MUTANT(30) && word.is_entering()) || (word.pending() >> g & 1) == 0 ||",
         ("only-group-leaves",),
     ),
     Mutant(
@@ -426,6 +424,55 @@ MUTANTS = [
         "      if (try_alloc_at(s, me)) return s;\n      SlotWord seen = word(s);\n",
         "      if (!MUTANT(46) && try_alloc_at(s, me)) return s;\n      SlotWord seen = word(s);\n",
         ("one-slot-kill",),
+    ),
+    Mutant(
+        47,
+        "publish: ENQ is cleared although the publisher still looks at the message",
+        "delivery/publication.hpp",
+        "    if (keep) {\n      pool_->keep(s);\n      DSLINE_POINT",
+        "    if (keep && !MUTANT(47)) {\n      pool_->keep(s);\n      DSLINE_POINT",
+        ("kept-view",),
+    ),
+    Mutant(
+        48,
+        "publish: a message that nobody listens for is free although its publisher still looks at it",
+        "slots/slot_pool.hpp",
+        "groups == 0 && !keep ?",
+        "groups == 0 && (!keep || MUTANT(48)) ?",
+        ("kept-view-unheard",),
+    ),
+    Mutant(
+        49,
+        "recovery: the view of a dead publisher stays",
+        "liveness/recovery.cpp",
+        "  if (word.is_kept()) {\n",
+        "  if (MUTANT(49) && word.is_kept()) return;\n  if (word.is_kept()) {\n",
+        ("kept-view-kill",),
+    ),
+    Mutant(
+        50,
+        "the last view ends without a wake-up for room",
+        "slots/slot_pool.hpp",
+        "      if (without.pending() == 0) free(s);\n      return;",
+        "      if (without.pending() == 0 && !(MUTANT(50) && seen.is_kept())) free(s);\n      return;",
+        ("kept-view-sleep",),
+    ),
+    Mutant(
+        61,
+        "who takes nothing keeps the wake-up",
+        "order/group.hpp",
+        "    if (anything_waiting()) messages_.wake_one_if_anyone();\n",
+        "    if (anything_waiting() && !MUTANT(61)) messages_.wake_one_if_anyone();\n",
+        ("sleep-watched",),
+    ),
+    Mutant(
+        62,
+        "a look without taking stores the lowered flag",
+        "order/group.hpp",
+        "      if (!state().redeliver.compare_exchange_strong(loaded, loaded & ~std::uint64_t{1},\n",
+        "      if (MUTANT(62)) state().redeliver.store(0, std::memory_order_seq_cst);\n"
+        "      if (!MUTANT(62) && !state().redeliver.compare_exchange_strong(loaded, loaded & ~std::uint64_t{1},\n",
+        ("sleep-watched-nack",),
     ),
 ]
 

@@ -43,9 +43,14 @@ Role impatient(Role role) {
   role.sleeps = role.gives_up = true;
   return role;
 }
+Role observer(int rounds) { return {.kind = Kind::Observer, .messages = rounds}; }
 Role gives_back_and_goes() { return {.kind = Kind::Consumer, .nacks = 1, .goes = true}; }
 Role offering(Role role) {
   role.offers = true;
+  return role;
+}
+Role viewing(Role role) {
+  role.views = true;
   return role;
 }
 Role keeper() { return {.kind = Kind::Consumer, .keeps = true}; }
@@ -83,6 +88,22 @@ const std::vector<Setup>& setups() {
       {.name = "sleep-nack",
        .what = "1 producer, 2 consumers that sleep, one gives back and goes",
        .roles = {producer(1), sleeping(consumer()), sleeping(gives_back_and_goes())}},
+      {.name = "sleep-watched",
+       .what = "1 producer x 2, 1 consumer that sleeps, an observer that takes nothing",
+       .roles = {producer(2), sleeping(consumer()), observer(1)}},
+      {.name = "sleep-watched-twice",
+       .what = "1 producer x 2, 1 consumer that sleeps, 2 observers that take nothing",
+       .is_long = true,
+       .roles = {producer(2), sleeping(consumer()), observer(1), observer(1)}},
+      {.name = "sleep-watched-nack",
+       .what = "1 producer, 1 consumer that sleeps, one that gives back and goes, an observer",
+       .is_long = true,
+       .roles = {producer(1), sleeping(consumer()), sleeping(gives_back_and_goes()), observer(1)}},
+      {.name = "sleep-watched-kill",
+       .what = "1 producer x 2, 1 consumer that sleeps, an observer, 1 kill",
+       .kills = 1,
+       .is_long = true,
+       .roles = {producer(2), sleeping(consumer()), observer(1)}},
       {.name = "one-slot-kill",
        .what = "2 producers, 1 consumer, recoverer, one slot, 1 kill",
        .slots = 1,
@@ -317,6 +338,47 @@ const std::vector<Setup>& setups() {
        .what = "1 producer, 1 consumer that gives back, one delivery, 2 readers",
        .max_deliveries = 1,
        .roles = {producer(1), consumer(0, 1), reader(), reader()}},
+      // --- a publisher that keeps looking at its message
+      {.name = "kept-view",
+       .what =
+           "1 producer x 2 that looks at the first until any time, another producer, 1 consumer, one slot",
+       .slots = 1,
+       .roles = {viewing(producer(2)), producer(1), consumer()}},
+      {.name = "kept-view-kill",
+       .what = "1 producer x 2 that looks at the first until any time, 1 consumer, recoverer, 1 kill",
+       .kills = 1,
+       .roles = {viewing(producer(2)), consumer(), recoverer()}},
+      {.name = "kept-view-sleep",
+       .what =
+           "1 producer that looks until any time, one that sleeps for room, 1 consumer that sleeps, one slot",
+       .slots = 1,
+       .roles = {viewing(producer(1)), sleeping(producer(1)), sleeping(consumer())}},
+      {.name = "kept-view-join",
+       .what = "1 producer that looks until any time, 1 consumer, a group that joins at the oldest message, "
+               "1 kill",
+       .slots = 1,
+       .groups = 2,
+       .kills = 1,
+       .is_long = true,
+       .roles = {viewing(producer(1)), consumer(), joining(consumer('a'), liveness::JoinAt::Oldest)}},
+      {.name = "kept-view-group-leaves",
+       .what = "broadcast: 1 producer x 2 that looks until any time, the only group leaves and comes back, "
+               "one slot",
+       .slots = 1,
+       .groups = 2,
+       .default_group = false,
+       .roles = {viewing(producer(2)), leaving(consumer('a'), 0, 1)}},
+      {.name = "kept-view-unheard",
+       .what = "broadcast without a group: 1 producer that looks until any time, another, recoverer, one "
+               "slot, 1 kill",
+       .slots = 1,
+       .groups = 2,
+       .default_group = false,
+       .kills = 1,
+       .roles = {viewing(producer(1)), producer(1), recoverer()}},
+      {.name = "kept-view-drop-oldest",
+       .what = "1 producer x 3 that drops the oldest and looks at one until any time, 1 consumer",
+       .roles = {viewing(dropper(3)), consumer()}},
       // --- the tail's hint after many deaths
       {.name = "deaths-in-a-row",
        .what = "4 producers, each dies before the next comes, 1 consumer, one slot, two cells, 3 kills",

@@ -171,6 +171,7 @@ Simulation::Simulation(const Setup& setup) : setup_(setup) {
     ignore(entry.left_held);
   }
   for (std::uint32_t n = 0; n < g.groups; ++n) {
+    count_modulo(&region_->group(n).redeliver, 0xF);  // raised, and three bits of how often
     ignore(region_->group(n).redelivered);
     ignore(region_->group(n).dropped_oldest);
   }
@@ -227,7 +228,7 @@ std::string Simulation::describe(const void* at) const {
 
 std::string Simulation::name_of(int p) const {
   if (p == kSurgeon) return "surgeon";
-  static const char* const kNames[] = {"producer", "consumer", "recoverer", "reader"};
+  static const char* const kNames[] = {"producer", "consumer", "recoverer", "reader", "observer"};
   return std::string(kNames[static_cast<int>(setup_.roles[static_cast<std::size_t>(p)].kind)]) +
          std::to_string(p);
 }
@@ -325,6 +326,10 @@ void Simulation::on_slot_word(std::uint32_t s, std::uint64_t before_bits, std::u
         violate("N3: a slot is allocated while a living holder reads it");
       if (status != Status::NotEntitled && status != Status::Done && status != Status::Dropped)
         violate("N1: a slot is allocated before its message was delivered");
+    }
+    for (int p = 0; p < processes(); ++p) {
+      if (is_alive(p) && world.process[p].kept == s + 1)
+        violate("N3: a slot is allocated while its living publisher looks at it");
     }
     ledger.content[s] = 0;
     return;
@@ -438,7 +443,7 @@ void Simulation::on_cell(std::uint64_t before_bits, std::uint64_t after_bits) {
     for (std::uint32_t g = 0; g < setup_.groups; ++g) {
       const Claim claim{region_->claim(old, g).load()};
       if ((word.pending() >> g & 1) != 0 && (active >> g & 1) != 0 && claim.who() == Claim::kNobody &&
-          claim.position_low() == before.position_low() && (word.pending() & slots::kEnqueueing) == 0)
+          claim.position_low() == before.position_low() && !word.is_entering())
         violate("N5: a cell is overwritten that a group needs");
     }
   }
@@ -469,13 +474,15 @@ int Simulation::choices(int p) const {
   if (process.phase == kOutside) return !role.succeeds || anybody_to_bury() ? 1 : 0;
   switch (role.kind) {
     case Kind::Producer:
-      return process.phase == kHolding || process.done < role.messages ? 1 : 0;
+      return (process.phase == kHolding || process.done < role.messages ? 1 : 0) +
+             (process.kept != 0 ? 1 : 0);
     case Kind::Consumer:
       if (process.phase == kHolding) return role.keeps ? 0 : process.left != 0 ? 2 : 1;
       return process.phase == kIdle && (role.gives_up || role.offers) ? 2 : 1;
     case Kind::Recoverer:
       return anybody_to_bury() ? 1 : 0;
     case Kind::Reader:
+    case Kind::Observer:
       return 1;
   }
   return 0;
@@ -485,7 +492,7 @@ void Simulation::run(int p, int choice) {
   if (world.process[p].phase == kOutside) return join(p);
   switch (role(p).kind) {
     case Kind::Producer:
-      return produce(p);
+      return choice == 0 && world.process[p].kept != 0 ? end_view(p) : produce(p);
     case Kind::Consumer:
       return consume(p, choice);
     case Kind::Recoverer:
@@ -493,6 +500,8 @@ void Simulation::run(int p, int choice) {
       return;
     case Kind::Reader:
       return read_letters(p);
+    case Kind::Observer:
+      return observe(p);
   }
 }
 
@@ -587,6 +596,30 @@ void Simulation::sleep_for_message(int p, std::uint32_t number_of_group) {
   if (wake == waiting::Wake::TimedOut) end_slice(p);
 }
 
+// The thread of channel/watcher.cpp: a watch that is armed, told of, and not armed again for a while.
+void Simulation::observe(int p) {
+  Process& me = world.process[p];
+  Group group(*region_, 0);
+  waiting::WaitPoint& point = group.messages();
+  const bool is_armed = me.done < role(p).messages;
+  if (is_armed) {
+    point.add(number(p));
+    me.phase = kHolding;
+  }
+  const std::uint32_t sequence = point.sequence();
+  const bool is_ready = is_armed && group.anything_waiting() && group.anything_to_take();
+  waiting::Wake wake = waiting::Wake::TimedOut;
+  if (!is_ready) wake = point.sleep(sequence, 0);
+  if (is_armed) point.remove(number(p));
+  me.phase = kIdle;
+  if (wake == waiting::Wake::Woken) group.pass_on();
+  if (is_armed) {
+    ++me.done;
+  } else {
+    me.phase = kGone;
+  }
+}
+
 void Simulation::sleep_for_space(int p) {
   SlotPool pool(*region_);
   waiting::WaitPoint& point = pool.space();
@@ -621,7 +654,7 @@ std::uint32_t Simulation::alloc(int p) {
 
 bool Simulation::is_everything_held() const {
   for (std::uint32_t s = 0; s < setup_.slots; ++s) {
-    bool held = pool_->word(s).is(SlotPhase::Writing);
+    bool held = pool_->word(s).is(SlotPhase::Writing) || pool_->word(s).is_kept();
     for (std::uint32_t g = 0; g < setup_.groups; ++g) {
       const Status status = world.ledger.status[world.ledger.content[s]][g];
       held = held || status == Status::Held || status == Status::DeadLetter;
@@ -644,19 +677,36 @@ void Simulation::produce(int p) {
     me.phase = kHolding;
     return;
   }
-  publish(p, me.slot - 1u, me.word, message_of(p, me.done));
+  const bool keep = role(p).views && me.kept == 0;
+  if (keep) {
+    me.kept = me.slot;
+    me.kept_message = static_cast<std::uint8_t>(message_of(p, me.done));
+  }
+  publish(p, me.slot - 1u, me.word, message_of(p, me.done), keep);
   me.phase = kIdle;
   me.slot = 0;
   me.word = 0;
   ++me.done;
 }
 
+// As Channel::Impl::end_keeping() does.
+void Simulation::end_view(int p) {
+  Process& me = world.process[p];
+  const std::uint32_t s = me.kept - 1u;
+  if (world.ledger.content[s] != me.kept_message) violate("N3: the payload changed under its publisher");
+  const SlotWord word = pool_->word(s);
+  if (word.owner() != number(p) || !word.is_kept())
+    return violate("N3: a living publisher has lost its view");
+  me.kept = me.kept_message = 0;
+  Publication(*region_, *pool_).end_keeping(s, word);
+}
+
 // As Channel::Impl::publish() does, behind the frame. The groups that it was for.
-std::uint32_t Simulation::publish(int p, std::uint32_t s, std::uint64_t word, int message) {
+std::uint32_t Simulation::publish(int p, std::uint32_t s, std::uint64_t word, int message, bool keep) {
   world.ledger.content[s] = static_cast<std::uint8_t>(message);
   const std::uint32_t groups =
       static_cast<std::uint32_t>(region_->header().active.load()) & region_->group_bits();
-  if (!Publication(*region_, *pool_).publish(s, SlotWord{word}, groups, number(p))) {
+  if (!Publication(*region_, *pool_).publish(s, SlotWord{word}, groups, number(p), keep)) {
     violate("N3: a living writer has lost its slot");
     return 0;
   }
@@ -742,7 +792,7 @@ void Simulation::consume(int p, int choice) {
     if (choice == 1 && role.offers) return Group(*region_, group).offer_what_was_passed();
     if (choice == 1) {
       // Gives up: a wake-up that it may have got goes on to another.
-      if (Group(*region_, group).anything_waiting()) Group(*region_, group).messages().wake_one_if_anyone();
+      Group(*region_, group).pass_on();
       me.phase = kGone;
       return;
     }
@@ -962,6 +1012,9 @@ void Simulation::check_blocked() {
         violate("a producer sleeps though a slot is free");
       if (role.kind == Kind::Consumer && Group(*region_, world.process[p].member - 1u).anything_waiting())
         violate("a consumer sleeps though a message waits");
+      if (role.kind == Kind::Observer && world.process[p].phase == kHolding &&
+          Group(*region_, 0).anything_waiting())
+        violate("an armed watch sleeps though a message waits");
     }
   }
   // At the end of their slices they look again.

@@ -19,6 +19,7 @@ enum class Kind : std::uint8_t {
   Consumer,   ///< takes and releases for `group`, for ever
   Recoverer,  ///< looks after the dead whenever there are any
   Reader,     ///< takes dead letters and releases them
+  Observer,  ///< sleeps as a consumer `messages` times, then once more unregistered, and takes nothing (channel/watcher.cpp)
 };
 
 struct Role {
@@ -40,6 +41,7 @@ struct Role {
   bool keeps = false;           ///< the one message that it takes
   bool goes = false;            ///< its last give-back is the last that it does
   bool succeeds = false;        ///< joins when somebody has died, under whatever number is free
+  bool views = false;           ///< a Producer that looks at a message after publishing it, until any time
   bool revives = false;         ///< a Reader that sends the letter to its group again, once
 };
 
@@ -100,7 +102,8 @@ class Simulation final : public Subject {
   const Role& role(int p) const { return setup_.roles[static_cast<std::size_t>(p < processes() ? p : 0)]; }
   void produce(int p);
   std::uint32_t alloc(int p);
-  std::uint32_t publish(int p, std::uint32_t s, std::uint64_t word, int message);
+  std::uint32_t publish(int p, std::uint32_t s, std::uint64_t word, int message, bool keep = false);
+  void end_view(int p);
   void consume(int p, int choice);
   void read_letters(int p);
   void join(int p);
@@ -108,6 +111,7 @@ class Simulation final : public Subject {
   void leave_group(int p);
   bool may_receive(int p) const;
   void tidy(int p);
+  void observe(int p);
   void sleep_for_message(int p, std::uint32_t group);
   void sleep_for_space(int p);
   void end_slice(int p);

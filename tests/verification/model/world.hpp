@@ -33,7 +33,9 @@ struct Process {
   std::uint8_t member;  ///< of this group + 1
   std::uint8_t joined;  ///< how often the group's number had been given away then
   std::uint8_t ticks;   ///< looks at the clock since the operation began
-  std::uint8_t spare[3];
+  std::uint8_t kept;    ///< slot + 1 of the message that it has published and still looks at
+  std::uint8_t kept_message;
+  std::uint8_t spare[1];
   std::uint32_t sleeps_on;  ///< word of the futex
 };
 

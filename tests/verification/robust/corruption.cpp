@@ -48,6 +48,7 @@ ChannelOptions options(std::uint64_t first) {
   o.dead_letters = 2;
   o.checksum = 2;
   o.first_position = first;
+  o.schema = small_schema();
   return o;
 }
 

@@ -362,6 +362,15 @@ class Peer {
   std::vector<std::unique_ptr<Received>> held_;
 };
 
+/// The schema of a channel for arrays of three floats.
+inline std::string small_schema() {
+  constexpr std::int64_t kShape[] = {3};
+  frames::MetadataBuilder builder;
+  builder.add_dtype(std::string("f\1\0\0\4\0\0\0", 8));
+  builder.add_shape(kShape, 1);
+  return builder.bytes();
+}
+
 /// All bytes of a region, for reading and writing from outside of the core.
 class Bytes {
  public:
@@ -419,6 +428,9 @@ inline std::vector<Field> fields_of(const memory::Geometry& g, std::uint32_t gro
   }
   for (std::uint64_t at = offsetof(memory::RegionHeader, space); at < sizeof(memory::RegionHeader); at += 8) {
     fields.push_back({"space waiters " + std::to_string(at), at, 8, Kind::Plain});
+  }
+  for (std::uint64_t at = 0; at < g.schema_bytes; at += 8) {
+    fields.push_back({"schema word " + std::to_string(at), memory::kSchemaOffset + at, 8, Kind::Plain});
   }
   for (std::uint32_t i = 0; i < 2; ++i) {
     const std::uint64_t base = offsetof(memory::RegionHeader, death) + i * sizeof(memory::DeathState);

@@ -49,6 +49,7 @@ ChannelOptions victim_options(Random& random) {
   o.dead_letters = 2;
   o.checksum = static_cast<int>(random.below(3));
   o.first_position = random.below(2) == 0 ? 0 : (std::uint64_t{1} << 44) - 50;
+  if (random.below(2) == 0) o.schema = small_schema();
   return o;
 }
 

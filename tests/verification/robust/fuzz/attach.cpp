@@ -21,6 +21,7 @@ ChannelOptions options() {
   o.max_deliveries = 2;
   o.dead_letters = 2;
   o.checksum = 1;
+  o.schema = small_schema();
   return o;
 }
 
@@ -44,6 +45,12 @@ const std::string& ruin() {
 }
 
 void mend_description(std::string& bytes) {
+  memory::Geometry geometry;
+  std::memcpy(&geometry, bytes.data() + offsetof(memory::RegionHeader, geometry), sizeof geometry);
+  if (geometry.schema_bytes <= bytes.size() - memory::kSchemaOffset) {
+    const std::uint32_t schema = base::crc32c(bytes.data() + memory::kSchemaOffset, geometry.schema_bytes);
+    std::memcpy(bytes.data() + offsetof(memory::RegionHeader, schema_crc), &schema, sizeof schema);
+  }
   constexpr std::size_t kCrc = offsetof(memory::RegionHeader, description_crc);
   constexpr std::size_t kBoot = offsetof(memory::RegionHeader, boot_id);
   constexpr std::size_t kBehind = offsetof(memory::RegionHeader, created_ns);
