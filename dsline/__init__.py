@@ -13,10 +13,12 @@ from dsline.errors import __all__ as _error_names
 from dsline.groups import Subscriber
 from dsline.latest import Latest
 from dsline.options import Backpressure, Checksum, OnDeath, OnStale, Start, Storage, Sync
+from dsline.pinned import PinnedViewsWarning
 from dsline.queues import JoinableQueue, Queue, ShutDown, SimpleQueue
 from dsline.report import Blocker, ChannelReport, PeerDeath
 from dsline.rpc import Rpc
 from dsline.rpc_server import RpcServer, RpcServerStats
+from dsline.shared_batch import ReadyBatch, Row, SharedBatch
 from dsline.specs import ArraySpec
 from dsline.waiting import wait
 
@@ -36,10 +38,14 @@ __all__ = [
     "OnDeath",
     "OnStale",
     "PeerDeath",
+    "PinnedViewsWarning",
     "Queue",
+    "ReadyBatch",
+    "Row",
     "Rpc",
     "RpcServer",
     "RpcServerStats",
+    "SharedBatch",
     "ShmChannel",
     "ShutDown",
     "SimpleQueue",

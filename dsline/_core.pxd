@@ -14,6 +14,11 @@ cdef class Handle:
     cdef readonly uint64_t bytes_sent
     cdef readonly uint64_t bytes_received
     cdef readonly int64_t views
+    cdef readonly uint64_t forced_copies
+    cdef uint32_t process
+    cdef int64_t claims
+    cdef int64_t peak
+    cdef str site
     cdef readonly int64_t loans
     cdef readonly int64_t kept
 
@@ -71,13 +76,17 @@ cdef class Lease:
     cdef int _kind
     cdef bint _held
     cdef bint _nack
+    cdef bint _claimed
     cdef uint32_t _attempts
     cdef uint64_t _sequence
+    cdef object _memory
     cdef void _release(self) noexcept
+    cdef void _unclaim(self) noexcept
 
 
 cdef class Message:
     cdef Lease _lease
+    cdef Lease _copy
     cdef bytes _metadata
     cdef dict _meta
     cdef readonly uint64_t sequence
@@ -85,6 +94,7 @@ cdef class Message:
     cdef readonly int attempt
 
     cdef Lease _open(self)
+    cdef Lease _shown(self)
     cdef Lease _unviewed(self)
 
 
@@ -100,9 +110,13 @@ cdef class Receiver:
     cdef bint _synced
     cdef object _timeout
     cdef object _deferred
+    cdef object _kept_rows
     cdef list _callbacks
     cdef uint64_t _deaths_told
     cdef ArrayLayout _received_layout
+    cdef int64_t _budget
+    cdef int64_t _auto_budget
+    cdef bint _warned
     cdef ArrayLayout _checked_layout
     cdef Schema _schema
 

@@ -28,7 +28,7 @@ from dsline._cpp.channel cimport (
     BackpressureRaise, CppBackpressure, CppChannel, CppChannelOptions, CppChannelStats, CppDeadLetter, CppDeath,
     AfterPublishKeep, AfterPublishLetGo, CppAfterPublish, CppLoan, CppOnDeath, CppOnStale, CppOpenMode, CppPlace,
     CppReceived, CppReport, CppStart, CppSubscribeOptions, Outcome,
-    OutcomeClosed, OutcomeCorrupted, OutcomeDropped, OutcomeNotSynced, OutcomeOk, OutcomeTimedOut,
+    OutcomeClosed, OutcomeCorrupted, OutcomeDropped, OutcomeEmpty, OutcomeNotSynced, OutcomeOk, OutcomeTimedOut,
     channel_directory as cpp_channel_directory, kArrayMessage, kBytesMessage, kObjectMessage,
     list_channels as cpp_list_channels,
 )
@@ -56,6 +56,7 @@ import numpy as np
 from dsline import dtypes as _dtypes
 from dsline import interop as _interop
 from dsline import objects as _objects
+from dsline import pinned as _pinned
 from dsline import report as _report
 from dsline.errors import (
     BufferEmptyError, BufferFullError, BufferTooSmallError, ChannelClosedError, ChannelLayoutError, ChannelSystemError,
@@ -258,7 +259,8 @@ cdef class ArrayLayout:
 cdef class Lease:
     """One received message. Exports its payload read-only; the slot is free again when the last export is gone.
 
-    In a forked child a lease of the parent stays readable and releases nothing.
+    One without a handle exports a private copy, see pinned.pxi. In a forked child a lease of the parent stays readable and
+    releases nothing.
     """
 
     cdef void _release(self) noexcept:
@@ -266,7 +268,12 @@ cdef class Lease:
         if not self._held:
             return
         self._held = False
-        self._handle.views -= 1
+        if self._handle is None:
+            return  # a private copy
+        if self._process == self._handle.process:
+            self._handle.views -= 1
+        if self._claimed:
+            self._unclaim()
         if self._nack:
             message.slot = self._slot
             message.process = self._process
@@ -277,9 +284,14 @@ cdef class Lease:
         else:
             self._handle._channel.get().release(self._slot, self._process, self._group)
 
+    cdef void _unclaim(self) noexcept:
+        """From here on the lease is there for its views only."""
+        if self._claimed and self._process == self._handle.process:
+            self._handle.claims -= 1
+        self._claimed = False
+
     def __dealloc__(self):
-        if self._handle is not None:
-            self._release()
+        self._release()
 
     def __getbuffer__(self, Py_buffer* view, int flags):
         if flags & PyBUF_WRITABLE:
@@ -356,9 +368,13 @@ include "dlpack.pxi"
 
 
 include "objects.pxi"
+include "pinned.pxi"
+include "batch.pxi"
+include "shared_words.pxi"
 include "expressions.pxi"
 
 
+@cython.no_gc_clear  # for __dealloc__
 cdef class Message:
     """A received message with everything that came with it.
 
@@ -376,8 +392,13 @@ cdef class Message:
     Notes
     -----
     As a context manager it is released at the end of the block, and given back to the channel (redelivered, next
-    attempt) when the block is left by an exception. Views that are still alive at the end keep the slot.
+    attempt) when the block is left by an exception. Views that are still alive at the end keep the slot, unless the message
+    came when the handle's `max_pinned` was used up: then they look at a copy, and the end of the message frees the slot.
     """
+
+    def __dealloc__(self):
+        if self._lease is not None:
+            self._lease._unclaim()
 
     @property
     def redelivered(self):
@@ -387,6 +408,11 @@ cdef class Message:
         if self._lease is None or not self._lease._held:
             raise ValueError("the message has been released")
         return self._lease
+
+    cdef Lease _shown(self):
+        """What views look at: the slot, or a copy of it."""
+        cdef Lease lease = self._open()
+        return lease if self._copy is None else self._copy
 
     @property
     def meta(self):
@@ -398,7 +424,7 @@ cdef class Message:
     @property
     def payload(self):
         """The payload as a read-only memoryview over the slot, without a copy."""
-        return PyMemoryView_FromObject(self._open())
+        return PyMemoryView_FromObject(self._shown())
 
     @property
     def nbytes(self):
@@ -424,7 +450,7 @@ cdef class Message:
         ValueError
             The message has been released.
         """
-        cdef Lease lease = self._open()
+        cdef Lease lease = self._shown()
         array = array_over(lease, ArrayHold(lease))
         return array.copy(order="K") if copy else array
 
@@ -487,7 +513,7 @@ cdef class Message:
 
         Unpickles, which runs code that the sender chose. As `recv_object` otherwise, but the message stays held.
         """
-        return object_of(self._open(), copy)
+        return object_of(self._shown(), copy)
 
     cdef Lease _unviewed(self):
         """The lease, when it is held and nobody looks at it; None when it was released before."""
@@ -542,6 +568,7 @@ cdef class Message:
         lease._nack = kind is not None
         if lease._exports == 0:
             lease._release()
+        lease._unclaim()
         self._lease = None
 
     def __repr__(self):
@@ -583,7 +610,9 @@ cdef class DeadLetter(Message):
         if lease is None:
             return
         lease._held = False
-        lease._handle.views -= 1
+        lease._unclaim()
+        if lease._process == lease._handle.process:
+            lease._handle.views -= 1
         message.slot = lease._slot
         message.process = lease._process
         message.attempts = lease._attempts
@@ -701,6 +730,9 @@ cdef class Receiver:
         self._receives = self._cpp.can_receive()
         self._synced = self._cpp.is_synced()
         self._timeout = timeout
+        self._budget = _pinned.AUTO
+        # Two, since a loop holds the message before while it takes the next one.
+        self._auto_budget = max(2, <int64_t> self._cpp.capacity() * 3 // 4)
         cdef bytes encoded = as_bytes(self._cpp.schema())
         if encoded:
             try:
@@ -710,6 +742,10 @@ cdef class Receiver:
                     _errno.EINVAL, f"channel '{self._label()}' has a spec that cannot be read: {error}") from None
             self._received_layout = self._checked_layout = self._schema.layout
         return 0
+
+    def _core_set_budget(self, int64_t budget):
+        """How many messages views may keep in their slots; -1: the default for the capacity."""
+        self._budget = budget
 
     def _join(self, Receiver parent, str group, int start, int on_death, bint durable, timeout):
         """Become a member of a group, by a handle of its own."""
@@ -739,7 +775,8 @@ cdef class Receiver:
         -------
         memoryview
             Read-only, over the slot. With format and shape for an array whose dtype the buffer protocol can express,
-            of bytes otherwise. The slot is taken until the last view on it is gone.
+            of bytes otherwise. The slot is taken until the last view on it is gone. When views of this handle hold as many
+            messages as `max_pinned` allows, over a private copy, and the slot is free at once.
 
         Raises
         ------
@@ -752,17 +789,19 @@ cdef class Receiver:
 
         Notes
         -----
-        Does not copy. Releases the GIL while it waits.
+        Does not copy, unless `max_pinned` is used up (counted in ``stats().forced_copies``, with one PinnedViewsWarning per
+        handle; where that is an error, the message stays in the channel). Releases the GIL while it waits, and while it
+        copies 64 KiB and more.
         """
         cdef CppReceived message
         self._receive(message, timeout)
-        return PyMemoryView_FromObject(self._lease(message))
+        return PyMemoryView_FromObject(shown(self, self._lease(message), message))
 
     def recv_nowait(self):
         """Same as `recv` with timeout=0."""
         cdef CppReceived message
         self._receive(message, 0)
-        return PyMemoryView_FromObject(self._lease(message))
+        return PyMemoryView_FromObject(shown(self, self._lease(message), message))
 
     def recv_array(self, *, timeout=DEFAULT, copy=False, out=None):
         """Receive the next message as the array that was sent.
@@ -772,7 +811,8 @@ cdef class Receiver:
         timeout : float or None, optional
             As for `recv`.
         copy : bool
-            False gives a read-only view on the slot (no copy); True a writable array of its own (one copy).
+            False gives a read-only view on the slot (no copy; past `max_pinned` a read-only copy, as `recv`); True a writable
+            array of its own (one copy).
         out : numpy.ndarray, optional
             Filled with the array (one copy) and returned; the slot is free at once. Writable, of the message's dtype and
             shape, with any strides.
@@ -807,9 +847,10 @@ cdef class Receiver:
         if out is not None:
             self._copy_to(out, lease, message)
             return out
-        array = array_over(lease, lease)
         if not copy:
-            return array
+            lease = shown(self, lease, message)
+            return array_over(lease, lease)
+        array = array_over(lease, lease)
         try:
             return array.copy(order="K")
         except:
@@ -848,6 +889,7 @@ cdef class Receiver:
             raise SchemaMismatchError(
                 f"the message holds {kind}; it stays in the channel: use recv() or recv_array(), or send a dict on a channel "
                 "whose spec is a dict")
+        lease = shown(self, lease, message)
         return record_over(lease._layout, lease._payload, lease)
 
     def recv_object(self, *, timeout=DEFAULT, copy=False):
@@ -859,7 +901,8 @@ cdef class Receiver:
             As for `recv`.
         copy : bool
             False: arrays in the object are read-only views on the slot, which is taken until the last of them is gone (those
-            of less than 1 KiB are copies). True: they are writable copies, and the slot is free at once.
+            of less than 1 KiB are copies; past `max_pinned` all are, read-only, as of `recv`). True: they are writable copies,
+            and the slot is free at once.
 
         Returns
         -------
@@ -877,8 +920,17 @@ cdef class Receiver:
         cdef CppReceived message
         self._receive(message, timeout)
         cdef Lease lease = self._lease(message)
+        cdef Lease source = lease
         try:
-            return object_of(lease, copy)
+            if not copy and shows_slot(lease):
+                if must_copy(self):
+                    source = copied(self, lease, message, True)
+                else:
+                    note_site(self)
+            received = object_of(source, copy)
+            if source is not lease:
+                lease._release()
+            return received
         except:
             # Also when it is an interrupt: nobody has got the object. Frames of the traceback may still hold views.
             lease._nack = True
@@ -949,7 +1001,7 @@ cdef class Receiver:
         """Receive the next message with its sequence number: (int, memoryview). As `recv` otherwise."""
         cdef CppReceived message
         self._receive(message, timeout)
-        return message.sequence, PyMemoryView_FromObject(self._lease(message))
+        return message.sequence, PyMemoryView_FromObject(shown(self, self._lease(message), message))
 
     def recv_message(self, *, timeout=DEFAULT):
         """Receive the next message with all that came with it: a `Message`. As `recv` otherwise."""
@@ -957,11 +1009,24 @@ cdef class Receiver:
         self._receive(message, timeout)
         cdef Message out = Message.__new__(Message)
         self._fill(out, message)
+        if must_copy(self):
+            # The message keeps its slot until it is released or given back; only what is looked at is a copy.
+            out._copy = copied(self, out._lease, message, True)
+        else:
+            note_site(self)
+        out._lease._claimed = True
+        self._handle.claims += 1
         return out
 
     def recv_message_nowait(self):
         """Same as `recv_message` with timeout=0."""
         return self.recv_message(timeout=0)
+
+    def _core_recv_kept(self, timeout):
+        """`recv_message`, of a message that goes back to the channel when it is let go of without a release."""
+        cdef Message out = self.recv_message(timeout=timeout)
+        out._lease._nack = True
+        return out
 
     def recv_many(self, Py_ssize_t n, *, timeout=DEFAULT):
         """Receive up to `n` messages: waits for the first, then takes what is there.
@@ -976,10 +1041,12 @@ cdef class Receiver:
         Returns
         -------
         list of memoryview
-            1 to `n` of them. After a damaged message the list ends, and the next receiving call raises its error.
+            1 to `n` of them. After a damaged message the list ends, and the next receiving call raises its error. Those past
+            `max_pinned` are copies, as of `recv`; views that the list itself holds are no reason for a warning.
         """
         cdef CppReceived message
         cdef Outcome outcome
+        cdef Lease lease
         if n < 1:
             raise ValueError(f"recv_many was asked for {n} messages, must be 1 or more")
         views = [self.recv(timeout=timeout)]
@@ -990,11 +1057,48 @@ cdef class Receiver:
             if outcome != OutcomeOk:
                 break
             try:
-                views.append(PyMemoryView_FromObject(self._lease(message)))
-            except CorruptedMessageError as error:
+                lease = self._lease(message)
+                if must_copy(self):
+                    lease = detached(self, lease, message, False)
+                views.append(PyMemoryView_FromObject(lease))
+            except (CorruptedMessageError, MemoryError) as error:
                 self._deferred = error
                 break
         return views
+
+    def recv_batch(self, Py_ssize_t n, *, timeout=DEFAULT, out=None):
+        """Receive `n` arrays of one dtype and shape into the rows of one array.
+
+        Parameters
+        ----------
+        n : int
+            Rows at most, at least 1.
+        timeout : float or None, optional
+            Seconds for the whole batch: None waits until it is full, 0 takes what is there. The handle's by default.
+        out : numpy.ndarray, optional
+            A writable array of shape (n, *shape) and of the dtype to be filled instead of a new one.
+
+        Returns
+        -------
+        numpy.ndarray
+            Writable, of shape (k, *shape) with 1 <= k <= `n`, the first rows of `out` if that was given. Fewer than `n` when
+            the time was up, the channel ended, or the next message is of another kind, dtype or shape: that one stays in the
+            channel and comes next. A damaged message ends the batch, and the next receiving call raises its error.
+
+        Raises
+        ------
+        BufferEmptyError, ChannelClosedError, CorruptedMessageError
+            As for `recv`, when there is no first row.
+        SchemaMismatchError
+            The first message is no array, or does not fit `out`. It stays in the channel.
+
+        Notes
+        -----
+        Copies each message once, from its slot to its row, and frees the slot at once, so `n` may exceed the capacity.
+        Releases the GIL while it waits, and while it copies a message of 64 KiB and more. What a call has taken before an
+        exception ends it (Ctrl-C, a callback) is what the next `recv_batch` of this handle begins with.
+        """
+        return receive_batch(self, n, timeout, out)
 
     def __iter__(self):
         """Iterate over the messages, as `recv` gives them, until the channel is closed or shut down.
@@ -1112,6 +1216,10 @@ cdef class Receiver:
         lease._process = message.process
         lease._group = message.group
         lease._held = True
+        if message.process != self._handle.process:  # views of the parent of a forked child pin nothing here
+            self._handle.process = message.process
+            self._handle.views = 0
+            self._handle.claims = 0
         self._handle.views += 1
         lease._kind = message.kind
         if message.kind == kArrayMessage:
@@ -1231,6 +1339,8 @@ cdef class Receiver:
         self._fill(out, message)
         out._lease._nack = True  # it stays one unless somebody says that he is done with it
         out.attempt = message.attempts
+        out._lease._claimed = True
+        self._handle.claims += 1
         out.group = as_text(why.group) or None
         out.last_pid = why.last_pid
         out.reason = "died" if why.last_holder_died else "given back"
@@ -1275,6 +1385,17 @@ cdef class Receiver:
         if self._cpp.is_closed():
             raise self._closed_error()
         return message.sequence if self._cpp.try_read_latest(True, 0, message) == OutcomeOk else None
+
+    def _core_latest_place(self):
+        """(offset in the shared bytes, length, metadata) of the newest message of the history; None where there is none."""
+        cdef CppReceived message
+        require_open(self)
+        if self._cpp.is_closed():
+            raise self._closed_error()
+        if self._cpp.try_read_latest(True, 0, message) != OutcomeOk:
+            return None
+        meta = decode_meta(PyBytes_FromStringAndSize(<const char*> message.meta(), message.meta_bytes))
+        return self._cpp.payload_offset(message), message.payload_bytes, meta
 
     cdef object _copy_of(self, CppReceived& message):
         cdef ArrayLayout layout
@@ -1575,6 +1696,10 @@ cdef class Receiver:
         require_open(self)
         return self._cpp.is_synced()
 
+    def _core_is_shut_down(self):
+        require_open(self)
+        return self._cpp.is_shut_down()
+
     def _core_lost(self):
         require_open(self)
         return self._cpp.stats().lost
@@ -1589,6 +1714,7 @@ cdef class Receiver:
             "unheard": s.unheard, "redelivered": s.redelivered, "dead_letters": s.dead_letters, "buried": s.buried,
             "letters_dropped": s.letters_dropped, "deaths": s.deaths,
             "send_waits": s.send_waits, "recv_waits": s.recv_waits, "pinned_views": self._handle.views,
+            "forced_copies": self._handle.forced_copies,
             "pinned_slots": s.pinned_slots, "free_slots": s.free_slots, "corrupted_slots": s.corrupted_slots,
             "bytes_sent": self._handle.bytes_sent, "bytes_received": self._handle.bytes_received,
             "corrupted": s.corrupted, "reserved_bytes": s.reserved_bytes, "participants": s.participants,

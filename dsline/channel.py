@@ -6,7 +6,7 @@ import os
 import pathlib
 from typing import Any, Literal, Self
 
-from dsline import _core, interop
+from dsline import _core, interop, pinned
 from dsline.endpoint import Endpoint, Stats, descriptor_for_child, teach_multiprocessing
 from dsline.errors import ChannelNotFoundError, InvalidArgumentError, SchemaMismatchError
 from dsline.groups import Subscriber
@@ -121,15 +121,18 @@ class _Channel(Endpoint, _core.Channel):
         policy: Any,
         timeout: Any,
         zero_copy: Any = False,
+        max_pinned: Any = None,
     ) -> None:
         self._backpressure = parse_enum(Backpressure, policy, "backpressure")
         level = _zero_copy_level(zero_copy)
+        budget = pinned.parse(max_pinned)
         options = {**options, "default_group": int(self._default_group)}
         try:
             self._open(kind, target, options, mode, BACKPRESSURE_CODES[self._backpressure], timeout)
         except SchemaMismatchError as error:
             raise self._other_spec(error, options["schema"].spec) from None
         self._default_timeout = timeout
+        self._set_max_pinned(max_pinned, budget)
         self._zero_copy = (False, True, "strict")[level]
         try:
             self._core_zero_copy(level)
@@ -166,6 +169,7 @@ class _Channel(Endpoint, _core.Channel):
         on_death: OnDeath | str = OnDeath.REDELIVER,
         durable: bool = False,
         timeout: Any = _core.DEFAULT_TIMEOUT,
+        max_pinned: int | str | None = None,
     ) -> Subscriber:
         """Become a member of a named group: every group gets every message, the members of one group share them.
 
@@ -182,6 +186,8 @@ class _Channel(Endpoint, _core.Channel):
             Whether the group stays, and collects messages, while it has no members. Members must agree.
         timeout : float or None, optional
             Seconds that calls of the subscriber wait unless they say otherwise. This handle's by default.
+        max_pinned : int, str or None
+            As for `ShmChannel`, for the subscriber. None: as this handle.
 
         Returns
         -------
@@ -199,7 +205,9 @@ class _Channel(Endpoint, _core.Channel):
         """
         if timeout is _core.DEFAULT_TIMEOUT:
             timeout = self._default_timeout
-        return Subscriber._of(self, group, start, on_death, durable, timeout)
+        if max_pinned is None:
+            max_pinned = self._max_pinned
+        return Subscriber._of(self, group, start, on_death, durable, timeout, max_pinned)
 
     @property
     def zero_copy(self) -> bool | Literal["strict"]:
@@ -266,6 +274,7 @@ class _Channel(Endpoint, _core.Channel):
             self._backpressure,
             self._default_timeout,
             self._zero_copy,
+            self._max_pinned,
         )
 
     @classmethod
@@ -280,6 +289,7 @@ class _Channel(Endpoint, _core.Channel):
         policy: Backpressure | str,
         timeout: float | None,
         zero_copy: bool | Literal["strict"] = False,
+        max_pinned: int | str | None = None,
     ) -> Self:
         raise NotImplementedError
 
@@ -291,9 +301,10 @@ class _Channel(Endpoint, _core.Channel):
         policy: Backpressure | str = Backpressure.BLOCK,
         timeout: float | None = None,
         zero_copy: bool | Literal["strict"] = False,
+        max_pinned: int | str | None = None,
     ) -> Self:
         """Open the channel that was pickled."""
-        channel = cls._at_place(place, policy, timeout, zero_copy)
+        channel = cls._at_place(place, policy, timeout, zero_copy, max_pinned)
         if channel._core_uuid() != uuid:
             channel.close()
             raise ChannelNotFoundError(
@@ -325,6 +336,7 @@ class SharedMemoryChannel(_Channel):
         max_deliveries: int | None = None,
         dead_letters: int | None = None,
         zero_copy: bool | Literal["strict"] = False,
+        max_pinned: int | str | None = None,
         spec: Spec | None = None,
     ) -> None:
         options = _options(
@@ -341,7 +353,7 @@ class SharedMemoryChannel(_Channel):
             dead_letters=dead_letters,
             spec=spec,
         )
-        self._begin(name, options, _OPEN_OR_CREATE, backpressure, timeout, storage, zero_copy)
+        self._begin(name, options, _OPEN_OR_CREATE, backpressure, timeout, storage, zero_copy, max_pinned)
 
     def _begin(
         self,
@@ -352,6 +364,7 @@ class SharedMemoryChannel(_Channel):
         timeout: Any,
         storage: Storage | str,
         zero_copy: Any = False,
+        max_pinned: Any = None,
     ) -> None:
         where = parse_enum(Storage, storage, "storage")
         if name is not None and not isinstance(name, str):
@@ -363,12 +376,12 @@ class SharedMemoryChannel(_Channel):
             )
         self._name = name
         if where is Storage.HEAP:
-            self._start("heap", None, options, mode, policy, timeout, zero_copy)
+            self._start("heap", None, options, mode, policy, timeout, zero_copy, max_pinned)
         elif name is None:
-            self._start("anonymous", None, options, mode, policy, timeout, zero_copy)
+            self._start("anonymous", None, options, mode, policy, timeout, zero_copy, max_pinned)
             teach_multiprocessing(type(self))
         else:
-            self._start("named", name.encode(), options, mode, policy, timeout, zero_copy)
+            self._start("named", name.encode(), options, mode, policy, timeout, zero_copy, max_pinned)
 
     @classmethod
     def create(
@@ -390,6 +403,7 @@ class SharedMemoryChannel(_Channel):
         max_deliveries: int | None = None,
         dead_letters: int | None = None,
         zero_copy: bool | Literal["strict"] = False,
+        max_pinned: int | str | None = None,
         spec: Spec | None = None,
     ) -> Self:
         """Create a channel; ChannelExistsError when one of that name is in use. Parameters as for the class."""
@@ -408,7 +422,7 @@ class SharedMemoryChannel(_Channel):
             spec=spec,
         )
         channel = cls.__new__(cls)
-        channel._begin(name, options, _CREATE, backpressure, timeout, storage, zero_copy)
+        channel._begin(name, options, _CREATE, backpressure, timeout, storage, zero_copy, max_pinned)
         return channel
 
     @classmethod
@@ -419,6 +433,7 @@ class SharedMemoryChannel(_Channel):
         backpressure: Backpressure | str = Backpressure.BLOCK,
         timeout: float | None = None,
         zero_copy: bool | Literal["strict"] = False,
+        max_pinned: int | str | None = None,
         spec: Spec | None = None,
     ) -> Self:
         """Open the channel of that name, whatever its geometry; ChannelNotFoundError when there is none.
@@ -431,7 +446,7 @@ class SharedMemoryChannel(_Channel):
                 "name is None, but an anonymous channel cannot be opened: pass its handle to the process"
             )
         options = _options(spec=spec)
-        channel._begin(name, options, _OPEN, backpressure, timeout, Storage.SHM, zero_copy)
+        channel._begin(name, options, _OPEN, backpressure, timeout, Storage.SHM, zero_copy, max_pinned)
         return channel
 
     @classmethod
@@ -445,12 +460,13 @@ class SharedMemoryChannel(_Channel):
         policy: Backpressure | str,
         timeout: float | None,
         zero_copy: bool | Literal["strict"] = False,
+        max_pinned: int | str | None = None,
     ) -> Self:
         if isinstance(place, str):
-            return cls.open(place, backpressure=policy, timeout=timeout, zero_copy=zero_copy)
+            return cls.open(place, backpressure=policy, timeout=timeout, zero_copy=zero_copy, max_pinned=max_pinned)
         channel = cls.__new__(cls)
         channel._name = None
-        channel._start("adopt", place.detach(), {}, _OPEN, policy, timeout, zero_copy)
+        channel._start("adopt", place.detach(), {}, _OPEN, policy, timeout, zero_copy, max_pinned)
         teach_multiprocessing(cls)
         return channel
 
@@ -495,6 +511,11 @@ class ShmChannel(SharedMemoryChannel):
         Deliveries of a message whose receivers die or give it back, before it becomes a dead letter: 3 when created, up to 15.
     dead_letters : int, optional
         Dead letters that are kept, in slots of the channel, 16 when created; the oldest goes for a newer one.
+    max_pinned : int, str or None
+        How many received messages the views of this handle may keep in their slots. Past it receiving gives read-only
+        copies, counted in ``stats().forced_copies``, so that views which are kept do not stop the senders. "auto" (None) is
+        three quarters of the capacity, at least 2, and never the last slot that is left to send into; 0 always copies; a
+        number is taken as it is; "unlimited" never copies: then senders wait for whoever drops the views.
     zero_copy : bool or "strict"
         Whether this handle may `alloc` and `publish`. "strict" makes the pages of a published message read-only in this
         process, so that not even a stray pointer can change it; slots must be a page at least.
@@ -558,6 +579,7 @@ class FileChannel(_Channel):
         dead_letters: int | None = None,
         sync: Sync | str | None = None,
         zero_copy: bool | Literal["strict"] = False,
+        max_pinned: int | str | None = None,
         spec: Spec | None = None,
     ) -> Self:
         """Create the file; ChannelExistsError when it exists (on_stale="reset" replaces a channel that nobody uses).
@@ -583,7 +605,7 @@ class FileChannel(_Channel):
             sync=sync,
             spec=spec,
         )
-        return cls._at(path, options, _CREATE, backpressure, timeout, zero_copy)
+        return cls._at(path, options, _CREATE, backpressure, timeout, zero_copy, max_pinned)
 
     @classmethod
     def open(
@@ -593,6 +615,7 @@ class FileChannel(_Channel):
         backpressure: Backpressure | str = Backpressure.BLOCK,
         timeout: float | None = None,
         zero_copy: bool | Literal["strict"] = False,
+        max_pinned: int | str | None = None,
         spec: Spec | None = None,
     ) -> Self:
         """Open the channel in a file; ChannelNotFoundError when there is none.
@@ -600,18 +623,18 @@ class FileChannel(_Channel):
         With a `spec`, SchemaMismatchError when the channel has another one, or none.
         """
         options = _options(spec=spec)
-        return cls._at(path, options, _OPEN, backpressure, timeout, zero_copy)
+        return cls._at(path, options, _OPEN, backpressure, timeout, zero_copy, max_pinned)
 
     @classmethod
     def _at(
-        cls, path: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any, zero_copy: Any
+        cls, path: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any, zero_copy: Any, max_pinned: Any
     ) -> Self:
         channel = cls.__new__(cls)
         absolute = os.path.abspath(os.fsdecode(path))
         if "\0" in absolute:
             raise InvalidArgumentError(f"path {absolute!r} holds a null character, which no file name can")
         channel._name = os.path.basename(absolute)
-        channel._start("file", os.fsencode(absolute), options, mode, policy, timeout, zero_copy)
+        channel._start("file", os.fsencode(absolute), options, mode, policy, timeout, zero_copy, max_pinned)
         return channel
 
     @property
@@ -630,8 +653,9 @@ class FileChannel(_Channel):
         policy: Backpressure | str,
         timeout: float | None,
         zero_copy: bool | Literal["strict"] = False,
+        max_pinned: int | str | None = None,
     ) -> Self:
-        return cls.open(place, backpressure=policy, timeout=timeout, zero_copy=zero_copy)
+        return cls.open(place, backpressure=policy, timeout=timeout, zero_copy=zero_copy, max_pinned=max_pinned)
 
 
 def _open_again(
@@ -641,6 +665,7 @@ def _open_again(
     policy: Backpressure,
     timeout: float | None,
     zero_copy: bool | Literal["strict"] = False,
+    max_pinned: int | str | None = None,
 ) -> _Channel:
     """Unpickle a handle."""
-    return cls._again(place, uuid, policy, timeout, zero_copy)
+    return cls._again(place, uuid, policy, timeout, zero_copy, max_pinned)

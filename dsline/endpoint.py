@@ -35,7 +35,9 @@ class Stats:
     sent, received, bytes_sent, bytes_received : int
         By this handle.
     pinned_views : int
-        Received messages that views of this handle still hold.
+        Received messages that views of this handle still hold in their slots.
+    forced_copies : int
+        Messages that this handle gave out as copies since it, or all receivers together, held too many. See `max_pinned`.
     send_waits, recv_waits : int
         How often this handle had to wait.
     dropped_oldest, redelivered : int
@@ -76,6 +78,7 @@ class Stats:
     send_waits: int
     recv_waits: int
     pinned_views: int
+    forced_copies: int
     pinned_slots: int
     free_slots: int
     corrupted_slots: int
@@ -97,6 +100,16 @@ class Endpoint(_core.Receiver):
 
     _name: str | None
     _default_timeout: float | None
+    _max_pinned: int | str = "auto"
+
+    def _set_max_pinned(self, wanted: int | str | None, number: int) -> None:
+        self._max_pinned = "auto" if wanted is None else wanted
+        self._core_set_budget(number)
+
+    @property
+    def max_pinned(self) -> int | str:
+        """How many received messages views of this handle may keep in their slots: a number, "auto" or "unlimited"."""
+        return self._max_pinned
 
     @property
     def name(self) -> str | None:

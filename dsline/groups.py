@@ -6,6 +6,7 @@ import os
 import secrets
 from typing import Any
 
+from dsline import pinned
 from dsline.endpoint import Endpoint, teach_multiprocessing
 from dsline.errors import InvalidArgumentError
 from dsline.options import ON_DEATH_CODES, START_CODES, OnDeath, Start, parse_enum
@@ -52,7 +53,9 @@ class Subscriber(Endpoint):
         on_death: OnDeath | str,
         durable: bool,
         timeout: float | None,
+        max_pinned: int | str | None,
     ) -> Subscriber:
+        budget = pinned.parse(max_pinned)
         if group is not None and not isinstance(group, str):
             raise TypeError(f"group is a {type(group).__name__}, must be str or None")
         if type(durable) is not bool:
@@ -75,6 +78,7 @@ class Subscriber(Endpoint):
             durable,
             timeout,
         )
+        subscriber._set_max_pinned(max_pinned, budget)
         if channel.path is None and channel.storage != "heap":
             teach_multiprocessing(cls)
         return subscriber
@@ -125,12 +129,18 @@ class Subscriber(Endpoint):
         return self._recipe(self._home._place_of(self))
 
     def _recipe(self, place: Any) -> Any:
-        settings = (self._group, self._start_at, self._on_death, self._durable, self._default_timeout)
+        settings = (
+            self._group,
+            self._start_at,
+            self._on_death,
+            self._durable,
+            self._default_timeout,
+            self._max_pinned,
+        )
         return _join_again, (self._home, place, self._core_uuid(), settings)
 
 
 def _join_again(home: Any, place: Any, uuid: str, settings: Any) -> Subscriber:
     """Unpickle: one more member of the group."""
-    group, start, on_death, durable, timeout = settings
     with home._again(place, uuid) as channel:
-        return Subscriber._of(channel, group, start, on_death, durable, timeout)
+        return Subscriber._of(channel, *settings)

@@ -245,12 +245,14 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         void release(uint32_t, uint32_t, uint32_t) noexcept
         void give_back(const CppReceived&) noexcept
         void put_back(const CppReceived&) noexcept
+        cbool is_last_to_circulate() noexcept
 
         Outcome try_take_dead_letter(CppReceived&, CppDeadLetter&) except +raise_current_error
         void revive(const CppReceived&) noexcept
 
         Outcome try_read_latest(cbool, uint64_t, CppReceived&) except +raise_current_error
         cbool is_unchanged(const CppReceived&) noexcept
+        uint64_t payload_offset(const CppReceived&) noexcept
         Outcome wait_for_newer(cbool, uint64_t, int64_t, cbool) except +raise_current_error
 
         Outcome wait_for_space(int64_t, cbool) except +raise_current_error

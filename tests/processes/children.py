@@ -12,6 +12,7 @@ import struct
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -123,6 +124,25 @@ def receive_proofs(name):
     with dsline.ShmChannel(name, timeout=30) as channel:
         report("ready")
         report([check_proof(view) for view in channel])
+
+
+def keep_all(name, stop_after):
+    """Keep every array that comes; then report how they look, and how many are copies."""
+    warnings.simplefilter("ignore", dsline.PinnedViewsWarning)
+    with dsline.ShmChannel.open(name, timeout=30) as channel:
+        report("ready")
+        kept = []
+        while True:
+            try:
+                kept.append(channel.recv_array())
+            except dsline.ChannelClosedError:
+                break
+            if len(kept) == stop_after:
+                break
+        report([[check_proof(array) for array in kept], channel.stats().forced_copies])
+        read_word()
+        report([check_proof(array) for array in kept])
+        del kept
 
 
 def take_and_hold(name):

@@ -581,6 +581,7 @@ RECEIVE = {
     "recv_with_seq": lambda channel: channel.recv_with_seq(),
     "recv_message": lambda channel: channel.recv_message(),
     "recv_many": lambda channel: channel.recv_many(3),
+    "recv_batch": lambda channel: channel.recv_batch(3),
     "next": next,
 }
 
@@ -612,6 +613,18 @@ def test_recv_many_hides_no_damage(fragile):
             damaged += 1
     assert got == [payloads[0], payloads[2]]
     assert damaged == 1, "a message was lost without an error"
+
+
+def test_recv_batch_hides_no_damage(fragile):
+    channel, frames = fragile
+    rows = [np.full(12, number + 1) for number in range(3)]
+    channel.send_many(rows)
+    frames.map[frames.frame_of(rows[1].tobytes()) + 8] ^= 0xFF
+    assert (channel.recv_batch(3) == rows[0]).all()
+    with pytest.raises(dsline.CorruptedMessageError):
+        channel.recv_batch(3)
+    assert (channel.recv_batch(3, timeout=0) == rows[2]).all()
+    assert channel.stats().corrupted == 1
 
 
 def test_a_quarantined_slot_is_out_of_use_while_others_are_free(fragile):

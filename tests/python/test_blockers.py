@@ -32,7 +32,7 @@ def empty_error(channel, timeout=0):
 
 @pytest.mark.parametrize("timeout", [0, 0.02])
 def test_own_views_are_named(make_any, timeout):
-    channel = make_any(capacity=3, slot_size=64)
+    channel = make_any(capacity=3, slot_size=64, max_pinned="unlimited")
     channel.send_many([b"1", b"2", b"3"])
     views = [channel.recv(), channel.recv(), channel.recv()]
     error = full_error(channel, timeout)
@@ -45,7 +45,7 @@ def test_own_views_are_named(make_any, timeout):
 
 
 def test_the_text_of_a_wait_names_them(make_broadcast):
-    channel = make_broadcast(capacity=2, slot_size=64)
+    channel = make_broadcast(capacity=2, slot_size=64, max_pinned="unlimited")
     with channel.subscribe("view") as subscriber:
         channel.send_many([b"1", b"2"])
         views = subscriber.recv_many(2)
@@ -58,7 +58,7 @@ def test_the_text_of_a_wait_names_them(make_broadcast):
 
 
 def test_a_wait_remembers_and_a_poll_looks_when_asked(make_channel):
-    channel = make_channel(capacity=1, slot_size=64)
+    channel = make_channel(capacity=1, slot_size=64, max_pinned="unlimited")
     channel.send(b"x")
     view = channel.recv()
     waited, polled, looked = full_error(channel, 0.01), full_error(channel, 0), full_error(channel, 0)
@@ -168,7 +168,7 @@ def test_who_is_in_a_senders_way():
 
 
 def test_blockers_travel_with_the_error(make_channel):
-    channel = make_channel(capacity=1, slot_size=64)
+    channel = make_channel(capacity=1, slot_size=64, max_pinned="unlimited")
     channel.send(b"x")
     view = channel.recv()
     for error in (full_error(channel, 0), full_error(channel, 0.01), empty_error(channel)):

@@ -268,7 +268,7 @@ def test_block_waits_for_room(make_any):
 
 
 def test_block_waits_for_a_view_to_be_dropped(make_any):
-    channel = make_any(capacity=1, slot_size=64)
+    channel = make_any(capacity=1, slot_size=64, max_pinned="unlimited")
     channel.send(b"held")
     view = channel.recv(timeout=0)
     sender = Thread(channel.send, b"later", timeout=None)
@@ -313,7 +313,7 @@ def test_drop_oldest_discards_what_waits_longest(make_any):
 
 
 def test_drop_oldest_never_touches_what_a_view_holds(make_any):
-    channel = make_any(capacity=2, slot_size=64, backpressure="drop_oldest")
+    channel = make_any(capacity=2, slot_size=64, backpressure="drop_oldest", max_pinned="unlimited")
     fill(channel)
     views = [channel.recv(timeout=0), channel.recv(timeout=0)]
     assert channel.send(b"x", timeout=None) is False, "everything is held, so the newest goes"

@@ -45,7 +45,7 @@ def test_every_group_gets_every_message(make_any):
 
 
 def test_a_slot_is_free_when_the_last_group_is_done(make_any):
-    channel = make_any(capacity=1, slot_size=64, backpressure="raise")
+    channel = make_any(capacity=1, slot_size=64, backpressure="raise", max_pinned="unlimited")
     with channel.subscribe("a") as a:
         channel.send(b"x")
         channel.recv_bytes()
@@ -454,7 +454,7 @@ def test_gaps_in_the_sequence_agree_with_lost(make_broadcast):
 
 
 def test_drop_oldest_takes_nothing_that_is_held(make_broadcast):
-    channel = make_broadcast(capacity=2, slot_size=64, backpressure="drop_oldest")
+    channel = make_broadcast(capacity=2, slot_size=64, backpressure="drop_oldest", max_pinned="unlimited")
     with channel.subscribe("group") as subscriber:
         channel.send_many([b"1", b"2"])
         views = [subscriber.recv(), subscriber.recv()]

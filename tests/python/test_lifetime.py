@@ -112,7 +112,7 @@ def has_recovered(channel):
 
 
 def test_slices_casts_and_arrays_of_views_keep_the_slot(make_channel):
-    channel = make_channel(capacity=1, slot_size=256)
+    channel = make_channel(capacity=1, slot_size=256, max_pinned="unlimited")
     derivations = {
         "slice": lambda view: view[1:3],
         "cast": lambda view: view.cast("i"),
@@ -164,7 +164,7 @@ def test_the_error_for_writing_names_the_way_out(make_channel):
 
 
 def test_many_views_fill_the_channel_and_its_error_says_so(make_any):
-    channel = make_any(capacity=64, slot_size=64)
+    channel = make_any(capacity=64, slot_size=64, max_pinned="unlimited")
     views = []
     for number in range(64):
         channel.send(b"%d" % number, timeout=0)
@@ -180,7 +180,10 @@ def test_many_views_fill_the_channel_and_its_error_says_so(make_any):
 
 
 def test_views_of_another_handle_are_told_apart(name):
-    with dsline.ShmChannel(name, capacity=2, slot_size=64) as mine, dsline.ShmChannel(name) as theirs:
+    with (
+        dsline.ShmChannel(name, capacity=2, slot_size=64) as mine,
+        dsline.ShmChannel(name, max_pinned=1) as theirs,
+    ):
         mine.send_many([b"0", b"1"])
         held = [mine.recv(timeout=0), theirs.recv(timeout=0)]
         with pytest.raises(
@@ -220,7 +223,7 @@ def test_a_channel_in_a_cycle_with_its_views_goes_away(name):
 
 
 def test_release_of_a_memoryview_frees_the_slot(make_channel):
-    channel = make_channel(capacity=1, slot_size=64)
+    channel = make_channel(capacity=1, slot_size=64, max_pinned="unlimited")
     channel.send(b"12345678")
     view = channel.recv(timeout=0)
     view.release()

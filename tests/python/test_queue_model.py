@@ -68,7 +68,7 @@ class ChannelMachine(RuleBasedStateMachine):
         self.policy = policy
         self.number = 0
         options = {"capacity": capacity, "slot_size": 64, "backpressure": policy, "timeout": 0}
-        options["max_deliveries"] = MAX_DELIVERIES
+        options |= {"max_deliveries": MAX_DELIVERIES, "max_pinned": "unlimited"}
         if storage == "named":
             name = unique_name()
             self.handles = [dsline.ShmChannel(name, **options) for _ in range(handles)]

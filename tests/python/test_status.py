@@ -261,7 +261,7 @@ def test_remove_a_file(tmp_path):
 
 
 def test_why_of_live_channels(name):
-    with dsline.ShmChannel(name, capacity=2, slot_size=64) as channel:
+    with dsline.ShmChannel(name, capacity=2, slot_size=64, max_pinned="unlimited") as channel:
         assert status.why(name) == f"channel {name!r} is empty: 1 handle attached, and nobody sends"
         channel.send(b"1")
         assert "1 message waits for the default group, 1 of 2 slots are free" in status.why(name)
@@ -279,7 +279,7 @@ def test_why_of_live_channels(name):
 
 
 def test_why_of_a_broadcast(name):
-    with dsline.Broadcast(name, capacity=2, slot_size=64) as channel:
+    with dsline.Broadcast(name, capacity=2, slot_size=64, max_pinned="unlimited") as channel:
         assert "has no subscribers" in status.why(name)
         with channel.subscribe("slow") as slow:
             channel.send_many([b"1", b"2"])
@@ -299,7 +299,7 @@ def test_why_names_the_dead_that_fill_a_channel(name):
     source = """
 import os, sys
 import dsline
-channel = dsline.ShmChannel.open(sys.argv[1])
+channel = dsline.ShmChannel.open(sys.argv[1], max_pinned="unlimited")
 held = channel.recv_many(2)
 os._exit(0)
 """

@@ -87,6 +87,9 @@ def exactly_once(got, producers, count):
             assert numbers == sorted(numbers)
 
 
+@pytest.mark.filterwarnings(
+    "ignore::dsline.PinnedViewsWarning"
+)  # three lists of five are more than 8 slots allow
 @pytest.mark.parametrize("receive", [by_view, by_copy, by_message, by_many])
 @pytest.mark.parametrize(("capacity", "words"), [(8, 16), (16, 3000), (64, 16)])
 def test_producers_and_consumers_share_one_handle(make_any, capacity, words, receive):
@@ -183,7 +186,7 @@ def test_dropping_accounts_for_every_message(make_channel, policy):
 
 
 def test_views_are_dropped_in_other_threads(make_channel):
-    channel = make_channel(capacity=4, slot_size=64)
+    channel = make_channel(capacity=4, slot_size=64, max_pinned="unlimited")
     handed_over = []
     ready, done = threading.Semaphore(0), Crew()
 

@@ -327,6 +327,11 @@ class Channel {
   /// The same for a message that the caller could not use and nobody has seen: it does not count as a delivery.
   void put_back(const Received& message) noexcept;
 
+  /// True when nothing would be left to send into if this message, which the caller holds, and all that others hold
+  /// were kept for ever. Of the members of a group the one that takes the last message of the order is told so, so a
+  /// channel whose receivers let go of such messages never stands still.
+  bool is_last_to_circulate() const noexcept;
+
   /// Takes the oldest dead letter of any group: Ok, Empty or Corrupted. It is gone when it is released, and is a dead
   /// letter again when its holder dies or gives it back.
   Outcome try_take_dead_letter(Received& message, DeadLetter& why);
@@ -339,6 +344,8 @@ class Channel {
   /// is_unchanged(). Requires: the channel keeps a history.
   Outcome try_read_latest(bool any, std::uint64_t newer_than, Received& message);
   bool is_unchanged(const Received& message) const noexcept;
+  /// Where the payload of a message lies in the shared bytes (see descriptor()).
+  std::uint64_t payload_offset(const Received& message) const noexcept;
   /// As wait_for_message(), for a message behind `newer_than` in the history.
   Outcome wait_for_newer(bool any, std::uint64_t newer_than, std::int64_t deadline_ns, bool spin);
 

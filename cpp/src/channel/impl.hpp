@@ -120,6 +120,7 @@ struct Channel::Impl {
   Outcome empty_or_ended() noexcept;
   bool is_drained() noexcept;
   void release(std::uint32_t slot, std::uint32_t holder, std::uint32_t from) noexcept;
+  bool is_last_to_circulate() const noexcept;
   enum class Undelivered { No, Yes };
   void give_back(const Received& message, Undelivered undelivered) noexcept;
   Outcome try_take_dead_letter(Received& message, DeadLetter& why);

@@ -166,6 +166,14 @@ void Channel::Impl::give_back(const Received& message, Undelivered undelivered) 
   if (closed.load(std::memory_order_relaxed)) leave_if_idle();
 }
 
+// Correct because of the last message of the order: once it is taken nothing stands at the cursor, so whoever has taken it
+// keeps it only while another slot is free or being written, and that one stays free when no message follows.
+bool Channel::Impl::is_last_to_circulate() const noexcept {
+  if (pool.shows_a_free_slot() || group.anything_at_cursor()) [[likely]]
+    return false;
+  return !pool.anything_circulates(region->keeps_history() ? 1u << region->retention_group() : 0);
+}
+
 Outcome Channel::Impl::try_take_dead_letter(Received& message, DeadLetter& why) {
   enter();
   if (closed.load(std::memory_order_relaxed)) return Outcome::Closed;
@@ -274,12 +282,16 @@ void Channel::give_back(const Received& message) noexcept {
 void Channel::put_back(const Received& message) noexcept {
   impl_->give_back(message, Impl::Undelivered::Yes);
 }
+bool Channel::is_last_to_circulate() const noexcept { return impl_->is_last_to_circulate(); }
 Outcome Channel::try_take_dead_letter(Received& message, DeadLetter& why) {
   return impl_->try_take_dead_letter(message, why);
 }
 void Channel::revive(const Received& message) noexcept { impl_->revive(message); }
 Outcome Channel::try_read_latest(bool any, std::uint64_t newer_than, Received& message) {
   return impl_->try_read_latest(any, newer_than, message);
+}
+std::uint64_t Channel::payload_offset(const Received& message) const noexcept {
+  return impl_->region->storage_offset(message.payload);
 }
 bool Channel::is_unchanged(const Received& message) const noexcept { return impl_->is_unchanged(message); }
 

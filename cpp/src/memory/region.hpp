@@ -63,6 +63,10 @@ class Region {
     return s * geometry_.stride_bytes + frame_shift(geometry_, s);
   }
   const std::byte* read_frame(std::uint32_t s) const noexcept { return arena_ + frame_offset(s); }
+  /// Where a byte of the read-only arena lies in the storage.
+  std::uint64_t storage_offset(const std::byte* at) const noexcept {
+    return geometry_.arena_offset + static_cast<std::uint64_t>(at - arena_);
+  }
   /// Where the frame will be written, if anything has been written through this handle yet.
   const std::byte* frame_to_prefetch(std::uint32_t s) const noexcept {
     const std::byte* arena = writable_arena_.load(std::memory_order_relaxed);

@@ -58,6 +58,13 @@ class Group {
     return look_at(p).what != Look::Empty;
   }
 
+  /// True when a message that nobody has taken stands at the cursor.
+  bool anything_at_cursor() const noexcept {
+    const std::uint64_t p = state().cursor.load(std::memory_order_acquire);
+    const Cell c = order_.cell(p);
+    return c.ahead_of(p) == 0 && c.slot() < region_->geometry().slots && is_unclaimed(c.slot(), p);
+  }
+
   /// Whether try_take() would find something now, without taking it; puts right what says so in vain: the redeliver flag,
   /// which recovery raises whether or not it gave anything back, and a cursor that somebody did not move on.
   bool anything_to_take() noexcept {

@@ -253,6 +253,29 @@ class SlotPool {
     return false;
   }
 
+  /// True when the map shows a free slot that is one. Looks at the last one that the map shows, since senders take the
+  /// first: the look leaves their cache line alone.
+  bool shows_a_free_slot() const noexcept {
+    for (std::uint32_t i = (slots_ + 63) / 64; i-- > 0;) {
+      const std::uint64_t bits = region_->free_map(i).load(std::memory_order_relaxed);
+      if (bits == 0) continue;
+      const std::uint32_t s = i * 64 + 63 - static_cast<std::uint32_t>(std::countl_zero(bits));
+      return s < slots_ && word(s).is_free();
+    }
+    return false;
+  }
+
+  /// True when a slot is left for a later message, whoever keeps what he holds now: one that is free, or is being
+  /// written, or is kept by `retained` groups alone (their bits), which give way.
+  bool anything_circulates(std::uint32_t retained) const noexcept {
+    for (std::uint32_t s = 0; s < slots_; ++s) {
+      const SlotWord seen = word(s);
+      if (seen.is_free() || seen.is_quarantined() || seen.is(SlotPhase::Writing)) return true;
+      if (seen.is(SlotPhase::Committed) && (seen.pending() & ~retained) == 0) return true;
+    }
+    return false;
+  }
+
   waiting::WaitPoint& space() noexcept { return space_; }
 
  private:

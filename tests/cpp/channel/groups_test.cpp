@@ -96,6 +96,29 @@ TEST_P(Groups, EveryGroupSeesEveryMessageInOrder) {
   EXPECT_EQ(free(), 4u);
 }
 
+TEST_P(Groups, WhoTakesTheLastMessageIsToldWhenNothingElseCirculates) {
+  make(small(2));
+  auto a = channel->subscribe(to("a"));
+  send(*channel, "1");
+  send(*channel, "2");
+  const Received first = take(*a);
+  EXPECT_FALSE(a->is_last_to_circulate()) << "the next one stands behind it";
+  const Received second = take(*a);
+  EXPECT_TRUE(a->is_last_to_circulate());
+  const Received other = take(*channel);
+  EXPECT_FALSE(channel->is_last_to_circulate());
+  a->put_back(second);
+  EXPECT_EQ(take(*a).sequence, second.sequence);
+  EXPECT_TRUE(a->is_last_to_circulate()) << "what was put back is no message behind itself";
+  a->release(second);
+  const Received last = take(*channel);
+  EXPECT_TRUE(channel->is_last_to_circulate()) << "the other group keeps the first";
+  channel->release(last);
+  EXPECT_FALSE(channel->is_last_to_circulate());
+  channel->release(other);
+  a->release(first);
+}
+
 TEST_P(Groups, MembersOfOneGroupCompete) {
   make();
   auto first = channel->subscribe(to("a")), second = channel->subscribe(to("a"));

@@ -204,6 +204,49 @@ TEST_F(SlotPoolTest, AScanFindsASlotWhoseHintWasLost) {
   EXPECT_EQ(pool->try_alloc_by_scan(0), 1u);
 }
 
+TEST_F(SlotPoolTest, TheMapShowsAFreeSlotOnlyIfItIsOne) {
+  make(70);
+  EXPECT_TRUE(pool->shows_a_free_slot());
+  for (std::uint32_t s = 0; s < 69; ++s) ASSERT_TRUE(pool->try_alloc_at(s, 0));
+  EXPECT_TRUE(pool->shows_a_free_slot()) << "the last one";
+  ASSERT_TRUE(pool->try_take(69, 0)) << "taken through a hint, so its bit stays";
+  EXPECT_TRUE(map_shows(69));
+  EXPECT_FALSE(pool->shows_a_free_slot());
+  pool->abort(3, pool->word(3));
+  hide(69);
+  EXPECT_TRUE(pool->shows_a_free_slot());
+  hide(3);
+  EXPECT_FALSE(pool->shows_a_free_slot()) << "the hint is lost";
+}
+
+TEST_F(SlotPoolTest, WhatIsFreeWrittenOrRetainedCirculatesAndWhatIsHeldDoesNot) {
+  make(2, 2);
+  EXPECT_TRUE(pool->anything_circulates(0));
+  commit(pool->try_alloc(0));
+  const std::uint32_t s = pool->try_alloc(0);
+  EXPECT_TRUE(pool->anything_circulates(0)) << "one is being written";
+  commit(s);
+  EXPECT_FALSE(pool->anything_circulates(0));
+  EXPECT_FALSE(pool->anything_circulates(2));
+  pool->clear_pending(s, 1);
+  EXPECT_TRUE(pool->anything_circulates(0));
+  ASSERT_EQ(pool->try_alloc(0), s);
+  pool->commit(s, pool->word(s), 3);
+  pool->clear_pending(s, kEnqueueing);
+  EXPECT_FALSE(pool->anything_circulates(2)) << "another group needs it, too";
+  pool->clear_pending(s, 1);
+  EXPECT_TRUE(pool->anything_circulates(2));
+  EXPECT_FALSE(pool->anything_circulates(0));
+}
+
+TEST_F(SlotPoolTest, AQuarantinedSlotCirculates) {
+  make(1);
+  commit(pool->try_alloc(0));
+  EXPECT_FALSE(pool->anything_circulates(0));
+  pool->clear_pending_corrupted(0, 1);
+  EXPECT_TRUE(pool->anything_circulates(0));
+}
+
 TEST_F(SlotPoolTest, TakingOneSlotByNumberLeavesTheOthers) {
   make(3);
   EXPECT_TRUE(pool->try_alloc_at(1, 0));
