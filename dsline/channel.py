@@ -463,7 +463,9 @@ class SharedMemoryChannel(_Channel):
         max_pinned: int | str | None = None,
     ) -> Self:
         if isinstance(place, str):
-            return cls.open(place, backpressure=policy, timeout=timeout, zero_copy=zero_copy, max_pinned=max_pinned)
+            return cls.open(
+                place, backpressure=policy, timeout=timeout, zero_copy=zero_copy, max_pinned=max_pinned
+            )
         channel = cls.__new__(cls)
         channel._name = None
         channel._start("adopt", place.detach(), {}, _OPEN, policy, timeout, zero_copy, max_pinned)
@@ -627,7 +629,14 @@ class FileChannel(_Channel):
 
     @classmethod
     def _at(
-        cls, path: Any, options: dict[str, Any], mode: int, policy: Any, timeout: Any, zero_copy: Any, max_pinned: Any
+        cls,
+        path: Any,
+        options: dict[str, Any],
+        mode: int,
+        policy: Any,
+        timeout: Any,
+        zero_copy: Any,
+        max_pinned: Any,
     ) -> Self:
         channel = cls.__new__(cls)
         absolute = os.path.abspath(os.fsdecode(path))
@@ -655,7 +664,9 @@ class FileChannel(_Channel):
         zero_copy: bool | Literal["strict"] = False,
         max_pinned: int | str | None = None,
     ) -> Self:
-        return cls.open(place, backpressure=policy, timeout=timeout, zero_copy=zero_copy, max_pinned=max_pinned)
+        return cls.open(
+            place, backpressure=policy, timeout=timeout, zero_copy=zero_copy, max_pinned=max_pinned
+        )
 
 
 def _open_again(

@@ -467,6 +467,15 @@ def test_package(run: Shell, version: str, *paths: str, pins: Sequence[str] = ()
     return pytest(run, installed(run, version, *pins), paths)
 
 
+def check_queue_tests(run: Shell) -> str:
+    """CPython's own queue tests are skipped by a Python without its `test` package; one of them has to have it."""
+    logs = {log.stem.removeprefix("processes-"): log.read_text() for log in LOGS.glob("processes-3.*.log")}
+    ran = sorted(name for name, text in logs.items() if "test_cpython_queues" in text and "no `test` package" not in text)
+    if not ran:
+        raise unavailable("no Python here has the `test` package, whose queue tests dsline.Queue has to pass")
+    return f"by Python {', '.join(ran)}"
+
+
 def check_stub(run: Shell, version: str) -> str:
     """Compares dsline/_core.pyi with the compiled module."""
     python = installed(run, version)
@@ -613,6 +622,7 @@ def all_steps() -> list[Step]:
     add_cpp("tsan")
     for version in PYTHONS[1:]:
         add_package(version)
+    test("queue-tests", "processes", check_queue_tests, *(f"processes-{version}" for version in PYTHONS))
     test(
         "oldest-numpy",
         "python",

@@ -14,7 +14,17 @@ ROOT = Path(__file__).resolve().parents[2]
 STUB = ast.parse((ROOT / "dsline" / "_core.pyi").read_text())
 # Keepers of buffers that no call returns.
 INTERNAL = {
-    *("ArrayHold", "ArrayLayout", "BatchRows", "Field", "Lease", "LoanHold", "OutOfBand", "PickledParts", "Window"),
+    *(
+        "ArrayHold",
+        "ArrayLayout",
+        "BatchRows",
+        "Field",
+        "Lease",
+        "LoanHold",
+        "OutOfBand",
+        "PickledParts",
+        "Window",
+    ),
 }
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
