@@ -44,7 +44,6 @@ Outcome Channel::Impl::try_place(const void* payload, std::uint64_t bytes, std::
   const MemoryUse use = memory_use();
   if (use.used_bytes + use.idle_bytes > limit_bytes && use.idle_bytes != 0) reclaim_free_slots();
   std::memcpy(loan.payload, payload, bytes);
-  DSLINE_POINT("place.copied");
   place = Place{loan.slot, slots::kNoPosition};
   const Outcome outcome = publish(loan, kBytesMessage, 0, AfterPublish::LetGo, false, &place.sequence);
   return outcome == Outcome::Ok && place.sequence == slots::kNoPosition ? Outcome::Dropped : outcome;
@@ -74,7 +73,6 @@ bool Channel::Impl::try_withdraw(const Place& place) noexcept {
   for (std::uint32_t left = pending; left != 0; left &= left - 1) {
     order::Group of(*region, static_cast<std::uint32_t>(__builtin_ctz(left)));
     if (of.try_withdraw_at(place.slot, place.sequence, me)) {
-      DSLINE_POINT("withdraw.claimed");
       pool.clear_pending(place.slot, of.bit());
       any = true;
     } else {
@@ -104,7 +102,6 @@ std::uint32_t Channel::Impl::discard_older(std::int64_t before_ns) noexcept {
              .compare_exchange_strong(found.bits, found.with(found.attempts(), Claim::discarder(me)).bits,
                                       std::memory_order_acq_rel))
       continue;
-    DSLINE_POINT("discard.claimed");
     pool.clear_pending(s, group.bit());
     group.state().dropped_oldest.fetch_add(1, std::memory_order_relaxed);
     ++dropped;

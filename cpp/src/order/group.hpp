@@ -324,12 +324,10 @@ class Group {
     if (found.position_low() != (position & slots::kPositionMask) ||
         (found.who() != slots::Claim::kNobody && found.who() != slots::Claim::kRedeliver))
       return false;
-    DSLINE_POINT("take_at.before_claim");
     // SYNC claim: as in claim_at(). A claim with this position is of this message for as long as there are positions.
     if (!region_->claim(s, number_)
              .compare_exchange_strong(found.bits, found.with(attempts, who).bits, std::memory_order_acq_rel))
       return false;
-    DSLINE_POINT("take_at.claimed");
     note_time(s);
     advance(position, slots::next_position(position));
     held = Held{s, position, attempts};

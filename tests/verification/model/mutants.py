@@ -335,6 +335,7 @@ MUTANTS = [
         36,
         "take: the slot's position is not looked at",
         "order/group.hpp",
+        "    // until its sender has entered it the message that is there now carries that claim.\n"
         "    if (region_->slot(s).position.load(std::memory_order_acquire) != position) return false;\n",
         "    if (!MUTANT(36) && region_->slot(s).position.load(std::memory_order_acquire) != position) return false;\n",
         ("join-latest-history",),
