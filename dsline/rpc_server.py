@@ -329,6 +329,8 @@ class RpcServer:
                 return
             except DslineError:  # a damaged request is gone; its caller sees that
                 continue
+            except Warning:  # of arguments that are kept, where warnings are errors; the request comes again
+                continue
             try:
                 self._serve(message)
             except Exception:  # no memory: the caller sees that no answer comes
