@@ -457,7 +457,7 @@ class Mirror:
 
 
 @pytest.mark.skipif(int(np.__version__.split(".")[0]) < 2, reason="the mirror has the types of NumPy 2")
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=80, deadline=None, database=None)
 @given(expressions(), st.integers(0, 3))
 def test_equal_to_numpy(text, seed):
     rows = data(20, seed)

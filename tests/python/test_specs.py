@@ -458,7 +458,7 @@ def test_a_record_arrives_field_by_field(make_any):
 
 
 def test_one_field_keeps_the_slot(make_channel):
-    channel = make_channel(capacity=1, spec=RECORD)
+    channel = make_channel(capacity=1, spec=RECORD, max_pinned="unlimited")
     channel.send(record())
     state = channel.recv_record(timeout=0)["state"]
     assert channel.stats().pinned_slots == 1

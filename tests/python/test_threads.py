@@ -206,7 +206,7 @@ def test_views_are_dropped_in_other_threads(make_channel):
 
 def test_closing_while_threads_are_at_work(make_any):
     for _ in range(20):
-        channel = make_any(capacity=4, slot_size=64)
+        channel = make_any(capacity=4, slot_size=64, max_pinned="unlimited")
         crew = Crew()
 
         def send(channel=channel):
