@@ -417,6 +417,7 @@ def verify(run: Shell, proof: verification.Proof, long: bool = False) -> str:
 # --- testing the installed package --------------------------------------------------------------------------
 
 TEST_PACKAGES = ("mypy", "build")
+TORCH = "torch==2.13.0+cpu"  # the others of that version come with gigabytes that no test needs
 
 
 def pytest(run: Shell, python: Path, paths: Sequence[str]) -> str:
@@ -460,6 +461,10 @@ def installed(run: Shell, version: str, *pins: str) -> Path:
     name = f"test-{version}" + ("-oldest" if pins else "")
     extras = ("test",) if pins else ("test", "interop")  # what is pinned has to work without the others
     python = make_venv(run, name, python, *requirements(*extras), *TEST_PACKAGES, *pins)
+    asked_for_torch = python.parent.parent / "torch.txt"
+    if version == MAIN_PYTHON and not pins and not asked_for_torch.is_file():
+        run(python, *PIP, "install", TORCH, check=False)  # where there is none, its tests are skipped
+        asked_for_torch.write_text(TORCH)
     return install_wheel(run, python, wheel_for(version))
 
 
