@@ -40,6 +40,13 @@ JOBS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
 PYTHONS = ("3.11", "3.12", "3.13")
 MAIN_PYTHON = PYTHONS[0]
 OLDEST_NUMPY = "1.23.5"
+# The first and the last Python run all of them, the one between what looks into the interpreter.
+PROCESS_TESTS = {
+    "3.12": tuple(
+        f"tests/processes/test_{name}.py"
+        for name in ("cpython_queues", "fork", "loans_processes", "start_methods")
+    )
+}
 STEP_SECONDS = 900
 TEST_SECONDS = 120
 SANITIZERS = {"cpp": "none", "asan": "address,undefined", "tsan": "thread"}
@@ -475,7 +482,11 @@ def test_package(run: Shell, version: str, *paths: str, pins: Sequence[str] = ()
 def check_queue_tests(run: Shell) -> str:
     """CPython's own queue tests are skipped by a Python without its `test` package; one of them has to have it."""
     logs = {log.stem.removeprefix("processes-"): log.read_text() for log in LOGS.glob("processes-3.*.log")}
-    ran = sorted(name for name, text in logs.items() if "test_cpython_queues" in text and "no `test` package" not in text)
+    ran = sorted(
+        name
+        for name, text in logs.items()
+        if "test_cpython_queues" in text and "no `test` package" not in text
+    )
     if not ran:
         raise unavailable("no Python here has the `test` package, whose queue tests dsline.Queue has to pass")
     return f"by Python {', '.join(ran)}"
@@ -606,7 +617,7 @@ def all_steps() -> list[Step]:
         test(
             f"processes-{version}",
             "processes",
-            lambda run: test_package(run, version, "tests/processes"),
+            lambda run: test_package(run, version, *PROCESS_TESTS.get(version, ("tests/processes",))),
             need,
         )
 

@@ -162,7 +162,10 @@ def idle_with_channel(name):
 
 def hold_as_subscriber(name):
     """The only member of a group, with a message in its hands, until killed."""
-    with dsline.Broadcast(name, timeout=30) as channel, channel.subscribe("one") as subscriber:
+    with (
+        dsline.Broadcast(name, timeout=30) as channel,
+        channel.subscribe("one", max_pinned="unlimited") as subscriber,
+    ):
         report("subscribed")
         read_word()
         view = subscriber.recv()

@@ -49,7 +49,9 @@ def build(compile_with, folder, libfuzzer):
     core = []
     watch = ("-fsanitize=fuzzer-no-link",) if libfuzzer else ()
     for source in sorted((ROOT / "cpp/src").rglob("*.cpp")):
-        if source.parent.name == "expressions":  # compiled once for each instruction set, and no target reads them
+        if (
+            source.parent.name == "expressions"
+        ):  # compiled once for each instruction set, and no target reads them
             continue
         core.append(str(folder / f"{source.parent.name}-{source.stem}.o"))
         command = [compile_with, *FLAGS, *watch, *includes, "-c", str(source), "-o", core[-1]]
