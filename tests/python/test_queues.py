@@ -191,6 +191,8 @@ def test_without_maxsize_put_never_waits_and_the_order_is_kept(maxsize):
     assert taken == list(range(count + 300))
     with pytest.raises(queue.Empty):
         q.get_nowait()
+    q.close()
+    q.join_thread()
 
 
 def test_the_feeding_thread_ends_when_it_has_nothing_to_do():

@@ -328,10 +328,10 @@ TEST_P(Watching, AProcessEndsInOrderWhileItWatches) {
   if (child == 0) {
     auto mine = adopt(*channel);
     Received message;
-    auto* watch = new Watch(mine, Side::Message);
-    if (mine->try_recv(message) != Outcome::Ok) _exit(1);
+    static Watch* watch = new Watch(mine, Side::Message);  // nobody ends them before the process does
+    static auto* kept = new std::shared_ptr<Channel>(mine);
+    if (*kept == nullptr || mine->try_recv(message) != Outcome::Ok) _exit(1);
     watch->arm();
-    new std::shared_ptr<Channel>(mine);
     std::exit(0);
   }
   int status = -1;
