@@ -114,6 +114,8 @@ cdef object receive_batch(Receiver receiver, Py_ssize_t n, object timeout, objec
                 break
             try:
                 layout = receiver._layout_of(message)
+                if receiver._schema is not None:
+                    receiver._check_schema(layout, message)
             except CorruptedMessageError as error:
                 receiver._deferred = error
                 receiver._cpp.release(message.slot, message.process, message.group)
@@ -147,6 +149,8 @@ cdef int add_first(Receiver receiver, CppReceived& message, BatchRows rows, obje
         receiver._undo(receiver._lease(message), message)
     try:
         layout = receiver._layout_of(message)
+        if receiver._schema is not None:
+            receiver._check_schema(layout, message)
     except CorruptedMessageError:
         receiver._cpp.release(message.slot, message.process, message.group)
         raise

@@ -139,12 +139,14 @@ cdef class ExpressionKernel:
         cdef Py_ssize_t rows = -1
         cdef size_t found
         cdef dict targets = {}
+        cdef list sources = []  # the dict is the user's, and may change while the GIL is let go
         if len(names) != self._columns or not names:
             return None
         for name, dtype in zip(names, self._dtypes):
             given = data.get(name)
             if type(given) is not np.ndarray:
                 return None
+            sources.append(given)
             source = given
             if cnp.PyArray_NDIM(source) != 1 or (source.dtype is not dtype and source.dtype != dtype):
                 return None
@@ -155,6 +157,7 @@ cdef class ExpressionKernel:
         for name, given in data.items():
             if type(given) is not np.ndarray:
                 return None
+            sources.append(given)
             source = given
             if cnp.PyArray_NDIM(source) != 1 or cnp.PyArray_DIMS(source)[0] != rows or source.dtype.hasobject:
                 return None
@@ -185,9 +188,7 @@ cdef class ExpressionKernel:
         else:
             with nogil:
                 found = self._program.get().filter(views.data(), rows, kept.data(), kept.size())
-        for name in data:
-            targets[name] = targets[name][:found]
-        return targets
+        return {name: target[:found] for name, target in targets.items()}
 
 
 cdef bint share_memory(const vector[CppRowsToKeep]& kept, Py_ssize_t rows) noexcept:

@@ -265,6 +265,17 @@ class Expression:
                 array if array.ndim else np.broadcast_to(array, rows)
                 for array in (arrays[name] for name in self.names)
             )
+            if out is not None and any(
+                np.may_share_memory(out, column)
+                and not (
+                    out.ctypes.data == column.ctypes.data
+                    and out.strides == column.strides
+                    and out.itemsize == column.itemsize
+                )
+                for column in columns
+            ):
+                # Later blocks would read what earlier ones have written.
+                return _into(out, self._kernel.evaluate(columns, rows, None))
             return self._kernel.evaluate(columns, rows, out)
         return self._by_numpy(arrays, rows, out)
 

@@ -168,10 +168,11 @@ cdef extern from "Python.h":
     int PyGC_Enable()
 
 cdef enum LoanState:
-    LOAN_OPEN = 0
-    LOAN_PUBLISHED = 1
-    LOAN_ABORTED = 2
-    LOAN_OF_PARENT = 3  # this process was forked from the one that holds it
+    LOAN_NEVER_MADE = 0
+    LOAN_OPEN = 1
+    LOAN_PUBLISHED = 2
+    LOAN_ABORTED = 3
+    LOAN_OF_PARENT = 4  # this process was forked from the one that holds it
 
 # Room for metadata: the payload's place depends on it, and tags may be set until the loan is published. Up to here
 # receivers copy it without an allocation.
@@ -324,12 +325,14 @@ cdef class Loan:
             publish_loan(self)
 
     def __repr__(self):
-        state = ("open", "published", "aborted", "of the parent process")[self._state]
+        if self._state == LOAN_NEVER_MADE:
+            return "<dsline.Loan: never made>"
+        state = ("open", "published", "aborted", "of the parent process")[self._state - 1]
         return f"<dsline.Loan of {self._layout.nbytes} bytes: {state}>"
 
     cdef object _ended_error(self, str way):
         cdef str what = {
-            LOAN_PUBLISHED: "has been published", LOAN_ABORTED: "has been aborted",
+            LOAN_NEVER_MADE: "was never made", LOAN_PUBLISHED: "has been published", LOAN_ABORTED: "has been aborted",
             LOAN_OF_PARENT: "belongs to the parent of this process, and is dead in a forked child",
         }[self._state]
         return LoanEndedError(f"the loan {what}: {way}")
@@ -338,6 +341,12 @@ cdef class Loan:
         """Lets go of the arrays, which become read-only. What they show stays theirs until they are gone."""
         cdef LoanHold hold = self._hold
         self._state = state
+        if state == LOAN_ABORTED and (Py_REFCNT(<PyObject*> self._root) != 2 or Py_REFCNT(<PyObject*> self._array) != 1):
+            # Somebody goes on looking at the slot. Receivers who wait for the end of the channel must not wait for him.
+            if hold._handle._channel.get().withhold(hold._loan):
+                hold.unlink()
+                hold._kept = True
+                hold._handle.kept += 1
         if dsline_base(<PyObject*> self._array) == <PyObject*> self._root:
             dsline_settle(<PyObject*> self._array, hold._loan.shown)
         dsline_settle(<PyObject*> self._root, hold._loan.shown)
@@ -458,6 +467,7 @@ cdef Loan lend(Channel channel, object shape, object dtype, object order, object
     if not channel._alloc_room(hold._loan, layout.nbytes, <uint32_t> loan._room, timeout, False):
         raise channel._full_error(0)
     hold.link()
+    loan._state = LOAN_OPEN
     loan._hold = hold
     hold._owner = <PyObject*> loan
     loan._root = layout.array_at(hold._loan.payload, hold, True)
@@ -482,7 +492,7 @@ cdef int publish_loan(Loan loan) except -1:
     cdef Py_ssize_t others
     cdef Outcome outcome
     cdef CppAfterPublish after
-    cdef bint seal = channel._zero_copy == 2
+    cdef bint seal
     if loan._state != LOAN_OPEN:
         raise loan._ended_error("it cannot be published" if loan._state != LOAN_PUBLISHED else "it cannot be published twice")
     if channel._cpp.is_closed() or channel._cpp.is_shut_down():
@@ -494,6 +504,7 @@ cdef int publish_loan(Loan loan) except -1:
             raise loan._ended_error("it cannot be published")
     else:
         metadata = channel._loan_metadata
+    seal = channel._zero_copy == 2
     # From here to the commit no Python code runs, in this thread or another, so what the counts say stays true.
     hold = loan._hold
     array = <PyObject*> loan._array

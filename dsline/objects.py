@@ -6,6 +6,7 @@ rebuilt on the other side looks at them there.
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import io
 import pickle
@@ -101,7 +102,8 @@ def extra_reducers() -> dict[type, Any]:
             continue
         for cls in kind.types(module):
             _reducers[cls] = kind.reduce
-        _waiting.remove(kind)
+        with contextlib.suppress(ValueError):  # another thread has just done the same
+            _waiting.remove(kind)
     return _reducers
 
 

@@ -324,13 +324,13 @@ cdef class QueueLink:
     cdef Outcome _publish(self, CppLoan& loan, int form, bint kept) noexcept nogil:
         """Publishes; `kept` says that the object has waited here for room."""
         cdef Outcome outcome
-        if self._counts:
-            self._tally.enter()
-        if kept:
-            self._tally.let_go()
+        if self._counts and not kept:
+            self._tally.begin_put()
         outcome = self._cpp.publish(loan, kBytesMessage, form)
-        if outcome != OutcomeOk and self._counts:
-            self._tally.take_back()
+        if self._counts:
+            self._tally.put_is_over(outcome == OutcomeOk)
+        elif kept:
+            self._tally.let_go()
         return outcome
 
     cdef int put(self, object obj, bint block, object timeout, object on_error) except -1:
@@ -342,6 +342,8 @@ cdef class QueueLink:
             raise self._shut_down_error
         if block and timeout is not None:
             check_queue_timeout(timeout)
+        if self._counts:
+            self._tally.take_part()
         if PyBytes_CheckExact(obj):
             data = obj
         else:
@@ -453,25 +455,27 @@ cdef class QueueLink:
         cdef vector[uint64_t] sizes
         cdef vector[int] forms
         cdef uint64_t total
-        while self._backlog:
-            taken = []
-            payloads.clear()
-            sizes.clear()
-            forms.clear()
-            total = 0
-            while self._backlog and total < FEED_BATCH_BYTES:
-                entry = self._backlog.popleft()
-                taken.append(entry)
-                payloads.push_back(PyBytes_AS_STRING(<bytes> entry[0]))
-                sizes.push_back(PyBytes_GET_SIZE(<bytes> entry[0]))
-                forms.push_back(entry[1])
-                total += PyBytes_GET_SIZE(<bytes> entry[0])
-            self._feed_all(payloads, sizes, forms)
-            self._handle.sent += sizes.size()
-            self._handle.bytes_sent += total
-            del entry, taken
-        # Under the GIL since the look at the backlog: whoever puts something there now starts another thread.
-        self.feeding = False
+        try:
+            while self._backlog:
+                taken = []
+                payloads.clear()
+                sizes.clear()
+                forms.clear()
+                total = 0
+                while self._backlog and total < FEED_BATCH_BYTES:
+                    entry = self._backlog.popleft()
+                    taken.append(entry)
+                    payloads.push_back(PyBytes_AS_STRING(<bytes> entry[0]))
+                    sizes.push_back(PyBytes_GET_SIZE(<bytes> entry[0]))
+                    forms.push_back(entry[1])
+                    total += PyBytes_GET_SIZE(<bytes> entry[0])
+                self._feed_all(payloads, sizes, forms)
+                self._handle.sent += sizes.size()
+                self._handle.bytes_sent += total
+                del entry, taken
+        finally:
+            # Under the GIL since the look at the backlog: whoever puts something there now starts another thread.
+            self.feeding = False
         if self._tally.is_shut_down() and self._tally.pending() == 0:
             self._cpp.shutdown(False)
 
@@ -488,7 +492,10 @@ cdef class QueueLink:
                 if failures < FEED_TRIES:
                     _time.sleep(0.05)
                     continue
-                _traceback.print_exc()
+                try:
+                    _traceback.print_exc()
+                except Exception:
+                    pass  # nobody can be told
                 self._tally.let_go()
                 self._tally.sent()
                 at += 1
@@ -570,7 +577,7 @@ cdef class QueueLink:
         """The object of a message that is this process's; the slot is free again before the object is made."""
         cdef bytes data
         cdef const char* payload = <const char*> message.payload
-        cdef const uint64_t* head = <const uint64_t*> payload
+        cdef vector[uint64_t] head  # a copy: what is checked is what is used
         cdef uint64_t size = message.payload_bytes, form = message.schema_hash
         cdef uint64_t count = 0, start = 0, length = size, i
         cdef bint pinned = False
@@ -580,10 +587,20 @@ cdef class QueueLink:
         cdef list buffers = None
         cdef Lease lease
         if form == FORM_BUFFERS:
-            count = head[0] if size >= 16 else size
+            if size < 16:
+                self._malformed(message)
+            memcpy(&count, payload, 8)
+            if count > size // 16 or 16 + 16 * count > size:
+                self._malformed(message)
             start = 16 + 16 * count
-            length = head[1] if size >= 16 else size
-            if count > size // 16 or start > size or length > size - start:
+            try:
+                head.resize(2 + 2 * count)
+            except:
+                self._cpp.put_back(message)
+                raise
+            memcpy(head.data(), payload, start)
+            length = head[1]
+            if length > size - start:
                 self._malformed(message)
             for i in range(count):
                 if head[2 + 2 * i] > size or head[3 + 2 * i] > size - head[2 + 2 * i]:
@@ -635,6 +652,8 @@ cdef class QueueLink:
 
     cdef int _malformed(self, CppReceived& message) except -1:
         error = self._channel._malformed_error(message, "it is not a message of a queue")
+        if self._counts:
+            self._tally.finish_one()  # nobody else will
         self._cpp.release(message.slot, message.process, message.group)
         raise error
 
@@ -728,6 +747,11 @@ cdef class QueueEnd:
     def _core_link(self):
         return self._link
 
+    cdef QueueLink _opened(self):
+        if self._link is None:
+            raise ValueError("the queue was never opened")
+        return self._link
+
     def _core_close(self):
         self._closed = True
 
@@ -777,7 +801,7 @@ cdef class QueueEnd:
         """
         self._require_open()
         self._used = True
-        self._link.put(obj, block, timeout, self._on_error)
+        self._opened().put(obj, block, timeout, self._on_error)
 
     def get(self, block=True, timeout=None):
         """Take an object out of the queue.
@@ -808,7 +832,7 @@ cdef class QueueEnd:
         Copies once, out of shared memory. Releases the GIL while it waits and while it copies 64 KiB and more.
         """
         self._require_open()
-        return self._link.get(block, timeout)
+        return self._opened().get(block, timeout)
 
     def put_nowait(self, obj):
         """Same as ``put(obj, False)``."""
@@ -820,17 +844,17 @@ cdef class QueueEnd:
 
     def qsize(self):
         """Objects that have been put and not been taken, those that wait in processes for room included."""
-        return self._link.size()
+        return self._opened().size()
 
     def empty(self):
         """Whether there is nothing to get. OSError when it has been closed in this process after a put."""
         if self._closed and self._used:
             raise OSError(_errno.EBADF, f"Queue {self!r} is closed")
-        return self._link._cpp.depth() == 0
+        return self._opened()._cpp.depth() == 0
 
     def full(self):
         """Whether it holds `maxsize` objects."""
-        return self._link._limit != 0 and self._link.size() >= self._link._limit
+        return self._opened()._limit != 0 and self._link.size() >= self._link._limit
 
     def shutdown(self, immediate=False):
         """End the queue for all processes, as `queue.Queue.shutdown` of Python 3.13 does it for threads.
@@ -841,13 +865,13 @@ cdef class QueueEnd:
             False: `put` raises ShutDown at once, and `get` when the queue is empty. True: both at once; what is in the
             queue is discarded, and counts as done.
         """
-        self._link.shutdown(immediate)
+        self._opened().shutdown(immediate)
 
     def _core_task_done(self):
-        self._link.task_done()
+        self._opened().task_done()
 
     def _core_join(self):
-        self._link.join()
+        self._opened().join()
 
 
 @cython.auto_pickle(False)
@@ -862,20 +886,25 @@ cdef class SimpleQueueEnd:
     def _core_link(self):
         return self._link
 
+    cdef QueueLink _opened(self):
+        if self._link is None:
+            raise ValueError("the queue was never opened")
+        return self._link
+
     def put(self, obj):
         """Put an object into the queue; waits while it is full. OSError when it is closed in this process."""
-        self._link.put(obj, True, None, None)
+        self._opened().put(obj, True, None, None)
 
     def get(self):
         """Take an object out of the queue; waits for one. OSError when it is closed in this process."""
-        return self._link.get(True, None)
+        return self._opened().get(True, None)
 
     def empty(self):
         """Whether there is nothing to get. OSError when it is closed in this process."""
-        if self._link._closed:
+        if self._opened()._closed:
             raise OSError(_errno.EBADF, "the queue is closed in this process")
-        return self._link._cpp.depth() == 0
+        return self._opened()._cpp.depth() == 0
 
     def close(self):
         """End the use of the queue in this process; a second call does nothing."""
-        self._link.close()
+        self._opened().close()

@@ -193,6 +193,7 @@ class RpcServer:
         self._workers = workers
         self._threads: list[threading.Thread] = []
         self._closing = threading.Event()
+        self._lost = threading.Event()  # somebody else has shut the channel down
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(("answered", "failed", "undelivered", "orphaned", "refused"), 0)
         if isinstance(functions, Mapping):
@@ -261,11 +262,18 @@ class RpcServer:
         return self
 
     def serve_forever(self) -> None:
-        """Serve until `close` is called by another thread, or by an exception such as KeyboardInterrupt, which closes."""
+        """Serve until `close` is called by another thread, or by an exception such as KeyboardInterrupt, which closes.
+
+        ChannelClosedError when somebody else has shut the channel down.
+        """
         self.start()
         try:
             while not self._closing.wait(TICK):
-                pass
+                if self._lost.is_set():
+                    raise ChannelClosedError(
+                        f"the channel of server {self.name!r} was shut down, by another server that closed at the same moment "
+                        "or by hand; start another server"
+                    )
         finally:
             self.close()
 
@@ -326,6 +334,8 @@ class RpcServer:
                 self._tend()
                 continue
             except ChannelClosedError:
+                if not self._closing.is_set():
+                    self._lost.set()
                 return
             except DslineError:  # a damaged request is gone; its caller sees that
                 continue

@@ -27,6 +27,11 @@ cdef class ArrayStore:
     def __init__(self):
         raise TypeError("an ArrayStore is made by create() or adopt()")
 
+    cdef int _require(self) except -1:
+        if not self._channel:
+            raise ValueError("the store was never opened")
+        return 0
+
     @staticmethod
     def create(uint64_t limit, uint32_t slots, uint32_t handles):
         """A new store that holds up to `limit` bytes of arrays in up to `slots` slots."""
@@ -99,6 +104,7 @@ cdef class ArrayStore:
 
     def discard_older(self, int64_t before_ns):
         """Drop what was put before `before_ns` (nanoseconds since the epoch) and not taken; how many."""
+        self._require()
         cdef uint32_t dropped
         with nogil:
             self._channel.get().check_peers()
@@ -107,38 +113,45 @@ cdef class ArrayStore:
 
     def trim(self):
         """Give the memory of free slots back."""
+        self._require()
         with nogil:
             self._channel.get().trim()
 
     def close(self):
         """End this handle; a second call does nothing."""
+        self._require()
         self._channel.get().refuse_calls()
         with nogil:
             self._channel.get().close()
 
     def use(self):
         """(slots in use, their bytes, bytes of free slots), all handles together."""
+        self._require()
         cdef CppMemoryUse use = self._channel.get().memory_use()
         return use.used_slots, use.used_bytes, use.idle_bytes
 
     @property
     def descriptor(self):
         """Of the shared bytes; it stays the store's."""
+        self._require()
         return self._channel.get().descriptor()
 
     @property
     def uuid(self):
         """32 hexadecimal digits that name the store for ever."""
+        self._require()
         return self._channel.get().uuid().decode()
 
     @property
     def limit(self):
         """Bytes of arrays that it holds at most."""
+        self._require()
         return self._channel.get().max_message_size()
 
     @property
     def slots(self):
         """Arrays that it holds at most."""
+        self._require()
         return self._channel.get().capacity()
 
 

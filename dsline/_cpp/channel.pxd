@@ -233,6 +233,7 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         Outcome try_alloc(uint64_t, uint32_t, CppBackpressure, CppLoan&, cbool for_copy) except +raise_current_error
         Outcome publish(const CppLoan&, int, uint64_t) noexcept
         Outcome publish(const CppLoan&, int, uint64_t, CppAfterPublish, cbool seal) except +raise_current_error
+        cbool withhold(const CppLoan&) noexcept
         void end_keeping(const CppLoan&) noexcept
         cbool can_seal() noexcept
         cbool part_with_loans() noexcept

@@ -26,8 +26,9 @@ cdef extern from "dsline/tally.hpp" namespace "dsline" nogil:
         uint64_t waiting() noexcept
         cbool forget_the_dead() except +raise_current_error
 
-        void enter() noexcept
-        void take_back() noexcept
+        void take_part() except +raise_current_error
+        void begin_put() noexcept
+        void put_is_over(cbool entered) noexcept
         uint64_t unfinished() noexcept
         cbool finish_one() noexcept
         Outcome wait_until_finished(int64_t) noexcept

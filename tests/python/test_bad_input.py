@@ -204,6 +204,22 @@ for use in (lambda: message.payload, message.array, message.__enter__, lambda: m
         use()
     except (ValueError, AttributeError, TypeError):
         pass
+
+loan = dsline.Loan.__new__(dsline.Loan)
+store = dsline._core.ArrayStore.__new__(dsline._core.ArrayStore)
+calls = [loan.publish, loan.abort, loan.__enter__, lambda: loan.array, lambda: repr(loan), lambda: loan.published,
+         lambda: loan.__exit__(None, None, None), store.use, store.trim, store.close, lambda: store.uuid, lambda: store.limit]
+for cls in (dsline.Queue, dsline.JoinableQueue, dsline.SimpleQueue):
+    made = cls.__new__(cls)
+    for name in ("get", "empty", "full", "qsize", "task_done", "join", "close", "get_nowait", "shutdown", "__repr__"):
+        if hasattr(made, name):
+            calls.append(getattr(made, name))
+    calls.append(lambda made=made: made.put(1))
+for use in calls:
+    try:
+        use()
+    except (ValueError, AttributeError, TypeError, RuntimeError, dsline.DslineError):
+        pass
 """
 
 

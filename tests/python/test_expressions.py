@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,40 @@ def test_the_result_is_never_the_input():
     got = Expression("x", {"x": "f8"})({"x": column})
     got[:] = 9
     assert column.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("backend", ["auto", "numpy"])
+@pytest.mark.parametrize("rows", [10, 5000])
+def test_a_result_over_its_own_columns(rows, backend):
+    total = Expression("a + b", {"a": "f8", "b": "f8"}, backend=backend)
+    x = np.arange(float(rows))
+    total({"a": x, "b": x[::-1]}, out=x)
+    assert (x == rows - 1).all()
+    x = np.arange(float(rows))
+    total({"a": x, "b": x}, out=x)
+    assert (x == 2 * np.arange(rows)).all()
+    x = np.arange(float(rows + 1))
+    total({"a": x[:-1], "b": x[:-1]}, out=x[1:])
+    assert (x[1:] == 2 * np.arange(rows)).all()
+
+
+def test_a_dict_that_changes_while_it_is_filtered():
+    positive = Expression("a >= 0", {"a": "f8"})
+    rows = {"a": np.arange(200_000.0), "b": np.arange(200_000)}
+    stop = threading.Event()
+
+    def change():
+        while not stop.is_set():
+            rows["a"] = np.arange(200_000.0)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(50):
+            assert positive.filter(rows)["b"][-1] == 199_999
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_numbers_instead_of_columns():

@@ -868,3 +868,22 @@ def test_end_of_the_process_with_loans(name):
     with dsline.ShmChannel(name, timeout=10) as channel:
         assert channel.recv_array().tolist() == [2] * 4
         assert (channel.stats().free_slots, channel.stats().deaths) == (channel.capacity, 0)
+
+
+@pytest.mark.parametrize("how", ["abort", "publish"])
+def test_the_end_of_the_channel_does_not_wait_for_an_array_that_is_kept(how):
+    with dsline.ShmChannel(capacity=4, slot_size=4096, zero_copy=True) as channel:
+        channel.send(b"last")
+        loan = channel.alloc(100, "f4", fill=3)
+        kept = loan.array
+        slices = kept[:10]
+        if how == "abort":
+            loan.abort()
+        channel.shutdown()
+        if how == "publish":
+            del slices
+            with pytest.raises(dsline.ChannelClosedError):
+                loan.publish()
+        assert [bytes(view) for view in channel] == [b"last"]
+        assert kept.sum() == 300
+        assert not kept.flags.writeable

@@ -298,7 +298,10 @@ class Channel {
   /// The same. `seal`: makes the pages of the slot read-only in this handle's mapping before the message can be seen, until
   /// the handle allocates the slot again; throws Error(System) when the kernel refuses, and nothing has been published.
   Outcome publish(const Loan& loan, int kind, std::uint64_t schema_hash, AfterPublish after, bool seal);
-  /// Ends AfterPublish::Keep. Does nothing in a forked child.
+  /// Instead of abort() while the caller still looks at the payload: the slot stays the caller's as after AfterPublish::Keep,
+  /// and holds no message, so that nobody waits for one. False when it is no longer the caller's.
+  bool withhold(const Loan& loan) noexcept;
+  /// Ends AfterPublish::Keep and withhold(). Does nothing in a forked child.
   void end_keeping(const Loan& loan) noexcept;
   /// True when slots have pages of their own, so that publish() can seal them.
   bool can_seal() const noexcept;

@@ -11,9 +11,10 @@ namespace dsline {
 /// objects that are done with, objects that wait in the memory of a process for room, and whether the queue is shut down.
 /// Two pages of anonymous shared memory.
 ///
-/// Threads: any number of any processes, but the first keep() of a process runs alone.
-/// Death: what a process had pending no longer counts once somebody has called forget_the_dead(). A process that dies
-///   between enter() and the publication of its message leaves one object too many in the count.
+/// Threads: any number of any processes, but the first keep() or take_part() of a process runs alone.
+/// Death: what a process had pending or was putting no longer counts once somebody has called forget_the_dead(). A process
+///   that dies between the publication of an object and put_is_over() leaves one object too few in the count, never one
+///   that nobody can finish.
 class Tally {
  public:
   static std::shared_ptr<Tally> create();
@@ -49,10 +50,13 @@ class Tally {
 
   // --- objects in work -------------------------------------------------------------------------------------------
 
-  /// One more; called right before it is published, so that it is never done before it counts.
-  void enter() noexcept;
-  /// It was not published after all.
-  void take_back() noexcept;
+  /// Before begin_put(). Throws Error(TooManyHandles) when 256 processes have put.
+  void take_part();
+  /// An object of this process is being put: it counts before others can see it, so that it is never done before. One that
+  /// has waited (keep()) counts already.
+  void begin_put() noexcept;
+  /// It counts for all from here on, whatever becomes of this process; or it was not published after all.
+  void put_is_over(bool entered) noexcept;
   /// Entered or waiting, and not done. Never less than at the time of the call.
   std::uint64_t unfinished() const noexcept;
   /// One of them is done; false when there is none.

@@ -103,6 +103,7 @@ struct Channel::Impl {
   void abort(const Loan& loan) noexcept;
   Outcome publish(const Loan& loan, int kind, std::uint64_t schema_hash, AfterPublish after, bool seal,
                   std::uint64_t* entered_at = nullptr);
+  bool withhold(const Loan& loan) noexcept;
   void end_keeping(const Loan& loan) noexcept;
   bool is_mine(const Loan& loan) const noexcept;
   std::uint32_t take_slot(std::uint64_t payload_bytes) noexcept;

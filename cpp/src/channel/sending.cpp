@@ -211,6 +211,10 @@ void Channel::Impl::abort(const Loan& loan) noexcept {
     leave_if_idle();
 }
 
+bool Channel::Impl::withhold(const Loan& loan) noexcept {
+  return is_mine(loan) && publication.withhold(loan.slot, SlotWord{loan.word});
+}
+
 void Channel::Impl::end_keeping(const Loan& loan) noexcept {
   if (loan.process != base::fork_generation() || left.load(std::memory_order_relaxed)) return;
   const SlotWord word = pool.word(loan.slot);
@@ -279,6 +283,7 @@ Outcome Channel::publish(const Loan& loan, int kind, std::uint64_t schema_hash, 
                          bool seal) {
   return impl_->publish(loan, kind, schema_hash, after, seal);
 }
+bool Channel::withhold(const Loan& loan) noexcept { return impl_->withhold(loan); }
 void Channel::end_keeping(const Loan& loan) noexcept { impl_->end_keeping(loan); }
 bool Channel::can_seal() const noexcept {
   return impl_->region->storage().kind() != memory::StorageKind::Heap &&

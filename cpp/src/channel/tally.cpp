@@ -147,7 +147,8 @@ bool Tally::forget_the_dead() {
   impl_->renew();
   bool any = false;
   for (std::uint32_t i = 0; i < kEntries; ++i) {
-    if (i == impl_->mine || impl_->state->pending[i].load() == 0) continue;
+    if (i == impl_->mine || (impl_->state->pending[i].load() == 0 && impl_->state->waiting[i].load() == 0))
+      continue;
     if (impl_->storage->is_locked(i) || !impl_->storage->try_lock(i)) continue;
     // It may have been claimed and left in order meanwhile; under the lock nobody else writes it.
     impl_->reset(i);
@@ -157,8 +158,14 @@ bool Tally::forget_the_dead() {
   return any;
 }
 
-void Tally::enter() noexcept { impl_->state->entered.fetch_add(1); }
-void Tally::take_back() noexcept { impl_->state->entered.fetch_sub(1); }
+void Tally::take_part() {
+  if (!impl_->has_entry()) impl_->claim_entry();
+}
+void Tally::begin_put() noexcept { impl_->state->waiting[impl_->mine].fetch_add(1); }
+void Tally::put_is_over(bool entered) noexcept {
+  if (entered) impl_->state->entered.fetch_add(1);
+  impl_->state->waiting[impl_->mine].fetch_sub(1);
+}
 
 // An object is waiting until after it has entered, and is done after that. Read in the opposite order it is counted
 // twice at worst, and never left out.

@@ -65,6 +65,14 @@ class Publication {
     return entered.position;
   }
 
+  /// A slot that is not published after all while its owner still looks at it: kept, as if nobody had been there to hear
+  /// it. False when the slot has been taken away. Death: between the two steps it has ENQ and no group, which recovery clears.
+  bool withhold(std::uint32_t s, slots::SlotWord word) noexcept {
+    if (!pool_->commit(s, word, 0, true)) return false;
+    pool_->keep(s);
+    return true;
+  }
+
   /// The publisher of `word` no longer looks at the payload. Does nothing for a later message of the slot.
   void end_keeping(std::uint32_t s, slots::SlotWord word) noexcept {
     DSLINE_POINT("keep.before_end");
