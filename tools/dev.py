@@ -40,12 +40,13 @@ JOBS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
 PYTHONS = ("3.11", "3.12", "3.13")
 MAIN_PYTHON = PYTHONS[0]
 OLDEST_NUMPY = "1.23.5"
-# The first and the last Python run all of them, the one between what looks into the interpreter.
+# The first Python runs all of them; the others what looks into the interpreter or hangs on how it starts processes.
 PROCESS_TESTS = {
-    "3.12": tuple(
+    version: tuple(
         f"tests/processes/test_{name}.py"
-        for name in ("cpython_queues", "fork", "loans_processes", "start_methods")
+        for name in ("cpython_queues", "fork", "loans_processes", "queues_processes", "start_methods")
     )
+    for version in PYTHONS[1:]
 }
 STEP_SECONDS = 900
 TEST_SECONDS = 120
