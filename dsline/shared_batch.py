@@ -124,7 +124,8 @@ class Row:
         self._publish()
 
     def _publish(self) -> None:
-        # One is self._flat, one the base of self._array, one the argument of the call.
+        # One is self._flat, one the base of self._array, one the argument of the call. Slices have this base; what was made from
+        # the array by other means (a memoryview, a tensor) has not, and is not seen.
         if self._flat is not None and (count := sys.getrefcount(self._flat) - 3) > 0:
             self._give_back()
             raise BufferError(
