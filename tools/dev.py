@@ -40,13 +40,23 @@ JOBS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
 PYTHONS = ("3.11", "3.12", "3.13")
 MAIN_PYTHON = PYTHONS[0]
 OLDEST_NUMPY = "1.23.5"
-# The first Python runs all of them; the others what looks into the interpreter or hangs on how it starts processes.
+# The first Python runs all tests of processes, the others those that look into the interpreter or hang on how it starts
+# processes; the Python in the middle also runs only such tests of one process.
 PROCESS_TESTS = {
     version: tuple(
         f"tests/processes/test_{name}.py"
         for name in ("cpython_queues", "fork", "loans_processes", "queues_processes", "start_methods")
     )
     for version in PYTHONS[1:]
+}
+PYTHON_TESTS = {
+    "3.12": tuple(
+        f"tests/python/test_{name}.py"
+        for name in (
+            *("accelerate", "aio", "buffers", "downstream", "interpreters", "lifetime", "loans", "objects"),
+            *("queues", "signals", "smoke", "threads"),
+        )
+    )
 }
 STEP_SECONDS = 900
 TEST_SECONDS = 120
@@ -614,7 +624,12 @@ def all_steps() -> list[Step]:
                 lambda run: test_package(run, version, "tests/python/test_downstream.py"),
                 need,
             )
-        test(f"python-{version}", "python", lambda run: test_package(run, version, "tests/python"), need)
+        test(
+            f"python-{version}",
+            "python",
+            lambda run: test_package(run, version, *PYTHON_TESTS.get(version, ("tests/python",))),
+            need,
+        )
         test(
             f"processes-{version}",
             "processes",
