@@ -40,24 +40,28 @@ JOBS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
 PYTHONS = ("3.11", "3.12", "3.13")
 MAIN_PYTHON = PYTHONS[0]
 OLDEST_NUMPY = "1.23.5"
-# The first Python runs all tests of processes, the others those that look into the interpreter or hang on how it starts
-# processes; the Python in the middle also runs only such tests of one process.
-PROCESS_TESTS = {
-    version: tuple(
-        f"tests/processes/test_{name}.py"
-        for name in ("cpython_queues", "fork", "loans_processes", "queues_processes", "start_methods")
+# The first Python runs all tests, the others those that look into the interpreter or hang on how it starts processes.
+PYTHON_TESTS = tuple(
+    f"tests/python/test_{name}.py"
+    for name in (
+        *(
+            "accelerate",
+            "aio",
+            "buffers",
+            "downstream",
+            "dtypes",
+            "errors",
+            "interpreters",
+            "lifetime",
+            "loans",
+        ),
+        *("messages", "objects", "pinned", "queues", "rpc", "signals", "smoke", "threads"),
     )
-    for version in PYTHONS[1:]
-}
-PYTHON_TESTS = {
-    "3.12": tuple(
-        f"tests/python/test_{name}.py"
-        for name in (
-            *("accelerate", "aio", "buffers", "downstream", "interpreters", "lifetime", "loans", "objects"),
-            *("queues", "signals", "smoke", "threads"),
-        )
-    )
-}
+)
+PROCESS_TESTS = tuple(
+    f"tests/processes/test_{name}.py"
+    for name in ("cpython_queues", "fork", "loans_processes", "queues_processes", "start_methods")
+)
 STEP_SECONDS = 900
 TEST_SECONDS = 120
 SANITIZERS = {"cpp": "none", "asan": "address,undefined", "tsan": "thread"}
@@ -615,7 +619,8 @@ def all_steps() -> list[Step]:
     def add_package(version: str) -> None:
         build(f"wheel-{version}", lambda run: build_wheel(run, version).name, "sdist")
         need = f"wheel-{version}"
-        if version == MAIN_PYTHON:
+        first = version == MAIN_PYTHON
+        if first:
             test("source", "source", lambda run: test_package(run, version, "tests/source"), need)
             test("stub", "source", lambda run: check_stub(run, version), need)
             test(
@@ -627,13 +632,13 @@ def all_steps() -> list[Step]:
         test(
             f"python-{version}",
             "python",
-            lambda run: test_package(run, version, *PYTHON_TESTS.get(version, ("tests/python",))),
+            lambda run: test_package(run, version, *(("tests/python",) if first else PYTHON_TESTS)),
             need,
         )
         test(
             f"processes-{version}",
             "processes",
-            lambda run: test_package(run, version, *PROCESS_TESTS.get(version, ("tests/processes",))),
+            lambda run: test_package(run, version, *(("tests/processes",) if first else PROCESS_TESTS)),
             need,
         )
 
