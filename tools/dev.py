@@ -682,6 +682,8 @@ def choose(groups: Sequence[str] | None, versions: Sequence[str]) -> list[Step]:
         name for name in wanted if not re.search(r"3\.\d+$", name) or name.rpartition("-")[2] in versions
     ]
     chosen: set[str] = set()
+    # It looks at what the Pythons of this run have said.
+    steps["queue-tests"].needs = tuple(f"processes-{version}" for version in PYTHONS if version in versions)
 
     def add(name: str) -> None:
         chosen.add(name)
