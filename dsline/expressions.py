@@ -261,10 +261,7 @@ class Expression:
         """
         arrays, rows = self._arrays(data)
         if rows >= 0 and self._kernel is not None and (out is None or _is_plain(out, self.dtype)):
-            columns = tuple(
-                array if array.ndim else np.broadcast_to(array, rows)
-                for array in (arrays[name] for name in self.names)
-            )
+            columns = self._columns_read(arrays, rows)
             if out is not None and any(
                 np.may_share_memory(out, column)
                 and not (
@@ -344,10 +341,7 @@ class Expression:
                 if any(np.may_share_memory(target, other) for other in others):
                     raise ValueError(f"out shares memory with the data, or with itself (column {name!r})")
         if self._kernel is not None:
-            columns = tuple(
-                array if array.ndim else np.broadcast_to(array, rows)
-                for array in (arrays[name] for name in self.names)
-            )
+            columns = self._columns_read(arrays, rows)
             kept = self._kernel.filter(columns, rows, tuple(sources.values()), tuple(targets.values()))
         else:
             found = np.flatnonzero(self._by_numpy(arrays, rows, None))
@@ -383,6 +377,13 @@ class Expression:
         if len(lengths) > 1:
             raise ValueError(f"columns have different lengths: {', '.join(map(str, sorted(lengths)))}")
         return arrays, lengths.pop() if lengths else -1
+
+    def _columns_read(self, arrays: Mapping[str, Any], rows: int) -> tuple[Any, ...]:
+        """Return what the kernel reads: numbers stand for columns of `rows` equal elements."""
+        return tuple(
+            array if array.ndim else np.broadcast_to(array, rows)
+            for array in (arrays[name] for name in self.names)
+        )
 
     @staticmethod
     def _run(step: Step, results: Sequence[Any], arrays: Mapping[str, Any], out: Any) -> Any:

@@ -96,6 +96,7 @@ class ExpressionProgram {
   };
   struct Run;
 
+  void fill_constants(const Run& run, std::size_t rows) const noexcept;
   void run_block(Run& run, std::size_t first, std::size_t rows, std::byte* out) const;
 
   std::vector<ExpressionStep> steps_;

@@ -246,13 +246,17 @@ void fill(std::byte* to, std::uint64_t constant, std::size_t bytes, std::size_t 
 
 }  // namespace
 
-void ExpressionProgram::evaluate(const ColumnView* columns, std::size_t rows, std::byte* out) const {
-  Run run{columns, scratch.of(buffers_ * kBufferBytes), std::vector<const std::byte*>(steps_.size())};
+void ExpressionProgram::fill_constants(const Run& run, std::size_t rows) const noexcept {
   for (std::size_t i = 0; i < steps_.size(); ++i) {
     if (steps_[i].op == ExpressionOp::Constant)
       fill(run.buffer(plan_[i].buffer), steps_[i].constant, bytes_of(steps_[i].type),
            std::min(rows, kBlockRows));
   }
+}
+
+void ExpressionProgram::evaluate(const ColumnView* columns, std::size_t rows, std::byte* out) const {
+  Run run{columns, scratch.of(buffers_ * kBufferBytes), std::vector<const std::byte*>(steps_.size())};
+  fill_constants(run, rows);
   const std::size_t bytes = bytes_of(type());
   for (std::size_t first = 0; first < rows; first += kBlockRows)
     run_block(run, first, std::min(kBlockRows, rows - first), out + first * bytes);
@@ -265,11 +269,7 @@ std::size_t ExpressionProgram::filter(const ColumnView* columns, std::size_t row
   Run run{columns, scratch.of(buffers_ * kBufferBytes + numbers_bytes),
           std::vector<const std::byte*>(steps_.size())};
   auto* numbers = reinterpret_cast<std::uint32_t*>(run.buffers + buffers_ * kBufferBytes);
-  for (std::size_t i = 0; i < steps_.size(); ++i) {
-    if (steps_[i].op == ExpressionOp::Constant)
-      fill(run.buffer(plan_[i].buffer), steps_[i].constant, bytes_of(steps_[i].type),
-           std::min(rows, kBlockRows));
-  }
+  fill_constants(run, rows);
   const expressions::Loops& loops = expressions::chosen_loops();
   std::size_t found = 0;
   for (std::size_t first = 0; first < rows; first += kBlockRows) {
