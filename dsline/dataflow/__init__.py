@@ -1,0 +1,1 @@
+"""Dataflow: pipelines of operators and worker processes over channels."""
