@@ -17,6 +17,7 @@ import cloudpickle
 from dsline.errors import PipelineBuildError
 
 __all__ = [
+    "PICKLING_ERRORS",
     "Function",
     "accepts_out",
     "check_callable",
@@ -33,6 +34,9 @@ __all__ = [
 ]
 
 Function: TypeAlias = Callable[..., Any]
+
+PICKLING_ERRORS = (pickle.PicklingError, TypeError, AttributeError)
+"""What pickling raises for things that cannot be pickled."""
 
 _DEEPEST = 4  # how far the search for what cannot be pickled goes
 _LARGEST_CLASS = 256 << 10  # bytes: a class of the main program that refers to more is not sent along
@@ -148,7 +152,9 @@ def _culprit(thing: Any, depth: int) -> str | None:
         except Exception:
             cls = type(part)
             inner = _culprit(part, depth - 1) if depth > 1 else None
-            kind = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+            kind = (
+                cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+            )
             what = f"'{name}' (a {kind})"
             return f"{what}, in it {inner}" if inner else what
     return None
@@ -180,7 +186,7 @@ def serve_main_classes(packed: dict[str, bytes]) -> None:
                 f"a worker process does not have {name!r} of the main program; move it into a module that can be imported"
             )
         # The same class as any that came with a function: cloudpickle knows a class again.
-        made = pickle.loads(packed[name])
+        made = unpack(packed[name])
         setattr(main, name, made)
         return made
 
@@ -236,10 +242,12 @@ def resolve(text: str) -> Any:
     PipelineBuildError
         The text is no reference, or what it names is not there or cannot be called.
     """
-    module, colon, name = text.partition(":") if isinstance(text, str) else ("", "", "")
+    module, colon, name = str(text).partition(":")
     parts = [*module.split("."), *name.split(".")]
     if not colon or not all(part.isidentifier() for part in parts):
-        raise PipelineBuildError(f"{text!r} names no function: must be 'module:name', as 'package.module:function'")
+        raise PipelineBuildError(
+            f"{text!r} names no function: must be 'module:name', as 'package.module:function'"
+        )
     try:
         found: Any = importlib.import_module(module)
     except Exception as error:
@@ -289,17 +297,18 @@ def check_callable(function: Any) -> None:
         raise PipelineBuildError(f"a {type(function).__qualname__} cannot be called: {function!r}")
     if not is_class(function):
         return
-    cls = function.func if isinstance(function, functools.partial) else function
+    given = function if isinstance(function, functools.partial) else functools.partial(function)
+    cls: Any = given.func
     if not _defines_call(cls):
         raise PipelineBuildError(
             f"objects of {cls.__qualname__} cannot be called; a callable class has a method __call__(self, item)"
         )
     try:
-        inspect.signature(function).bind()
+        inspect.signature(cls).bind(*given.args, **given.keywords)
     except TypeError as error:
         raise PipelineBuildError(
-            f"{cls.__qualname__} is constructed once in every worker, and its constructor wants more ({error}); give its "
-            f"parameters defaults, or pass functools.partial({cls.__qualname__}, ...)"
+            f"{cls.__qualname__} is constructed once in every worker, and its constructor wants other arguments ({error}); "
+            f"give its parameters defaults, or pass functools.partial({cls.__qualname__}, ...)"
         ) from None
     except ValueError:  # a builtin without a signature: the call will tell
         pass
@@ -311,7 +320,11 @@ def _defines_call(cls: type) -> bool:
 
 def close(function: Any) -> None:
     """Call the `close()` of an object that `instantiate` made, where it has one."""
-    end = None if inspect.isroutine(function) or isinstance(function, type) else getattr(function, "close", None)
+    end = (
+        None
+        if inspect.isroutine(function) or isinstance(function, type)
+        else getattr(function, "close", None)
+    )
     if callable(end):
         end()
 
@@ -319,8 +332,8 @@ def close(function: Any) -> None:
 def accepts_out(function: Any) -> bool:
     """Whether a function, or the objects of a callable class, take a parameter `out` by keyword."""
     if is_class(function):
-        cls = function.func if isinstance(function, functools.partial) else function
-        function = vars(cls).get("__call__") or getattr(cls, "__call__", None)
+        cls: Any = function.func if isinstance(function, functools.partial) else function
+        function = next((vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base)), None)
     if type(function).__name__ == "ufunc":  # has no signature in older NumPy
         return True
     try:

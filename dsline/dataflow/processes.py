@@ -23,7 +23,6 @@ import multiprocessing.reduction
 import multiprocessing.resource_tracker
 import multiprocessing.spawn
 import os
-import pickle
 import select
 import signal
 import subprocess
@@ -140,7 +139,9 @@ class _Payload:
         self._values: Any = values
 
     def __reduce__(self) -> Any:
-        return _Payload._from_pickle, (bytes(multiprocessing.reduction.ForkingPickler.dumps(self._values, 5)),)
+        return _Payload._from_pickle, (
+            bytes(multiprocessing.reduction.ForkingPickler.dumps(self._values, 5)),
+        )
 
     @classmethod
     def _from_pickle(cls, pickled: bytes) -> Self:
@@ -149,7 +150,7 @@ class _Payload:
         return made
 
     def load(self) -> Any:
-        return pickle.loads(self._values)
+        return callables.unpack(self._values)
 
 
 def _pickled(popen: Any, process: _Process) -> memoryview:
@@ -225,7 +226,7 @@ class _SpawnPopen(_Popen):
                     command,
                     executable=multiprocessing.spawn.get_executable(),
                     env=self._environment,
-                    pass_fds=[*self._fds, tracker, readable],
+                    pass_fds=[*self._fds, *([] if tracker is None else [tracker]), readable],
                     stderr=self._stderr,
                 )
         except BaseException:
@@ -255,7 +256,8 @@ class _ForkServerFd:
         self.index = index
 
     def detach(self) -> int:
-        fd: int = multiprocessing.forkserver.get_inherited_fds()[self.index]
+        inherited: Any = multiprocessing.forkserver.get_inherited_fds()
+        fd: int = inherited[self.index]
         return fd
 
 
@@ -357,7 +359,9 @@ def _run_worker(setup: _Setup, payload: _Payload) -> None:
     try:
         callables.serve_main_classes(setup.main_classes)
         target, args = payload.load()
-        if setup.threads is not None:  # for libraries that the environment does not reach, or that were loaded before
+        if (
+            setup.threads is not None
+        ):  # for libraries that the environment does not reach, or that were loaded before
             threadpoolctl.threadpool_limits(setup.threads)
         setup.words.send(("ready", "", ""))
         started = True
@@ -577,7 +581,7 @@ class WorkerProcess:
                 f"{self.name} cannot be started: this process was itself started by multiprocessing and is importing the main "
                 'program, which starts workers; put that under `if __name__ == "__main__":`'
             )
-        if isinstance(error, (pickle.PicklingError, TypeError, AttributeError)):
+        if isinstance(error, callables.PICKLING_ERRORS):
             return PipelineBuildError(
                 f"{self.name} cannot be started: an argument cannot be pickled ({error})"
             )

@@ -83,6 +83,4 @@ class RestartBudget:
 
     def describe(self) -> str:
         """For the error: "6 deaths within 60 s (restart=Restart(max=5, ...))"."""
-        return (
-            f"{len(self._deaths) + 1} deaths within {self.restart.within:g} s, and Restart allows {self.restart.max} restarts"
-        )
+        return f"{len(self._deaths) + 1} deaths within {self.restart.within:g} s, and Restart allows {self.restart.max} restarts"
