@@ -32,6 +32,7 @@ from dsline._cpp.channel cimport (
     channel_directory as cpp_channel_directory, kArrayMessage, kBytesMessage, kObjectMessage,
     list_channels as cpp_list_channels,
 )
+from dsline._cpp.crc32c cimport crc32c as cpp_crc32c
 from dsline._cpp.error cimport kErrorCodeCount
 from dsline._cpp.expression cimport (
     CppColumnView, CppElementType, CppExpressionOp, CppExpressionProgram, CppExpressionStep, CppRowsToKeep, byte,
@@ -2410,6 +2411,23 @@ def remove_channel(str path not None, int64_t age_ns, bint even_with_messages, b
     with nogil:
         removal = <int> CppChannel.remove_channel(place, age_ns, even_with_messages, dry)
     return removal
+
+
+def crc32c(buffer, uint32_t seed=0):
+    """CRC-32C (Castagnoli) of a C-contiguous buffer, continued from `seed`: ``crc32c(b, crc32c(a))`` is that of ``a + b``.
+
+    Does not copy. Releases the GIL for 64 KiB and more.
+    """
+    cdef Py_buffer view
+    cdef uint32_t crc
+    PyObject_GetBuffer(buffer, &view, PyBUF_C_CONTIGUOUS)
+    if view.len < NOGIL_COPY_BYTES:
+        crc = cpp_crc32c(view.buf, view.len, seed)
+    else:
+        with nogil:
+            crc = cpp_crc32c(view.buf, view.len, seed)
+    PyBuffer_Release(&view)
+    return crc
 
 
 cdef str as_text(const string& text):
