@@ -371,6 +371,7 @@ include "objects.pxi"
 include "pinned.pxi"
 include "batch.pxi"
 include "shared_words.pxi"
+include "counters.pxi"
 include "expressions.pxi"
 
 
