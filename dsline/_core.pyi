@@ -54,7 +54,6 @@ COUNTER_PAGE_BYTES: int
 COUNTER_PLACES: dict[str, int]
 
 def load_counters(memory: _Buffer, first: int, count: int) -> NDArray[Any]: ...
-
 def bucket_of_latency(ns: int) -> int: ...
 
 class CounterPage:

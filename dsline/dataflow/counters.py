@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import math
 import mmap
 import multiprocessing.context
 import multiprocessing.reduction
@@ -231,7 +232,17 @@ class StageStats:
     @property
     def troubles(self) -> dict[str, int]:
         """Counters that are 0 in a run without trouble, where they are not."""
-        named = ("restarts", "errors", "skipped", "retried", "dead_letters", "dropped", "duplicates", "lost", "late")
+        named = (
+            "restarts",
+            "errors",
+            "skipped",
+            "retried",
+            "dead_letters",
+            "dropped",
+            "duplicates",
+            "lost",
+            "late",
+        )
         return {name: number for name in named if (number := getattr(self, name))}
 
 
@@ -345,7 +356,9 @@ class PipelineStats:
         for stage in self.stages:
             if stage.name == name:
                 return stage
-        raise KeyError(f"there is no stage {name!r}; there are {', '.join(stage.name for stage in self.stages)}")
+        raise KeyError(
+            f"there is no stage {name!r}; there are {', '.join(stage.name for stage in self.stages)}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as dicts, lists and plain values, for `json.dumps`."""
@@ -364,7 +377,8 @@ def _lines(stats: PipelineStats) -> Iterator[str]:
     slowest = stats.slowest
     slow = "" if slowest is None else f"; slowest: {slowest.name}, busy {slowest.busy:.0%} of the time"
     yield f"pipeline {stats.name!r}: {stats.state} for {stats.seconds:.1f} s{slow}"
-    rows = [("STAGE", "WORKERS", "IN", "OUT", "OUT/S", "BUSY", "STARVED", "BLOCKED", "P50", "P90", "P99", "MAX", "")]
+    heads = "STAGE WORKERS IN OUT OUT/S BUSY STARVED BLOCKED P50 P90 P99 MAX"
+    rows: list[tuple[str, ...]] = [(*heads.split(), "")]
     for stage in stats.stages:
         timed = stage.max_ns > 0
         times = (stage.p50_ns, stage.p90_ns, stage.p99_ns, stage.max_ns)
@@ -384,7 +398,7 @@ def _lines(stats: PipelineStats) -> Iterator[str]:
     yield from _table(rows, right=range(2, 12))
     if stats.edges:
         yield ""
-        lines = [("QUEUE", "WAITING", "SENT", "DROPPED", "WHEN FULL")]
+        lines: list[tuple[str, ...]] = [("QUEUE", "WAITING", "SENT", "DROPPED", "WHEN FULL")]
         for edge in stats.edges:
             lines.append(
                 (
@@ -461,7 +475,9 @@ class PipelineCounters:
     def __init__(self, segments: Sequence[SegmentPages], name: str = "pipeline") -> None:
         for segment in segments:
             if not segment.stages or segment.workers < 0 or len(segment.kinds) > len(segment.stages):
-                raise InvalidArgumentError(f"{segment} is no segment: it needs a stage, and a kind for each or none")
+                raise InvalidArgumentError(
+                    f"{segment} is no segment: it needs a stage, and a kind for each or none"
+                )
         self.name = name
         self.segments = tuple(segments)
         self.started_ns = time.monotonic_ns()
@@ -475,7 +491,11 @@ class PipelineCounters:
         try:
             os.posix_fallocate(self._descriptor, 0, max(size, mmap.PAGESIZE))
             # A reader must never find less than it has mapped.
-            fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            fcntl.fcntl(
+                self._descriptor,
+                fcntl.F_ADD_SEALS,
+                fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
+            )
             self._memory = mmap.mmap(self._descriptor, 0, prot=mmap.PROT_READ)
         except BaseException:
             os.close(self._descriptor)
@@ -486,7 +506,9 @@ class PipelineCounters:
         """Return what a worker opens its page with: in this process, or passed to one that is being started."""
         if self._descriptor < 0:
             raise InvalidArgumentError("the counters are closed")
-        return CounterTicket(self._descriptor, self._offset(segment, worker), len(self.segments[segment].stages))
+        return CounterTicket(
+            self._descriptor, self._offset(segment, worker), len(self.segments[segment].stages)
+        )
 
     def current(self, segment: int, worker: int = 0) -> Current:
         """Return what a worker is doing now. Costs about 6 µs."""
@@ -683,11 +705,11 @@ def percentiles(
     count = int(sums[-1])
     if not count:
         return [0 for _ in shares]
-    ranks = [max(1, int(np.ceil(share * count))) for share in shares]
+    ranks = [max(1, math.ceil(share * count)) for share in shares]
     return [min(longest, _middle(int(np.searchsorted(sums, rank)))) for rank in ranks]
 
 
 def _middle(bucket: int) -> int:
-    low = (2.0 if bucket % 2 == 0 else 3.0) * 2 ** (4 + bucket // 2)
-    high = low * (1.5 if bucket % 2 == 0 else 4 / 3)
-    return round((low * high) ** 0.5)
+    low = (2 + bucket % 2) << (4 + bucket // 2)
+    high = (3 + bucket % 2) << (4 + bucket // 2)
+    return round(math.sqrt(low * high))

@@ -76,7 +76,7 @@ def test_names_that_do_not_fit_are_counted_together():
     for name in [*names, *names, "x" * 40, "", "with\0zero", "ü" * 15]:
         writer.add(name)
     own = counters.look()["a"].counters
-    assert own == {**{name: 2 for name in names[:23]}, "other": 2 * 17 + 4}
+    assert own == {**dict.fromkeys(names[:23], 2), "other": 2 * 17 + 4}
     again = counters.ticket(0).open()
     again.add("counter 5")
     again.add("other")
@@ -157,9 +157,10 @@ def test_what_is_going_on_is_part_of_the_figures():
     outer.stages[1].unblocked()
     stats = counters.look()
     assert stats["inner"].blocked_ns >= blocked
-    assert sum(
-        stage.busy_ns + stage.blocked_ns + stage.starved_ns for stage in stats.stages
-    ) <= time.monotonic_ns() - begun
+    assert (
+        sum(stage.busy_ns + stage.blocked_ns + stage.starved_ns for stage in stats.stages)
+        <= time.monotonic_ns() - begun
+    )
     assert not counters.current(0).blocked
     outer.stages[1].end()
     outer.end()
@@ -221,7 +222,7 @@ def test_pages_of_workers_do_not_touch_each_other():
         for worker in range(max(1, segment.workers)):
             writer = counters.ticket(number, worker).open()
             for place, page in enumerate(writer.stages):
-                page.add("late", 10 ** place * (worker + 1))
+                page.add("late", 10**place * (worker + 1))
     late = {stage.name: stage.late for stage in counters.look().stages}
     assert late == {"a": 6, "b": 3, "c": 30, "d": 300, "e": 1}
     offsets = [counters._offset(n, w) for n, s in enumerate(segments) for w in range(max(1, s.workers))]
