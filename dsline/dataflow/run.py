@@ -28,7 +28,7 @@ from dsline.dataflow.processes import WorkerProcess, choose_cpus
 from dsline.dataflow.progress import Progress
 from dsline.dataflow.restart import RestartBudget
 from dsline.dataflow.runtime import END, Job, SegmentLoop, StageFailed, Stopped
-from dsline.dataflow.sinks import Collect
+from dsline.dataflow.sinks import CollectSink
 from dsline.errors import (
     BufferFullError,
     ChannelClosedError,
@@ -304,7 +304,7 @@ class _Execution:
     collector: int | None = None
 
     def _collects(self, segment: Segment) -> bool:
-        return bool(segment.stages) and isinstance(self.plan.stages[segment.stages[-1]].part, Collect)
+        return bool(segment.stages) and isinstance(self.plan.stages[segment.stages[-1]].part, CollectSink)
 
     def _run_loop(self, number: int, loop: SegmentLoop) -> None:
         for _ in self.steps(number, loop):
@@ -478,12 +478,11 @@ class _Execution:
         if options.on_crash == "stop":
             self.fail(PipelineRuntimeError(f"stage {name!r}: worker {each.index} died ({cause}) and on_crash='stop'\n{details}"))
             return
-        delay = each.budget.next_delay(time.monotonic())
+        delay = each.budget.died()
         if delay is None:
             self.fail(
                 PipelineRuntimeError(
-                    f"stage {name!r}: worker {each.index} died ({cause}), and it was restarted {options.restart.max} times within "
-                    f"{options.restart.within:g} s (restart=Restart(max=..., within=...) allows more)\n{details}"
+                    f"stage {name!r}: worker {each.index} died ({cause}), and that is too often: {each.budget.describe()}\n{details}"
                 )
             )
             return
@@ -932,13 +931,12 @@ class Run:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         interrupted = 0
-        with Progress.of(progress, self.stats) as bar:
+        with Progress(self._progress_stats, progress):
             while True:
                 try:
                     left = 0.2 if deadline is None else min(0.2, max(0.0, deadline - time.monotonic()))
                     if self.wait(left):
                         break
-                    bar.update()
                     if deadline is not None and time.monotonic() >= deadline:
                         self._drain()
                         deadline = None
@@ -950,6 +948,12 @@ class Run:
                         self.stop(drain=False)
                         raise
         return self.report()
+
+    _looked: PipelineStats | None = None
+
+    def _progress_stats(self) -> PipelineStats:
+        self._looked = self.stats(self._looked)
+        return self._looked
 
     def items(self) -> Iterator[Any]:
         """Yield what reaches the end of a pipeline without a sink, in this thread."""
