@@ -172,7 +172,7 @@ class NpyAppender:
         if rows.dtype != self._dtype or rows.shape[1:] != self._row:
             raise PipelineRuntimeError(
                 f"file {self._path!r} holds rows of {self._dtype} {self._row}, and {rows.dtype} {rows.shape[1:]} came; "
-                "a .npy file has one dtype and one shape: convert before the sink, or write a log (file://)"
+                "a .npy file has one dtype and one shape: append='rows' puts arrays one behind the other, a log (file://) takes any"
             )
         assert self._file is not None
         self._file.write(raw_bytes(rows))

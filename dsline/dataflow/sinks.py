@@ -18,7 +18,7 @@ from dsline.channel import ShmChannel, _Channel
 from dsline.dataflow import media
 from dsline.dataflow.callables import close as close_function
 from dsline.dataflow.callables import function_name, instantiate, reference, resolve
-from dsline.dataflow.items import Batch, item_text, schema_from_json, schema_text, schema_to_json
+from dsline.dataflow.items import RECORDS, Batch, item_text, kind_of, schema_from_json, schema_text, schema_to_json
 from dsline.dataflow.npy_files import NpyAppender, open_npz, sync_folder, zip_parts
 from dsline.dataflow.operator import Context, Schema, Sink, SinkStep
 from dsline.dataflow.sources import (
@@ -461,8 +461,8 @@ class NpySink(Sink):
     path : str
         Replaced, unless the run resumes a checkpoint.
     append : str or None
-        "rows": the rows of each item are appended; "items": each item is one row. None: "rows" for arrays of one dimension
-        (records, chunks of numbers), "items" for any other array and for numbers.
+        "rows": the rows of each item are appended; "items": each item is one row. None: "rows" for records (structured
+        arrays of one dimension), "items" for any other array and for numbers.
     """
 
     kind: ClassVar[str] = "npy"
@@ -490,7 +490,7 @@ def _as_rows(item: Any, append: str | None, path: str) -> Array:
     array = item if isinstance(item, np.ndarray) else np.asarray(item)
     if array.dtype.hasobject or isinstance(item, Mapping):
         raise PipelineRuntimeError(f"{item_text(item)} cannot go into {path!r}, which holds one array")
-    by_rows = array.ndim == 1 if append is None else append == "rows"
+    by_rows = kind_of(array) == RECORDS if append is None else append == "rows"
     if by_rows and array.ndim == 0:
         raise PipelineRuntimeError(f"{item_text(item)} has no rows to append to {path!r}; use append='items'")
     return array if by_rows else array[None]
@@ -531,7 +531,7 @@ class NpzSink(Sink):
 
     Notes
     -----
-    Arrays are one column, named "data". A dict of numbers is one row.
+    A dict of arrays or numbers is one row of each; arrays are one column, named "data", as in a .npy file.
     """
 
     kind: ClassVar[str] = "npz"
@@ -556,6 +556,7 @@ class _NpzStep(SinkStep):
 
     def write(self, item: Any) -> None:
         columns = item if isinstance(item, Mapping) else {"data": item}
+        append = "rows" if isinstance(item, Batch) else None
         if self._names is None:
             self._open(list(columns))
         if list(columns) != self._names:
@@ -563,7 +564,7 @@ class _NpzStep(SinkStep):
                 f"file {self._path!r} has the columns {self._names}, and {list(columns)} came"
             )
         for part, column in zip(self._parts, columns.values(), strict=True):
-            part.append(_as_rows(column, None, self._path))
+            part.append(_as_rows(column, append, self._path))
 
     def _part(self, number: int) -> str:
         return os.path.join(self._folder, f"{number}.npy")  # a column's name may be no file name

@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Final, TypeAlias, TypeVar
 
 import numpy as np
 
-from dsline import _core
 from dsline.broadcast import Broadcast
 from dsline.channel import SharedMemoryChannel, ShmChannel, _Channel
 from dsline.dataflow import media
@@ -29,7 +28,6 @@ from dsline.dataflow.operator import Context, Schema, Source, SourceStep
 from dsline.endpoint import Endpoint
 from dsline.errors import (
     ChannelClosedError,
-    ChannelError,
     ChannelNotFoundError,
     DslineError,
     PipelineBuildError,
@@ -146,7 +144,7 @@ class ChannelSource(Source):
     def open(self, stopped: threading.Event | None = None) -> Any:
         """Return a channel or Subscriber to receive from; the caller closes it unless it is `self.channel`.
 
-        Blocks up to `wait` for a channel that is not there, or until `stopped` is set.
+        Blocks up to `wait` for a channel that is not there. None when `stopped` was set meanwhile.
 
         Raises
         ------
@@ -158,6 +156,8 @@ class ChannelSource(Source):
         channel = self.channel
         if channel is None:
             channel = self._open_named(stopped)
+            if channel is None:
+                return None
         elif isinstance(channel, Subscriber) or (self.group is None and not isinstance(channel, Broadcast)):
             return channel
         if self.group is None and not self.broadcast:
@@ -168,7 +168,7 @@ class ChannelSource(Source):
             if channel is not self.channel:
                 channel.close()
 
-    def _open_named(self, stopped: threading.Event | None) -> SharedMemoryChannel:
+    def _open_named(self, stopped: threading.Event | None) -> SharedMemoryChannel | None:
         assert self.name is not None
         cls = Broadcast if self.broadcast else ShmChannel
         if self.create:
@@ -179,7 +179,9 @@ class ChannelSource(Source):
             try:
                 return cls.open(self.name)
             except ChannelNotFoundError:
-                if (deadline is not None and time.monotonic() >= deadline) or (stopped and stopped.is_set()):
+                if stopped is not None and stopped.is_set():
+                    return None
+                if deadline is not None and time.monotonic() >= deadline:
                     raise ChannelNotFoundError(
                         2,
                         f"there is no channel {self.name!r}, and nobody made one within {self.wait:g} s; start its "
@@ -238,6 +240,8 @@ class _ChannelStep(_Step):
 
     def __iter__(self) -> Iterator[Any]:
         receiver = self._receiver = self._source.open(self._stopped)
+        if receiver is None:
+            return
         for message in _messages(receiver, self._stopped):
             yield message.object()
             del message
