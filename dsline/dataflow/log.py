@@ -44,18 +44,31 @@ from dsline.errors import (
 from dsline.objects import OUT_OF_BAND_BYTES, extra_reducers
 from dsline.specs import ArraySpec
 
-__all__ = ["Cut", "LogReader", "LogRecord", "LogWriter", "check_reader", "check_writer", "log_schema", "parse_interval"]
+__all__ = [
+    "Cut",
+    "LogReader",
+    "LogRecord",
+    "LogWriter",
+    "check_reader",
+    "check_writer",
+    "log_schema",
+    "parse_interval",
+]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
 BYTES, ARRAY, OBJECT, COLUMNS, END = 0, 1, 2, 3, 16  # kinds of records
 
-_SEGMENT: Final = struct.Struct("<8sIIQq16s12xI")  # magic, version, header bytes, first sequence, created, uuid, CRC
+_SEGMENT: Final = struct.Struct(
+    "<8sIIQq16s12xI"
+)  # magic, version, header bytes, first sequence, created, uuid, CRC
 _SEGMENT_MAGIC: Final = b"DSLINLOG"
 _VERSION: Final = 1
 _RECORD: Final = struct.Struct("<4sBBHQqQIIQQII")
 _RECORD_MAGIC: Final = b"DSLR"
-_PART: Final = struct.Struct("<QBBBBHHI")  # bytes, type, Fortran order, dimensions, 0, lengths of name and code, 0
+_PART: Final = struct.Struct(
+    "<QBBBBHHI"
+)  # bytes, type, Fortran order, dimensions, 0, lengths of name and code, 0
 _COUNT: Final = struct.Struct("<I")
 _HEADER_BYTES: Final = 64
 _SUFFIX: Final = ".dsl"
@@ -67,7 +80,10 @@ _MOST_BYTES: Final = 1 << 46
 _MOST_PARTS: Final = 1 << 20
 _WINDOW_BYTES: Final = 64 << 20  # mapped at a time
 _MOST_BUFFERS: Final = 512  # per call of writev
-_POLLS: Final = (0.002, 0.05)  # seconds between two looks at the end of a log that is followed: first, and at most
+_POLLS: Final = (
+    0.002,
+    0.05,
+)  # seconds between two looks at the end of a log that is followed: first, and at most
 _INTERVAL: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(us|ms|s|m)")
 _UNITS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
 
@@ -100,7 +116,9 @@ class _Encoded(NamedTuple):
     alignment: int
 
 
-def _describe_array(dtype: np.dtype[Any], shape: tuple[int, ...], fortran: bool, nbytes: int, name: bytes = b"") -> bytes:
+def _describe_array(
+    dtype: np.dtype[Any], shape: tuple[int, ...], fortran: bool, nbytes: int, name: bytes = b""
+) -> bytes:
     return _describe_part(encode_dtype(dtype), shape, fortran, nbytes, name)
 
 
@@ -224,9 +242,19 @@ def _parts_of(description: bytes) -> tuple[int, tuple[_Part, ...]]:
         at += _PART.size
         shape = struct.unpack_from(f"<{ndim}Q", description, at)
         at += 8 * ndim
-        name, code = description[at : at + name_size], description[at + name_size : at + name_size + code_size]
+        name, code = (
+            description[at : at + name_size],
+            description[at + name_size : at + name_size + code_size],
+        )
         at += name_size + code_size
-        if zero or more or typed not in (0, 1) or fortran not in (0, 1) or at > len(description) or nbytes > _MOST_BYTES:
+        if (
+            zero
+            or more
+            or typed not in (0, 1)
+            or fortran not in (0, 1)
+            or at > len(description)
+            or nbytes > _MOST_BYTES
+        ):
             raise ValueError("a part is malformed")
         dtype = decode_dtype(code) if typed else None
         if dtype is not None:
@@ -294,10 +322,17 @@ class _Header(NamedTuple):
 
 def _read_header(raw: bytes) -> _Header | None:
     """Return the header in 64 bytes; None where they are none."""
-    magic, kind, flags, zero, sequence, moment, payload, offset, body_crc, size, zeros, description, crc = _RECORD.unpack(raw)
+    magic, kind, flags, zero, sequence, moment, payload, offset, body_crc, size, zeros, description, crc = (
+        _RECORD.unpack(raw)
+    )
     if magic != _RECORD_MAGIC or crc != _crc32c(raw[:60]) or flags or zero or zeros:
         return None
-    if size > _MOST_BYTES or size % _ALIGNMENT or offset + payload > size or _HEADER_BYTES + description > offset:
+    if (
+        size > _MOST_BYTES
+        or size % _ALIGNMENT
+        or offset + payload > size
+        or _HEADER_BYTES + description > offset
+    ):
         return None
     return _Header(kind, sequence, moment, payload, offset, body_crc, size, description)
 
@@ -324,7 +359,9 @@ class LogRecord:
 
     __slots__ = ("_buffer", "_kind", "_objects", "_parts", "_start", "nbytes", "sequence", "timestamp_ns")
 
-    def __init__(self, header: _Header, parts: Sequence[_Part], buffer: Any, start: int, objects: bool) -> None:
+    def __init__(
+        self, header: _Header, parts: Sequence[_Part], buffer: Any, start: int, objects: bool
+    ) -> None:
         self.sequence = header.sequence
         self.timestamp_ns = header.timestamp_ns
         self.nbytes = header.payload_bytes
@@ -480,7 +517,9 @@ class LogWriter:
         self.next_sequence = 0
         self.cuts: list[Cut] = []
         os.makedirs(self._path, exist_ok=True)
-        self._lock = os.open(os.path.join(self._path, "writer.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._lock = os.open(
+            os.path.join(self._path, "writer.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
+        )
         try:
             self._take_lock()
             try:
@@ -540,11 +579,17 @@ class LogWriter:
                 self._uuid = secrets.token_bytes(16)
                 self._begin_segment(0)
         except OSError as error:
-            raise error if isinstance(error, LogError) else _failed(self._path, "opening it", error) from error
+            raise (
+                error if isinstance(error, LogError) else _failed(self._path, "opening it", error)
+            ) from error
 
     def _sweep(self) -> None:
         """Refuse a folder with something else in it."""
-        foreign = [name for name in os.listdir(self._path) if name not in ("writer.lock", "groups") and ".dsl" not in name]
+        foreign = [
+            name
+            for name in os.listdir(self._path)
+            if name not in ("writer.lock", "groups") and ".dsl" not in name
+        ]
         if foreign:
             raise LogError(
                 errno.EEXIST,
@@ -573,7 +618,8 @@ class LogWriter:
             if not head.strip(b"\0") and os.path.getsize(path) <= _HEADER_BYTES:
                 return False
             raise LogError(
-                errno.EINVAL, f"log {self._path!r}: {os.path.basename(path)} is no segment of this version, or damaged"
+                errno.EINVAL,
+                f"log {self._path!r}: {os.path.basename(path)} is no segment of this version, or damaged",
             )
         self._file, self._segment, self._uuid = file, first, uuid
         self._inode = os.fstat(file).st_ino
@@ -752,9 +798,13 @@ class LogWriter:
             try:
                 os.ftruncate(self._file, self._at)
             except OSError as failure:
-                self._failure = _failed(self._path, "cutting off a record that was not written whole", failure)
+                self._failure = _failed(
+                    self._path, "cutting off a record that was not written whole", failure
+                )
             if isinstance(error, OSError):
-                raise _failed(self._path, f"writing record {self.next_sequence} of {size} bytes", error) from error
+                raise _failed(
+                    self._path, f"writing record {self.next_sequence} of {size} bytes", error
+                ) from error
             raise
 
     def _rotate(self) -> None:
@@ -763,7 +813,9 @@ class LogWriter:
                 self._sync()
             self._begin_segment(self.next_sequence)
         except OSError as error:
-            raise error if isinstance(error, LogError) else _failed(self._path, "beginning a segment", error) from error
+            raise (
+                error if isinstance(error, LogError) else _failed(self._path, "beginning a segment", error)
+            ) from error
 
     def _written(self) -> None:
         if self._always:
@@ -827,12 +879,16 @@ class LogWriter:
             try:
                 self._cut_to(wanted)
             except OSError as error:
-                raise error if isinstance(error, LogError) else _failed(self._path, "cutting it", error) from error
+                raise (
+                    error if isinstance(error, LogError) else _failed(self._path, "cutting it", error)
+                ) from error
 
     def _cut_to(self, wanted: int) -> None:
         segments = _segments(self._path)
         while len(segments) > 1 and segments[-1] > wanted:
-            os.unlink(_segment_path(self._path, segments.pop()))  # the last one first: what is left is always a log
+            os.unlink(
+                _segment_path(self._path, segments.pop())
+            )  # the last one first: what is left is always a log
         first = segments[-1]
         if self._segment != first and not self._open_segment(first, _segment_path(self._path, first)):
             raise LogError(errno.EINVAL, f"log {self._path!r}: its last segment is damaged")
@@ -1063,13 +1119,18 @@ class LogReader:
         if not before:
             if segments:
                 raise LogError(
-                    errno.ENOENT, f"log {self._path!r} begins with record {segments[0]}, and {wanted} was asked for"
+                    errno.ENOENT,
+                    f"log {self._path!r} begins with record {segments[0]}, and {wanted} was asked for",
                 )
             return  # opened when it is there
         self._open(before[-1])
         at, sequence = _HEADER_BYTES, before[-1]
         offset = hint.get("offset", 0)
-        if hint.get("segment") == before[-1] and _HEADER_BYTES <= offset <= self._size and offset % _ALIGNMENT == 0:
+        if (
+            hint.get("segment") == before[-1]
+            and _HEADER_BYTES <= offset <= self._size
+            and offset % _ALIGNMENT == 0
+        ):
             header = self._header(offset)
             if header is not None and header.sequence == wanted:
                 at, sequence = offset, wanted
@@ -1088,7 +1149,8 @@ class LogReader:
     def _pass_until(self, wanted: int) -> None:
         if not self._follow:
             raise LogError(
-                errno.ENOENT, f"log {self._path!r} ends before record {self.sequence}, and {wanted} was asked for"
+                errno.ENOENT,
+                f"log {self._path!r} ends before record {self.sequence}, and {wanted} was asked for",
             )
         self._wanted = wanted
 
@@ -1123,7 +1185,8 @@ class LogReader:
         if _segment_uuid(os.pread(file, _HEADER_BYTES, 0), first) is None:
             self._leave()
             raise LogError(
-                errno.EINVAL, f"log {self._path!r}: {os.path.basename(path)} is no segment of this version, or damaged"
+                errno.EINVAL,
+                f"log {self._path!r}: {os.path.basename(path)} is no segment of this version, or damaged",
             )
 
     def _leave(self) -> None:
@@ -1239,7 +1302,10 @@ class LogReader:
         window = self._map(self._at, self._at + header.record_bytes)
         at = self._at - self._window_start
         view = memoryview(window)
-        if header.kind not in (BYTES, ARRAY, OBJECT, COLUMNS) or _body_sum(view, at, header) != header.body_crc:
+        if (
+            header.kind not in (BYTES, ARRAY, OBJECT, COLUMNS)
+            or _body_sum(view, at, header) != header.body_crc
+        ):
             return None
         first = at + _HEADER_BYTES
         try:
@@ -1339,7 +1405,8 @@ class _Group:
         except BlockingIOError:
             self.close()
             raise LogError(
-                errno.EAGAIN, f"group {name!r} of log {path!r} has a reader already; a group has one at a time"
+                errno.EAGAIN,
+                f"group {name!r} of log {path!r} has a reader already; a group has one at a time",
             ) from None
         except OSError as error:
             self.close()
@@ -1356,7 +1423,8 @@ class _Group:
         except (OSError, ValueError, KeyError, TypeError) as error:
             self.close()
             raise LogError(
-                errno.EINVAL, f"group {name!r} of log {path!r}: its file {self._file!r} cannot be read: {error}; remove it"
+                errno.EINVAL,
+                f"group {name!r} of log {path!r}: its file {self._file!r} cannot be read: {error}; remove it",
             ) from error
 
     def commit(self, position: dict[str, int]) -> None:
@@ -1380,7 +1448,9 @@ class _Pace:
     def __init__(self, factor: float, stopped: threading.Event) -> None:
         self._factor = factor
         self._stopped = stopped
-        self._first: tuple[float, int] | None = None  # when the first record came, and when it had been written
+        self._first: tuple[float, int] | None = (
+            None  # when the first record came, and when it had been written
+        )
 
     def wait_for(self, timestamp_ns: int) -> bool:
         """Wait for a record's time. False when stopped meanwhile."""
@@ -1400,7 +1470,9 @@ def parse_interval(value: Any) -> float:
         return float(value)
     match = _INTERVAL.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None or float(match[1]) <= 0:
-        raise PipelineBuildError(f"{value!r} is no span of time; give seconds above 0, or a text like '100ms' or '2s'")
+        raise PipelineBuildError(
+            f"{value!r} is no span of time; give seconds above 0, or a text like '100ms' or '2s'"
+        )
     return float(match[1]) * _UNITS[match[2]]
 
 
@@ -1408,8 +1480,14 @@ def check_writer(path: str, sync: Any, segment_bytes: Any) -> None:
     """Raise PipelineBuildError where a log cannot be written like that."""
     if sync is not None and sync != "always":
         parse_interval(sync)
-    if not isinstance(segment_bytes, int) or isinstance(segment_bytes, bool) or not 4096 <= segment_bytes <= _MOST_BYTES:
-        raise PipelineBuildError(f"segment_bytes is {segment_bytes!r}, must be an int from 4096 to {_MOST_BYTES}")
+    if (
+        not isinstance(segment_bytes, int)
+        or isinstance(segment_bytes, bool)
+        or not 4096 <= segment_bytes <= _MOST_BYTES
+    ):
+        raise PipelineBuildError(
+            f"segment_bytes is {segment_bytes!r}, must be an int from 4096 to {_MOST_BYTES}"
+        )
     if "\0" in path:
         raise PipelineBuildError(f"path {path!r} holds a null character, which no file name can")
     if os.path.exists(path) and not os.path.isdir(path):
@@ -1423,8 +1501,14 @@ def check_reader(path: str, start: Any, group: Any, follow: Any, replay_rate: An
     """Return the factor of the rate, None for "max"; PipelineBuildError where a log cannot be read like that."""
     number = isinstance(start, int) and not isinstance(start, bool) and start >= 0
     if not number and start not in ("earliest", "latest"):
-        raise PipelineBuildError(f"start is {start!r}, must be 'earliest', 'latest' or the sequence of a record")
-    if group is not None and (not isinstance(group, str) or _GROUP_NAME.fullmatch(group) is None or group.endswith((".lock", ".tmp"))):
+        raise PipelineBuildError(
+            f"start is {start!r}, must be 'earliest', 'latest' or the sequence of a record"
+        )
+    if group is not None and (
+        not isinstance(group, str)
+        or _GROUP_NAME.fullmatch(group) is None
+        or group.endswith((".lock", ".tmp"))
+    ):
         raise PipelineBuildError(
             f"group is {group!r}, must be 1 to 100 of A-Z a-z 0-9 . _ - without a leading dot, and not end with .lock or .tmp"
         )
@@ -1438,7 +1522,9 @@ def check_reader(path: str, start: Any, group: Any, follow: Any, replay_rate: An
         return None
     factor = 1.0 if replay_rate == "original" else replay_rate
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < float("inf"):
-        raise PipelineBuildError(f"replay_rate is {replay_rate!r}, must be 'max', 'original' or a factor above 0")
+        raise PipelineBuildError(
+            f"replay_rate is {replay_rate!r}, must be 'max', 'original' or a factor above 0"
+        )
     return float(factor)
 
 

@@ -12,7 +12,15 @@ import numpy as np
 
 from dsline.errors import FeatureUnavailableError, PipelineBuildError, PipelineRuntimeError
 
-__all__ = ["IMAGE_SUFFIXES", "VIDEO_SUFFIXES", "VideoReader", "VideoWriter", "needs", "read_image", "write_image"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "VIDEO_SUFFIXES",
+    "VideoReader",
+    "VideoWriter",
+    "needs",
+    "read_image",
+    "write_image",
+]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -152,7 +160,9 @@ class VideoWriter:
             )
         height, width = array.shape[:2]
         if height % 2 or width % 2:
-            raise PipelineRuntimeError(f"frames of {height} x {width} cannot be encoded; crop or pad them to even sizes")
+            raise PipelineRuntimeError(
+                f"frames of {height} x {width} cannot be encoded; crop or pad them to even sizes"
+            )
         codec = self._codec
         if codec is None:
             codec = next((name for name in _CODECS if name in self._av.codecs_available), "mpeg4")

@@ -17,7 +17,9 @@ __all__ = ["NpyAppender", "open_npy", "open_npz", "raw_bytes", "zip_parts"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-_LOCAL_HEADER: Final = struct.Struct("<4s22xHH")  # of a zip member: magic, then the lengths of its name and extra field
+_LOCAL_HEADER: Final = struct.Struct(
+    "<4s22xHH"
+)  # of a zip member: magic, then the lengths of its name and extra field
 _MOST_ROWS: Final = 10**18
 _BUFFER_BYTES: Final = 1 << 20
 
@@ -243,7 +245,9 @@ class NpyAppender:
         version = b"\1\0" if small else b"\2\0" if encoding == "latin1" else b"\3\0"
         lead = 8 + (2 if small else 4)
         size = -(-(lead + room) // 64) * 64 - lead
-        return b"\x93NUMPY" + version + struct.pack("<H" if small else "<I", size) + body.ljust(size - 1) + b"\n"
+        return (
+            b"\x93NUMPY" + version + struct.pack("<H" if small else "<I", size) + body.ljust(size - 1) + b"\n"
+        )
 
 
 def zip_parts(target: str, parts: Mapping[str, str]) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeAlias
@@ -18,7 +16,15 @@ from dsline.channel import ShmChannel, _Channel
 from dsline.dataflow import media
 from dsline.dataflow.callables import close as close_function
 from dsline.dataflow.callables import function_name, instantiate, reference, resolve
-from dsline.dataflow.items import RECORDS, Batch, item_text, kind_of, schema_from_json, schema_text, schema_to_json
+from dsline.dataflow.items import (
+    RECORDS,
+    Batch,
+    item_text,
+    kind_of,
+    schema_from_json,
+    schema_text,
+    schema_to_json,
+)
 from dsline.dataflow.npy_files import NpyAppender, open_npz, sync_folder, zip_parts
 from dsline.dataflow.operator import Context, Schema, Sink, SinkStep
 from dsline.dataflow.sources import (
@@ -30,7 +36,6 @@ from dsline.dataflow.sources import (
     split_uri,
 )
 from dsline.errors import (
-    ChannelClosedError,
     ChannelExistsError,
     ChannelNotFoundError,
     PipelineBuildError,
@@ -98,7 +103,13 @@ class SinkOptions:
     __slots__ = ("full", "name", "queue", "sink")
 
     def __init__(
-        self, target: Any, *, full: str = "block", queue: int | None = None, name: str | None = None, **options: Any
+        self,
+        target: Any,
+        *,
+        full: str = "block",
+        queue: int | None = None,
+        name: str | None = None,
+        **options: Any,
     ) -> None:
         self.sink = parse_sink(target, **options)
         self.full = _check_full(full)
@@ -182,7 +193,9 @@ class ChannelSink(Sink):
                 return
         elif isinstance(spec, Mapping) and isinstance(schema, Mapping) and list(spec) == list(schema):
             return
-        raise PipelineBuildError(f"{self.describe()} carries {schema_text(spec)}, and {schema_text(schema)} comes")
+        raise PipelineBuildError(
+            f"{self.describe()} carries {schema_text(spec)}, and {schema_text(schema)} comes"
+        )
 
     def describe(self) -> str:
         place = self.name if self.name is not None else repr(self.channel)
@@ -211,7 +224,9 @@ class ChannelSink(Sink):
             try:
                 # By the class, so that another geometry than the one asked for is an error.
                 options.pop("on_stale", None)
-                known = {key: value for key, value in options.items() if key in ("backpressure", "timeout", "spec")}
+                known = {
+                    key: value for key, value in options.items() if key in ("backpressure", "timeout", "spec")
+                }
                 return (cls(self.name, **options) if self.create else cls.open(self.name, **known)), False
             except ChannelNotFoundError:
                 continue  # it went between the two calls
@@ -289,7 +304,9 @@ def send_to(iterable: Iterable[Any], channel: Any, *, timeout: float | None = No
     if isinstance(channel, str):
         sink = parse_sink(channel)
         if not isinstance(sink, ChannelSink):
-            raise PipelineBuildError(f"{channel!r} is no channel; send_to takes a handle, shm://name or bus://name")
+            raise PipelineBuildError(
+                f"{channel!r} is no channel; send_to takes a handle, shm://name or bus://name"
+            )
         opened, _ = sink.open()
         with opened:
             return send_to(iterable, opened, timeout=timeout)
@@ -391,7 +408,9 @@ class CollectSink(Sink):
 
     def to_json(self) -> dict[str, Any]:
         if self.items is not None:
-            raise PipelineBuildError("a list cannot be written as text; use a file, or a function of a module")
+            raise PipelineBuildError(
+                "a list cannot be written as text; use a file, or a function of a module"
+            )
         return {"sink": "collect"}
 
 
@@ -604,7 +623,11 @@ class _NpzStep(SinkStep):
         names = self._names or []
         for part in self._parts:
             part.close()
-        made = {name: self._part(number) for number, name in enumerate(names) if os.path.exists(self._part(number))}
+        made = {
+            name: self._part(number)
+            for number, name in enumerate(names)
+            if os.path.exists(self._part(number))
+        }
         zip_parts(self._path, made)
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -753,7 +776,9 @@ def parse_sink(thing: Any = None, **options: Any) -> Sink:
         if options:
             fields = {field.name for field in dataclasses.fields(thing)}  # type: ignore[arg-type]
             if unknown := options.keys() - fields:
-                raise PipelineBuildError(f"{thing.describe()} has no option {', '.join(map(repr, sorted(unknown)))}")
+                raise PipelineBuildError(
+                    f"{thing.describe()} has no option {', '.join(map(repr, sorted(unknown)))}"
+                )
             return dataclasses.replace(thing, **options)  # type: ignore[type-var]
         return thing
     if isinstance(thing, str | os.PathLike):
@@ -843,7 +868,9 @@ def _images_sink(folder: str, options: Mapping[str, Any]) -> ImagesSink:
     sink = options_for(ImagesSink, options, "images://", folder=folder)
     media.needs("PIL.Image", "images", "writing pictures")
     if sink.suffix not in media.IMAGE_SUFFIXES:
-        raise PipelineBuildError(f"suffix is {sink.suffix!r}, must be one of {', '.join(media.IMAGE_SUFFIXES)}")
+        raise PipelineBuildError(
+            f"suffix is {sink.suffix!r}, must be one of {', '.join(media.IMAGE_SUFFIXES)}"
+        )
     return sink
 
 

@@ -290,7 +290,9 @@ def receive_from(channel: Any, *, timeout: float | None = None) -> Iterator[Any]
     """
     source = _channel_source(channel, {}) if not isinstance(channel, str) else parse_source(channel)
     if not isinstance(source, ChannelSource):
-        raise PipelineBuildError(f"{channel!r} is no channel; receive_from takes a handle, shm://name or bus://name")
+        raise PipelineBuildError(
+            f"{channel!r} is no channel; receive_from takes a handle, shm://name or bus://name"
+        )
     receiver = source.open()
     try:
         while True:
@@ -430,7 +432,11 @@ class CallableSource(Source):
         return f"{function_name(self.function)}()"
 
     def to_json(self) -> dict[str, Any]:
-        return {"source": "callable", "function": reference(self.function), "schema": schema_to_json(self.schema)}
+        return {
+            "source": "callable",
+            "function": reference(self.function),
+            "schema": schema_to_json(self.schema),
+        }
 
 
 class _CallableStep(_IterableStep):
@@ -453,7 +459,9 @@ class _CallableStep(_IterableStep):
 
 def _index(position: Any, most: int, what: str) -> int:
     if not isinstance(position, int) or not 0 <= position <= most:
-        raise PipelineRuntimeError(f"position {position!r} of the checkpoint is not in {what}, which has {most} items")
+        raise PipelineRuntimeError(
+            f"position {position!r} of the checkpoint is not in {what}, which has {most} items"
+        )
     return position
 
 
@@ -496,7 +504,12 @@ class ArraySource(Source):
     def to_json(self) -> dict[str, Any]:
         if self.path is None:
             raise PipelineBuildError("an array cannot be written as text; save it to a .npy file")
-        return {"source": "array", "path": self.path, "rows": self.rows, "schema": schema_to_json(self.schema)}
+        return {
+            "source": "array",
+            "path": self.path,
+            "rows": self.rows,
+            "schema": schema_to_json(self.schema),
+        }
 
 
 def _load_array(path: str) -> Any:
@@ -1035,7 +1048,9 @@ def _named_channel_source(place: str, broadcast: bool, options: Mapping[str, Any
     scheme = "bus" if broadcast else "shm"
     name = channel_name(place, scheme)
     create, rest = split_channel_options(options)
-    source = options_for(ChannelSource, rest, f"{scheme}://", name=name, broadcast=broadcast, create=create, channel=None)
+    source = options_for(
+        ChannelSource, rest, f"{scheme}://", name=name, broadcast=broadcast, create=create, channel=None
+    )
     schema = source.schema or create.get("spec") or living_spec(name)
     return dataclasses.replace(source, start_at=_check_start(source.start_at), schema=schema)
 
@@ -1073,7 +1088,9 @@ def _array_source(path: str | None, array: Array | None, options: Mapping[str, A
         _at_least_one("rows", source.rows)
     data: Any = array if path is None else _load_array(path)
     if array is not None and array.dtype.hasobject:
-        raise PipelineBuildError(f"the array holds Python objects ({array.dtype}); use array.tolist() as the source")
+        raise PipelineBuildError(
+            f"the array holds Python objects ({array.dtype}); use array.tolist() as the source"
+        )
     if source.schema is not None or not _row_count(data):
         return source
     schema = schema_of(_rows_item(data, 0, source.rows))
@@ -1101,7 +1118,9 @@ def _video_source(path: str, options: Mapping[str, Any]) -> VideoSource:
         raise PipelineBuildError(f"there is no file {path!r}")
     reader = media.VideoReader(path)
     try:
-        return source if source.schema else dataclasses.replace(source, schema=ArraySpec(reader.shape, np.uint8))
+        return (
+            source if source.schema else dataclasses.replace(source, schema=ArraySpec(reader.shape, np.uint8))
+        )
     finally:
         reader.close()
 
