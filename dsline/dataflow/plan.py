@@ -390,7 +390,7 @@ def _with_names(stages: Sequence[Stage]) -> list[Stage]:
                 number += 1
                 name = f"{stage.name}-{number}"
             taken.add(name)
-            stage = dataclasses.replace(stage, name=name)
+            stage = dataclasses.replace(stage, name=name, options=dataclasses.replace(stage.options, name=name))
         named.append(stage)
     return named
 
