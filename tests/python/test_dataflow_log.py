@@ -1,5 +1,6 @@
 """The log behind file://: what is written comes back, and nothing that stands in its files does harm."""
 
+import contextlib
 import datetime
 import decimal
 import errno
@@ -19,12 +20,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from support import STRICT, TIMEOUT, wait_until
 
 import dsline
 from dsline.dataflow import log as log_module
 from dsline.dataflow.items import Batch, same
 from dsline.dataflow.log import LogReader, LogWriter, log_schema
-from support import STRICT, TIMEOUT, wait_until
 
 RECORDS = np.zeros(3, [("a", "i4"), ("b", "f8", (2,))])
 
@@ -49,7 +50,7 @@ ITEMS = [
     {"array": np.arange(2000), "word": "x", "more": [1, (2.5, {3}), None]},
     np.float32(1.5),
     np.datetime64("2021-01-01"),
-    datetime.datetime(2020, 1, 2, 3, tzinfo=datetime.timezone.utc),
+    datetime.datetime(2020, 1, 2, 3, tzinfo=datetime.UTC),
     decimal.Decimal("1.50"),
     pathlib.Path("somewhere"),
     uuid.UUID(int=5),
@@ -166,7 +167,7 @@ def test_objects_of_any_class_take_trust(tmp_path):
     with LogReader(tmp_path / "log") as reader:
         one, own, two = reader
         assert (one.item(), two.item()) == (1, 2)
-        with pytest.raises(dsline.SerializationError, match="test_dataflow_log.Own.*objects=True"):
+        with pytest.raises(dsline.SerializationError, match=r"test_dataflow_log.Own.*objects=True"):
             own.item()
     assert read(tmp_path / "log", objects=True) == [1, Own(), 2]
 
@@ -373,10 +374,8 @@ def test_descriptions_that_were_chosen_do_no_harm(tmp_path, kind, code, dims, nb
 @settings(max_examples=100, deadline=None)
 @given(data=st.binary(max_size=200))
 def test_pickles_that_were_chosen_do_no_harm(data):
-    try:
+    with contextlib.suppress(dsline.SerializationError):
         log_module.unpack(data)
-    except dsline.SerializationError:
-        pass
 
 
 def test_whole_records_behind_a_damaged_one_are_kept_aside(tmp_path):
@@ -538,7 +537,7 @@ def test_no_space_is_said_in_words(tmp_path, monkeypatch):
         writer.append(1)
         with monkeypatch.context() as patched:
             patched.setattr(os, "pwritev", full)
-            with pytest.raises(dsline.LogError, match="no space is left on the disk.*make room") as caught:
+            with pytest.raises(dsline.LogError, match=r"no space is left on the disk.*make room") as caught:
                 writer.append(2)
         assert caught.value.errno == errno.ENOSPC
         writer.append(3)
@@ -764,7 +763,7 @@ def test_a_group_goes_on_where_it_committed(tmp_path):
     reader.close()
     write(tmp_path / "log", [10])  # the groups are in its folder
     (tmp_path / "log" / "groups" / "a").write_text("{")
-    with pytest.raises(dsline.LogError, match="cannot be read.*remove it"):
+    with pytest.raises(dsline.LogError, match=r"cannot be read.*remove it"):
         LogReader(tmp_path / "log", group="a")
 
 
