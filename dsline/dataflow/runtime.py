@@ -126,9 +126,12 @@ class _Output:
         self._intend(offset, done)
         if self._loans and id(item) in self._loans:
             loan = self._loans.pop(id(item))
-            del item
-            loan.publish()
-            return
+            try:
+                loan.publish()
+                return
+            except BufferError:  # the function kept a reference that could write later: it gets a copy out of here
+                item = item.copy()
+                loan.abort()
         send = self.channel.send if isinstance(item, np.ndarray) and item.dtype.kind != "O" else self.channel.send_object
         if not self._blocks:
             self._send_or_drop(send, item)
@@ -216,7 +219,13 @@ class _Output:
 
     def control(self, kind: int, payload: bytes, done: int = 0) -> None:
         """Send the control frame that input `done` is; one is never dropped."""
-        self._intend(_WHOLE, done)
+        if self._dropped:
+            self._send_surely(GAP, str(self._dropped).encode(), *self._intent)
+            self._dropped = 0
+        self._send_surely(kind, payload, _WHOLE, done)
+
+    def _send_surely(self, kind: int, payload: bytes, offset: int, done: int) -> None:
+        self._intend(offset, done)
         began = time.monotonic_ns()
         while True:
             try:
@@ -265,10 +274,12 @@ class _Chain:
         elif last is not None and isinstance(last.part, Router):
             route = _starting(last, lambda: last.part.route(Context(last.name, job.worker, job.workers)))
             emit = self._routing(last, route, loop)
-        self.emits: list[_Counted] = []
+        self.emits: list[Callable[[Any], None]] = []
+        self.counts: list[_Counted] = []
         for stage, step in reversed(self.steps):
             counts = _Counted(emit)
-            self.emits.insert(0, counts)
+            self.emits.insert(0, counts.emit)
+            self.counts.insert(0, counts)
             if isinstance(step, MergeStep):
                 self.merge = step
             emit = self._step(stage, step, counts)
@@ -288,11 +299,12 @@ class _Chain:
 
         return self._guard(stage, emit, None)
 
-    def _step(self, stage: Stage, step: Step, emit: _Counted) -> Callable[[Any], None]:
+    def _step(self, stage: Stage, step: Step, counts: _Counted) -> Callable[[Any], None]:
+        emit = counts.emit
         if isinstance(stage.options.policy, Skip | Retry | DeadLetterPolicy) and not stage.part.holds:  # type: ignore[union-attr]
-            return self._guard(stage, lambda item: self._whole(step, item, emit), emit)
+            return self._guard(stage, lambda item: self._whole(step, item, emit), counts)
         process = step.process
-        return self._guard(stage, lambda item: process(item, emit), emit)
+        return self._guard(stage, lambda item: process(item, emit), counts)
 
     def _whole(self, step: Step, item: Any, emit: Callable[[Any], None]) -> None:
         """All results of an item, or none: one that failed half-way may be tried again."""
@@ -301,7 +313,7 @@ class _Chain:
         for result in results:
             emit(result)
 
-    def _guard(self, stage: Stage, call: Callable[[Any], None], emit: _Counted | None) -> Callable[[Any], None]:
+    def _guard(self, stage: Stage, call: Callable[[Any], None], counts: _Counted | None) -> Callable[[Any], None]:
         """Errors of a stage are handled where they happen; those of the stages after it pass, as they are no Exception."""
         loop = self._loop
         place = loop.job.stages.index(stage)
@@ -318,12 +330,12 @@ class _Chain:
 
         def counted(item: Any) -> None:
             page.begin(loop.sequence)
-            if emit is not None:
-                emit.number = 0
+            if counts is not None:
+                counts.number = 0
             try:
                 guarded(item)
             finally:
-                page.end(1 if emit is None else emit.number)
+                page.end(1 if counts is None else counts.number)
 
         return counted
 
@@ -382,17 +394,19 @@ def _goes_to_caller(sink: Sink) -> bool:
 
 
 class _Counted:
-    """Hands items on and counts them."""
+    """Counts the results of a step on their way."""
 
-    __slots__ = ("_emit", "number")
+    __slots__ = ("emit", "number")
 
     def __init__(self, emit: Callable[[Any], None]) -> None:
-        self._emit = emit
         self.number = 0
 
-    def __call__(self, item: Any) -> None:
-        self.number += 1
-        self._emit(item)
+        # A function, not a method that is looked up: calling it makes no other reference to an array of a slot.
+        def counted(item: Any) -> None:
+            self.number += 1
+            emit(item)
+
+        self.emit = counted
 
 
 def _starting(stage: Stage, start: Callable[[], Any]) -> Any:
@@ -676,7 +690,8 @@ class SegmentLoop:
     # --- one or several inputs, one instance ---
 
     def _from_inputs(self) -> Iterator[None]:
-        expected: list[int | None] = [None] * len(self._inputs)
+        # A channel from outside begins somewhere; one of the pipeline's own at 0.
+        expected: list[int | None] = [None if edge.external is not None else 0 for edge in self.job.inputs]
         ended = [False] * len(self._inputs)
         marked: dict[int, int] = {}  # input -> number of the checkpoint whose marker it is at
         if self._words is not None:
@@ -812,7 +827,7 @@ class SegmentLoop:
                 context.attempt = self._attempt - 1
         self._out_rows = self._out_bytes = 0
         self.counters.begin(sequence, *_measure(item))
-        first = self.chain.emits[0] if self._is_operator else None
+        first = self.chain.counts[0] if self._is_operator else None
         if first is not None:
             first.number = 0
         try:
