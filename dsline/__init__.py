@@ -1,7 +1,7 @@
 """Shared-memory channels that hand NumPy arrays from process to process on one machine."""
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from dsline import _interpreter as _interpreter  # first: it refuses subinterpreters
 from dsline._core import VERSION as __version__
@@ -62,8 +62,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     # Loaded at first use: nobody who only sends and receives pays for them.
     if name in ("aio", "bench", "expressions", "multiprocessing", "status", "testing"):
         return importlib.import_module(f"dsline.{name}")
+    if name == "WorkerPool":
+        from dsline.worker_pool import WorkerPool
+
+        return WorkerPool
     raise AttributeError(f"module 'dsline' has no attribute {name!r}")
