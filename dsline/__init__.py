@@ -1,7 +1,7 @@
 """Shared-memory channels that hand NumPy arrays from process to process on one machine."""
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsline import _interpreter as _interpreter  # first: it refuses subinterpreters
 from dsline._core import VERSION as __version__

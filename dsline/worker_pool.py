@@ -51,6 +51,7 @@ Copy: TypeAlias = bool | Literal["arguments", "results"]
 _MOST_WORKERS = 100
 _MOST_DELIVERIES = 14  # one less than a channel allows: a worker that lives says that it is enough
 _KEPT_FUNCTIONS = 32
+_KEPT_ARGUMENTS = 2  # tasks whose slots a worker may hold, the current one among them; then it gets copies
 _LONGEST_TEXT = 16_000  # characters of a traceback that go with an error
 _PATIENCE = 5.0  # seconds that a worker without work has to end
 
@@ -76,6 +77,12 @@ def _start_method(start_method: str | None, mp_context: Any) -> str:
             f"the start method is {wanted!r}, must be 'spawn' or 'forkserver': the threads of this process do not survive fork"
         )
     return str(wanted)
+
+
+def _held(channel: ShmChannel) -> int:
+    """How many received messages this process has, this one among them, as views of them are alive."""
+    handle = channel._core_handle()
+    return 0 if handle is None else handle.views
 
 
 def _pickled(thing: Any, *, by_value: bool) -> tuple[Any, list[Any] | None]:
@@ -132,10 +139,12 @@ def _serve(
             if orders.announce:
                 connection.send(("begun", number, 1))
         if wanted:
-            _execute(message, number, results, orders, functions)
+            _execute(message, number, tasks, results, orders, functions)
             done += 1
         # The result is out: from here on the task does not come again.
-        with contextlib.suppress(BufferError):  # views that the function has kept: the last one releases the slot
+        with contextlib.suppress(
+            BufferError
+        ):  # views that the function has kept: the last one releases the slot
             message.release()
         del message
     connection.send(("retired", 0, 0))
@@ -144,12 +153,14 @@ def _serve(
 def _execute(
     message: _core.Message,
     number: int,
+    tasks: ShmChannel,
     results: ShmChannel,
     orders: _Orders,
     functions: OrderedDict[bytes, Callable[..., Any]],
 ) -> None:
     try:
-        packed, arguments, keywords = message.object(copy=orders.copy)
+        copy = orders.copy or _held(tasks) > _KEPT_ARGUMENTS
+        packed, arguments, keywords = message.object(copy=copy)
         function = _function(bytes(packed), functions)
     except BaseException as error:
         text = f"a task cannot be unpickled by the worker: {type(error).__name__}: {error.__cause__ or error}"
@@ -285,12 +296,13 @@ class _Engine:
             capacity=queue + 2 * workers + 1,
             max_handles=handles,
             max_deliveries=_MOST_DELIVERIES + 1,
-            max_pinned=1,
+            max_pinned="unlimited",
             **channel_options,
         )
         self.results = ShmChannel(
-            capacity=max(4, queue + workers), max_handles=handles, **channel_options
+            capacity=max(4, queue + workers), max_handles=handles, max_pinned="unlimited", **channel_options
         )
+        self._kept_results = self.results.capacity // 2
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
         self.workers = [_Worker(index) for index in range(workers)]
@@ -405,8 +417,9 @@ class _Engine:
             message.release()
             return
         value, error = None, None
+        copy = self._copy_results or _held(self.results) > self._kept_results
         try:
-            (value,) = message.object(copy=self._copy_results)
+            (value,) = message.object(copy=copy)
         except Exception as problem:
             text = f"the result of {work.name} cannot be unpickled: {problem}"
             error = _caused(SerializationError(text), problem)
@@ -415,7 +428,7 @@ class _Engine:
                 error, value = value, None
                 if meta.get("t"):
                     error.__cause__ = RemoteTraceback(meta["t"])
-        if self._copy_results:
+        if copy or error is not None:
             message.release()
         if not self._leave(work):
             return
@@ -515,7 +528,9 @@ class _Engine:
             worker.start_at = 0.0
             return
         self._last_death = f"process {pid}, {cause}"
-        if failure is not None:  # what a task raises is caught: this is the initializer, or a task that cannot be received
+        if (
+            failure is not None
+        ):  # what a task raises is caught: this is the initializer, or a task that cannot be received
             how = "failed" if worker.begun else "failed to start"
             self._break(f"a worker of the pool {how}: {cause}\n{failure}")
             return
@@ -779,7 +794,7 @@ class WorkerPool(concurrent.futures.Executor):
             raise TypeError(f"fn is a {type(fn).__qualname__}, which cannot be called")
         return self._engine.submit(self._pack(fn), callables.function_name(fn), args, kwargs)
 
-    def map(  # type: ignore[override]
+    def map(
         self,
         fn: Callable[..., T],
         *iterables: Iterable[Any],
