@@ -18,7 +18,6 @@ import numpy as np
 from dsline import _core
 from dsline.channel import ShmChannel
 from dsline.dataflow import callables, worker
-from dsline.dataflow.checkpoints import Store
 from dsline.dataflow.counters import EdgeStats, PipelineCounters, PipelineStats, SegmentPages
 from dsline.dataflow.items import Batch
 from dsline.dataflow.operator import Sink, Source
@@ -179,7 +178,7 @@ class _Execution:
         self._states: dict[int, dict[int, bytes]] = {}
         self._next_marker = 1
         self._next_checkpoint = time.monotonic()
-        self._store: Store | None = None
+        self._store: Any = None
         self._manifest: Any = None
         self._ended_sources: set[int] = set()
         self._open_checkpoints(resume)
@@ -229,8 +228,8 @@ class _Execution:
 
     def _make_words(self, segment: Segment) -> Any:
         slots = max((self.plan.edges[edge].slots for edge in segment.inputs), default=1)
-        tickets = 0 if segment.ordered or segment.workers < 2 else 1 << (8 * slots).bit_length()
-        words = _core.StageWords.create(1, max(1, len(segment.outputs)), segment.workers, tickets)
+        tickets = 0 if segment.ordered or segment.workers < 2 else 8 * slots
+        words = _core.StageWords.create(1, max(1, len(segment.outputs)), tickets=tickets)
         for edge in segment.inputs:
             if self.plan.edges[edge].external is not None and segment.ordered:
                 words.set_done(0, self.channels[edge].stats().head_sequence)
@@ -586,6 +585,8 @@ class _Execution:
             if resume:
                 raise PipelineBuildError("resume=True needs .checkpoint(directory) in the pipeline")
             return
+        from dsline.dataflow.checkpoints import Store
+
         self._store = Store(options.directory)
         if resume:
             self._manifest = self._store.newest(self.plan.fingerprint)
@@ -697,9 +698,6 @@ class _Execution:
                     channel.close()
         for loop in self._loops.values():
             loop.close()
-        with contextlib.suppress(AttributeError):
-            for words in self._words.values():
-                words.close()
         self.counters.close()
 
     # --- seeing ---
