@@ -26,6 +26,7 @@ from click.shell_completion import get_completion_class
 import dsline
 from dsline import bench as _bench
 from dsline import status as _status
+from dsline.dead_cli import dead_group
 from dsline.errors import DslineError
 
 SHM_ROOT = Path("/dev/shm")
@@ -408,6 +409,9 @@ def bench_shm(
     ]
     for label, value in rows:
         click.echo(f"{label + ':':<12}{value}")
+
+
+cli.add_command(dead_group)
 
 
 @cli.command()
