@@ -218,6 +218,11 @@ def make_spec(kind: Any, **given: Any) -> WindowSpec:
         given["keep"] = _length(kind, "keep", given["keep"], time, zero=True)
         if late != "update":
             raise PipelineBuildError(f"{kind}: keep is for late='update', and late is {late!r}")
+    size, every = given["size"], given["every"]
+    if isinstance(size, int) and isinstance(every, int) and every > size:
+        raise PipelineBuildError(
+            f"{kind}: every {every} is larger than size {size}: rows between would be in no window; drop them by a filter before"
+        )
     if time is None and (given["lateness"] != 0 or late != "drop"):
         raise PipelineBuildError(f"{kind}: rows that are counted are never late; lateness and late need time=")
     if time is not None and given.get("drop_last"):

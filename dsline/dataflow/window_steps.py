@@ -471,7 +471,7 @@ class PaneStep(WindowStep):
             found = np.flatnonzero((panes > after) & (panes <= until))
             return found, panes[found], len(found)
         first, last = self._numbers(panes, after, until)
-        each = np.maximum(last - first + 1, 0)
+        each = np.where(last >= first, last - first + 1, 0)
         total = int(each.sum())
         if total > _MOST_EXPANDED:
             return panes[:0], panes[:0], total
@@ -695,8 +695,9 @@ class TimeStep(PaneStep):
                 values = _some_values(values, wanted)
             places = [places[row] for row in wanted]
             start, keys, parts = start[wanted], [key[wanted] for key in keys], [part[wanted] for part in parts]
-            self._context.count("updated", len(wanted))
         revisions = [self._revisions.get(place, 0) for place in places]
+        if only is not None:
+            self._context.count("updated", sum(revision > 0 for revision in revisions))
         self._revisions.update((place, revision + 1) for place, revision in zip(places, revisions, strict=True))
         self._give(
             emit, start, start + self._size, keys, parts, values, revision=np.array(revisions, np.int64)

@@ -47,6 +47,14 @@ Array: TypeAlias = np.ndarray[Any, Any]
 _OPTIONS: Final = ("key", "max_open", "flag_partial")
 
 
+def names_of(key: Any, what: str) -> tuple[str, ...]:
+    """The names of key columns."""
+    names = (key,) if isinstance(key, str) else key
+    if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names):
+        return tuple(names)
+    raise PipelineBuildError(f"{what} is {key!r}, must be the name of a column, or several names")
+
+
 class Window(Operator):
     """Aggregates over windows of rows.
 
@@ -91,12 +99,10 @@ class Window(Operator):
             if isinstance(value, Aggregate):
                 raise PipelineBuildError(f"window: {name!r} is an option, so no result can have that name")
         self.spec = spec
-        self.key: tuple[str, ...] = (key,) if isinstance(key, str) else tuple(key or ())
+        self.key = names_of(key, "window: key")
         self.max_open = max_open
         self.flag_partial = flag_partial
         self.aggregates = aggregates
-        if not all(isinstance(name, str) for name in self.key) or len(set(self.key)) < len(self.key):
-            raise PipelineBuildError(f"window: key is {key!r}, must be the name of a column, or several names")
         if isinstance(max_open, bool) or not isinstance(max_open, int) or max_open < 1:
             raise PipelineBuildError(f"window: max_open is {max_open!r}, must be an int of 1 or more")
         if not aggregates:
@@ -180,14 +186,12 @@ class KeyBy(Router):
     kind: ClassVar[str] = "key_by"
 
     def __init__(self, key: Any, partitions: int | None = None) -> None:
-        self.key = key if callable(key) else (key,) if isinstance(key, str) else tuple(key or ())
+        self.key = key if callable(key) else names_of(key, "key_by: key")
         count = 1 if partitions is None else partitions
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 4096:
             raise PipelineBuildError(f"key_by: partitions is {partitions!r}, must be an int from 1 to 4096")
-        if not callable(key) and (not self.key or not all(isinstance(name, str) for name in self.key)):
-            raise PipelineBuildError(
-                f"key_by: key is {key!r}, must be the name of a column, several names, or a function"
-            )
+        if not self.key:
+            raise PipelineBuildError(f"key_by: key is {key!r}, must be a column, several columns, or a function")
         self.partitions = count
         self.outputs = tuple(map(str, range(count)))
 
