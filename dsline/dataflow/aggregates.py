@@ -18,6 +18,7 @@ from typing import Any, Final, TypeAlias, cast
 import numpy as np
 
 from dsline.dataflow.callables import function_name, reference, resolve
+from dsline.dataflow.grouping import counts_of
 from dsline.errors import OperatorError, PipelineBuildError
 
 __all__ = [
@@ -43,6 +44,7 @@ DType: TypeAlias = np.dtype[Any]
 _INT64: Final = np.dtype(np.int64)
 _UINT64: Final = np.dtype(np.uint64)
 _DOUBLE: Final = np.dtype(np.float64)
+_LARGE_GROUP: Final = 32  # values from which on sorting groups one by one is faster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +248,7 @@ class Groups:
     def counts(self) -> Array:
         """Elements per group, int64."""
         if self._counts is None:
-            self._counts = np.diff(self.starts, append=self.size)
+            self._counts = counts_of(self.starts, self.size)
         return self._counts
 
     @property
@@ -455,7 +457,12 @@ class Values(Groups):
         if found is None:
             values = self.columns[text]
             # NumPy sorts NaN and NaT to the end.
-            ordered = values[np.lexsort((values, self.ids))]
+            if len(values) > _LARGE_GROUP * len(self.starts):
+                ordered = values.copy()
+                for start, count in zip(self.starts.tolist(), self.counts.tolist(), strict=True):
+                    ordered[start : start + count].sort()
+            else:
+                ordered = values[np.lexsort((values, self.ids))]
             nan = missing_in(ordered)
             there = self.counts
             if nan is not None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from dsline.dataflow import aggregates as agg
 from dsline.dataflow.aggregates import ROW_COUNT, Accumulator, Aggregate, Bound, Groups, Rows, Values
-from dsline.dataflow.grouping import group, is_sorted, pick, starts_of
+from dsline.dataflow.grouping import counts_of, group, is_sorted, pick, starts_of
 from dsline.dataflow.operator import Context, Emit, Schema, Step
 from dsline.dataflow.window_specs import HIGHEST, INT64, LOWEST, Clock, WindowSpec
 from dsline.errors import OperatorError, PipelineBuildError
@@ -632,7 +632,7 @@ class TimeStep(PaneStep):
         if in_order and not keys and not self._window.spec.late == "update" and self._cut(batch):
             return
         panes = ticks // self._pane
-        order, starts = group([panes, *keys])
+        order, starts = group([panes, *keys], by_value=False)
         heads = starts if order is None else order[starts]
         self._aggregate(batch, [panes[heads]], order, starts, in_order, panes)
         if self._window.spec.late == "update":
@@ -644,9 +644,13 @@ class TimeStep(PaneStep):
         first, last = int(ticks[0]) // self._pane, int(ticks[-1]) // self._pane
         if (last - first) * 16 > len(ticks):
             return False
+        if first == last:
+            place = np.broadcast_to(np.int64(first), len(ticks))
+            self._aggregate(batch, [place[:1]], None, np.zeros(1, np.int64), True, place)
+            return True
         panes = np.arange(first, last + 1, dtype=np.int64)
         starts = np.searchsorted(ticks, panes * self._pane)
-        counts = np.diff(starts, append=len(ticks))
+        counts = counts_of(starts, len(ticks))
         layout = self._layout
         assert layout is not None
         place = np.repeat(panes, counts) if layout.kept else None
@@ -733,7 +737,7 @@ class CountStep(PaneStep):
 
     def _add(self, item: Any, columns: dict[str, Array], rows: int, emit: Emit) -> None:
         keys = [columns[name] for name in self._window.key]
-        order, starts = group(keys) if keys else (None, np.zeros(1, np.int64))
+        order, starts = group(keys, by_value=False) if keys else (None, np.zeros(1, np.int64))
         groups = Groups(starts, rows)
         heads = starts if order is None else order[starts]
         places = _places(keys, heads)
@@ -777,7 +781,7 @@ class CountStep(PaneStep):
             return
         if not self._window.spec.drop_last:
             keys = self._entries.arrays()[1 : self._leading]
-            order, starts = group(keys) if keys else (None, np.zeros(1, np.int64))
+            order, starts = group(keys, by_value=False) if keys else (None, np.zeros(1, np.int64))
             heads = starts if order is None else order[starts]
             seen = np.array([self._seen[place] for place in _places(keys, heads)], np.int64)
             self._close([key[heads] for key in keys], self._closed_by(seen), np.full(len(seen), HIGHEST), emit)
@@ -798,7 +802,7 @@ def _limits(
         return int(limits[0][0]), int(limits[1][0])
     if rows == 0:
         return LOWEST, LOWEST
-    order, starts = group([np.concatenate(both) for both in zip(keys, all_keys, strict=True)])
+    order, starts = group([np.concatenate(both) for both in zip(keys, all_keys, strict=True)], by_value=False)
     some = len(keys[0])
     groups = Groups(starts, some + rows)
     ids = groups.ids
@@ -879,10 +883,11 @@ class SessionStep(WindowStep):
         keys = [batch.columns[name] for name in self._window.key]
         order, ids = _by_key_and(ticks, keys)
         ordered = pick(ticks, order)
-        starts = np.flatnonzero(np.diff(ordered) >= layout.size) + 1
+        is_new = np.ones(len(ticks), bool)
+        is_new[1:] = ordered[1:] - ordered[:-1] >= layout.size
         if keys:
-            starts = np.union1d(starts, np.flatnonzero(np.diff(ids)) + 1)
-        starts = np.concatenate([np.zeros(1, np.int64), starts])
+            is_new[1:] |= ids[1:] != ids[:-1]
+        starts = np.flatnonzero(is_new)
         lasts = ordered[np.append(starts[1:], len(ticks)) - 1]
         self._aggregate(batch, [ordered[starts], lasts], order, starts, True, ticks)
         self._earliest = min(self._earliest, int(lasts.min()) + layout.size)
@@ -975,7 +980,7 @@ def _by_key_and(ticks: Array, keys: list[Array]) -> tuple[Array | None, Array]:
     by_time = None if is_sorted(ticks) else np.argsort(ticks, kind="stable")
     if not keys:
         return by_time, np.zeros(len(ticks), np.int64)
-    by_key, starts = group([pick(key, by_time) for key in keys])
+    by_key, starts = group([pick(key, by_time) for key in keys], by_value=False)
     ids = Groups(starts, len(ticks)).ids
     if by_key is None or by_time is None:
         return by_time if by_key is None else by_key, ids
