@@ -12,6 +12,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 
 from dsline.dataflow.callables import reference, resolve
+from dsline.dataflow.policies import DeadLetterPolicy, parse_policy
 from dsline.errors import OperatorError, PipelineBuildError
 
 __all__ = ["HIGHEST", "INT64", "LOWEST", "Clock", "Length", "WindowSpec", "parse_duration", "session", "sliding", "tumbling"]
@@ -56,7 +57,7 @@ class WindowSpec:
         Column of times; None: rows are counted.
     lateness : int or str
         How much older than the newest row a row may be without being late.
-    late : str or object
+    late : str, DeadLetterPolicy or callable
         "drop", "update", or where late rows go.
     keep : int, str or None
         How long closed windows can still be updated.
@@ -94,18 +95,19 @@ class WindowSpec:
             value = getattr(self, field.name)
             if value != field.default:
                 data[field.name] = value
-        if not isinstance(self.late, str):
-            to_json = getattr(self.late, "to_json", None)
-            data["late"] = to_json() if to_json is not None else {"function": reference(self.late)}
+        if isinstance(self.late, DeadLetterPolicy):
+            data["late"] = self.late.to_json()
+        elif callable(self.late):
+            data["late"] = {"function": reference(self.late)}
         return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> WindowSpec:
-        """Return the spec that `to_json` wrote. Where late rows go, unless to a function, is given by the plan."""
+        """Return the spec that `to_json` wrote."""
         given = {name: value for name, value in data.items() if name != "window"}
         late = given.get("late")
-        if isinstance(late, Mapping) and "function" in late:
-            given["late"] = resolve(late["function"])
+        if isinstance(late, Mapping):
+            given["late"] = resolve(late["function"]) if "function" in late else parse_policy(dict(late))
         return make_spec(data.get("window"), **given)
 
 
@@ -131,10 +133,10 @@ def tumbling(
         `size` since the epoch, or since 0.
     lateness : like size
         The watermark is the newest time so far minus this. A window closes when the watermark reaches its end.
-    late : "drop", "update", or a destination
-        What is done with rows whose window has closed: "drop" counts them; "update" gives the corrected window out again, with the
-        number of the correction in the column `revision`; a callable, or a dead-letter destination, gets them as an item of the
-        input's kind. All are counted.
+    late : "drop", "update", dead_letter(...) or callable
+        What is done with rows whose windows have closed: "drop" leaves them out; "update" gives the corrected window out again,
+        with the number of the correction in the column `revision`; dead letters, or a function, get them as an item of the input's
+        kind. All are counted, as "late".
     keep : like size
         For "update": how long a closed window can be corrected; its size by default. Rows that come later are dropped.
     unit : str
@@ -231,8 +233,10 @@ def make_spec(kind: Any, **given: Any) -> WindowSpec:
         raise PipelineBuildError(
             "session: late='update' is not possible: a late row may join two sessions that are out"
         )
-    if isinstance(late, str) and late not in ("drop", "update"):
-        raise PipelineBuildError(f"{kind}: late is {late!r}, must be 'drop', 'update' or a destination")
+    if late not in ("drop", "update") and not isinstance(late, DeadLetterPolicy) and not callable(late):
+        raise PipelineBuildError(
+            f"{kind}: late is {late!r}, must be 'drop', 'update', dsline.dead_letter('file://...') or a function"
+        )
     return WindowSpec(kind, **given)
 
 

@@ -17,6 +17,7 @@ from dsline.dataflow import aggregates as agg
 from dsline.dataflow.aggregates import ROW_COUNT, Accumulator, Aggregate, Bound, Groups, Rows, Values
 from dsline.dataflow.grouping import counts_of, group, is_sorted, pick, starts_of
 from dsline.dataflow.operator import Context, Emit, Schema, Step
+from dsline.dataflow.policies import DeadLetterPolicy
 from dsline.dataflow.window_specs import HIGHEST, INT64, LOWEST, Clock, WindowSpec
 from dsline.errors import OperatorError, PipelineBuildError
 from dsline.expressions import Expression
@@ -181,7 +182,7 @@ class WindowStep(Step):
     Attributes
     ----------
     on_late : callable or None
-        Gets late rows as an item of the input's kind, where `late` is a destination.
+        Gets late rows as an item of the input's kind.
     """
 
     def __init__(self, window: Window, context: Context) -> None:
@@ -194,6 +195,8 @@ class WindowStep(Step):
         self._lost: bool | int = False  # or: windows that start up to this tick may lack rows
         late = window.spec.late
         self.on_late: Callable[[Any], None] | None = late if callable(late) else None
+        if isinstance(late, DeadLetterPolicy):
+            self.on_late = self._bury
 
     # --- what the runtime calls ---
 
@@ -309,6 +312,21 @@ class WindowStep(Step):
 
     def _add(self, item: Any, columns: dict[str, Array], rows: int, emit: Emit) -> None:
         raise NotImplementedError
+
+    def _bury(self, item: Any) -> None:
+        """Write late rows to the dead letters."""
+        from dsline.dataflow.dead_letters import write_dead_letter  # only where there are any
+
+        late = self._window.spec.late
+        write_dead_letter(
+            late.uri,
+            stage=self._context.stage,
+            worker=self._context.worker,
+            sequence=None,
+            deliveries=self._context.attempt + 1,
+            error=OperatorError("rows came after their windows had closed"),
+            item=item,
+        )
 
     def _late(self, batch: _Batch, rows: Array) -> None:
         """Count rows that are in no window any more, and pass them on."""

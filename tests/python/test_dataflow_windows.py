@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 
 from dsline.dataflow import aggregates as agg
 from dsline.dataflow.aggregates import Aggregate
+from dsline.dataflow.items import Batch
 from dsline.dataflow.operator import Context
+from dsline.dataflow.operators import operator_from_json
+from dsline.dataflow.policies import dead_letter
 from dsline.dataflow.windows import (
     KeyBy,
     Window,
@@ -62,6 +65,8 @@ class Running:
 
 
 def rows_of(item):
+    if isinstance(item, Batch):
+        return item.to_rows()
     if isinstance(item, np.ndarray):
         return [dict(zip(item.dtype.names, row.tolist(), strict=True)) for row in item]
     if np.ndim(next(iter(item.values()))) == 0:
@@ -548,6 +553,8 @@ def test_records_columns_and_rows_give_the_same():
     operator = Window(tumbling("1s", time="t"), key="k", n=agg.count(), s=agg.sum("x"), md=agg.median("x"))
     by_columns = run(operator, data)
     by_records = run(operator, records[:7], records[7:7], records[7:])
+    by_batches = run(operator, *(Batch(part) for part in split(data, [3, 8])))
+    assert by_batches.rows() == by_columns.rows() and {type(item) for item in by_batches.out} == {Batch}
     by_rows = run(operator, *({name: column[i].item() for name, column in data.items()} for i in range(20)))
     assert by_columns.rows() == by_records.rows() == by_rows.rows()
     assert by_columns.rows()[0] == {"window_start": 0.0, "window_end": 1.0, "k": 0, "n": 2, "s": 3.0, "md": 1.5}
@@ -606,6 +613,20 @@ def test_windows_close_as_soon_as_the_watermark_reaches_their_end():
     running.feed({"t": np.array([13, 9])})
     assert [row["n"] for row in running.rows()] == [1]
     assert running.counts == {"late": 1}
+
+
+def test_late_rows_become_dead_letters(tmp_path):
+    failed_items = pytest.importorskip("dsline.dataflow.dead_letters").failed_items
+    log = f"file://{tmp_path}/late"
+    late_rows = np.array([(1, 5.0), (2, 6.0)], [("t", "i8"), ("x", "f8")])
+    on_time = np.array([(100, 1.0)], late_rows.dtype)
+    operator = Window(tumbling(10, time="t", late=dead_letter(log)), n=agg.count())
+    running = run(operator, on_time, np.concatenate([on_time, late_rows]))
+    assert [row["n"] for row in running.rows()] == [2]
+    assert running.counts == {"late": 2}
+    (letter,) = failed_items(log)
+    assert letter.stage == "window" and "closed" in letter.error
+    np.testing.assert_array_equal(letter.item(), late_rows)
 
 
 # --- large -----------------------------------------------------------------------------------------------------------------
@@ -702,6 +723,8 @@ def test_a_state_of_another_window_is_refused():
         lambda: tumbling("1s", time=3),
         lambda: tumbling("1s", time="t", unit="parsec"),
         lambda: tumbling("1s", time="t", late="perhaps"),
+        lambda: tumbling("1s", time="t", late=3),
+        lambda: tumbling("1s", time="t", late=dead_letter("shm://x")),
         lambda: tumbling("1s", time="t", lateness=-1),
         lambda: tumbling("1s", time="t", keep="1s"),
         lambda: tumbling("1s", time="t", drop_last=True),
@@ -775,6 +798,7 @@ SCHEMA = {name: ArraySpec((None,), dtype) for name, dtype in TYPES.items()}
         (Window(tumbling(3), n=agg.sum("when")), "sum takes integers"),
         (Window(tumbling(3), n=agg.first("c")), "first takes numbers"),
         (Window(tumbling("1000w", time="t", lateness=2**60), n=agg.count(), late=agg.count()), None),
+        (Window(sliding("1000w", "1w", time="t", keep=2**60, late="update"), n=agg.count()), None),
         (KeyBy("nope"), "'nope'"),
         (KeyBy("c", 2), "'c'"),
     ],
@@ -847,7 +871,8 @@ def test_empty_batches_and_no_input():
     [
         Window(sliding("10s", "1s", time="t", lateness="200ms", late="update", keep="1m"), key=("k", "room"), **{**ALL, "code": agg.apply(math.fsum, "x")}),
         Window(tumbling(100, drop_last=True), max_open=5, flag_partial=True, v=agg.var("x", ddof=0)),
-        Window(session(0.5, time="t", unit="s", late=print), n=agg.count()),
+        Window(session(0.5, time="t", unit="s", late=math.fsum), n=agg.count()),
+        Window(tumbling(3, time="t", late=dead_letter("file://late")), n=agg.count()),
         KeyBy("sensor", 3),
         KeyBy(("a", "b")),
         KeyBy(len, 2),
@@ -855,7 +880,8 @@ def test_empty_batches_and_no_input():
 )
 def test_json(operator):
     data = json.loads(json.dumps(operator.to_json()))
-    again = type(operator).from_json(data)
+    again = operator_from_json(data)
+    assert type(again) is type(operator)
     assert (again.to_json(), again.describe()) == (data, operator.describe())
     assert vars(again) == vars(operator)
     assert vars(pickle.loads(pickle.dumps(operator))) == vars(operator)
