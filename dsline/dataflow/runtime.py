@@ -23,7 +23,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from dsline.dataflow.counters import WorkerCounters
-from dsline.dataflow.items import nbytes_of, rows_of
+from dsline.dataflow.items import Batch, nbytes_of, rows_of
 from dsline.dataflow.operator import Context, MergeStep, Operator, Router, Sink, Source, Step
 from dsline.dataflow.plan import AHEAD, Edge, Stage
 from dsline.dataflow.policies import DeadLetterPolicy, Retry, Skip, parse_policy
@@ -273,6 +273,11 @@ class _Chain:
                 self.merge = step
             emit = self._step(stage, step, counts)
         self.process: Callable[[Any], None] = emit
+        self._timed = [
+            (stage, step, emit)
+            for (stage, step), emit in zip(self.steps, self.emits, strict=True)
+            if type(step).deadline is not Step.deadline
+        ]
         self.holder = next((step for stage, step in self.steps if stage.part.holds), None)  # type: ignore[union-attr]
         self.stateful = any(stage.part.stateful for stage, _ in self.steps)  # type: ignore[union-attr]
 
@@ -330,12 +335,14 @@ class _Chain:
             raise StageFailed(_operator_error(stage.name, error, what)) from error
 
     def deadline(self) -> float | None:
-        found = [moment for _, step in self.steps if (moment := step.deadline()) is not None]
+        if not self._timed:
+            return None
+        found = [moment for _, step, _ in self._timed if (moment := step.deadline()) is not None]
         return min(found, default=None)
 
     def tick(self) -> None:
         now = time.monotonic()
-        for (stage, step), emit in zip(self.steps, self.emits, strict=True):
+        for stage, step, emit in self._timed:
             moment = step.deadline()
             if moment is not None and moment <= now:
                 self.call(stage, "it failed at a deadline", lambda s=step, e=emit: s.tick(e))
@@ -445,12 +452,13 @@ class SegmentLoop:
         ]
         self._parallel = job.workers > 1
         self._is_operator = bool(job.stages) and isinstance(job.stages[0].part, Operator) and not isinstance(job.stages[0].part, Router)
-        self._out = [0, 0, 0]  # results, rows and bytes of the item at work
+        self._out_rows = self._out_bytes = 0  # of the results of the item at work
+        self._alone = len(job.stages) == 1
         self._results: list[tuple[int, Any]] | None = None  # of the item at work, where they have to wait
         self._item: tuple[int, int] | None = None  # (input, sequence) that is being processed
         self._emitted = [0] * len(outputs)  # results of that item so far, per output
         self._skip = [0] * len(outputs)  # of them: those that were published before a death
-        self._attempt = 1
+        self._attempt = self._last_attempt = 1
         self._retained: deque[tuple[int, Any]] = deque()  # (sequence, message) of inputs that a holder keeps
         self._passed: list[int] = []
         allocate = self._allocate if len(outputs) == 1 and not self._parallel else None
@@ -496,9 +504,9 @@ class SegmentLoop:
         self._publish_once(output, item)
 
     def _count(self, item: Any) -> None:
-        self._out[0] += 1
-        self._out[1] += rows_of(item)
-        self._out[2] += nbytes_of(item)
+        rows, size = _measure(item)
+        self._out_rows += rows
+        self._out_bytes += size
 
     def _publish_once(self, output: int, item: Any) -> None:
         """Send a result of a worker with an intent before it."""
@@ -796,11 +804,14 @@ class SegmentLoop:
     ) -> None:
         """Push one item through the chain."""
         self._item = (index, sequence)
-        self._emitted = [0] * len(self._outputs)
-        for context in self.chain.contexts:
-            context.attempt = self._attempt - 1
-        self._out = [0, 0, 0]
-        self.counters.begin(sequence, rows_of(item), nbytes_of(item))
+        if self._outputs:
+            self._emitted = [0] * len(self._outputs)
+        if self._attempt != self._last_attempt:
+            self._last_attempt = self._attempt
+            for context in self.chain.contexts:
+                context.attempt = self._attempt - 1
+        self._out_rows = self._out_bytes = 0
+        self.counters.begin(sequence, *_measure(item))
         first = self.chain.emits[0] if self._is_operator else None
         if first is not None:
             first.number = 0
@@ -815,12 +826,16 @@ class SegmentLoop:
                     self.failed(stage, item, error, process)
         finally:
             number = 1 if first is None else first.number
-            self.counters.end(number, *(self._out[1:] if len(self.job.stages) == 1 else ()))
+            if self._alone:
+                self.counters.end(number, self._out_rows, self._out_bytes)
+            else:
+                self.counters.end(number)
         self._item = None
         self._behind = sequence + 1
-        for output, left in enumerate(self._skip):
-            if left < _WHOLE:
-                self._skip[output] = 0
+        if self._words is not None:
+            for output, left in enumerate(self._skip):
+                if left < _WHOLE:
+                    self._skip[output] = 0
 
     def _finished_with(self, message: Any, index: int) -> None:
         """Commit an input, or keep it for as long as an operator holds rows of it."""
@@ -1110,6 +1125,15 @@ class _TurnTaking:
         _done(finished.message)
         if not self._loop.job.ordered:
             self._words.acknowledged()
+
+
+def _measure(item: Any) -> tuple[int, int]:
+    """Rows and bytes of an item; Python objects that are no arrays are not measured."""
+    if type(item) is np.ndarray:
+        return (item.size if item.dtype.names else 1), item.nbytes
+    if isinstance(item, Batch):
+        return rows_of(item), nbytes_of(item)
+    return 1, 0
 
 
 def _done(message: Any) -> None:
