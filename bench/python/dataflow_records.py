@@ -39,7 +39,7 @@ from dsline import agg, tumbling
 from dsline.expressions import Expression
 
 SIZES = (256, 4096, 65536)
-ROWS = 1 << 19  # of the stream
+ROWS = 1 << 21  # of the stream
 SENSORS = 16
 FILTER = "temperature > 20 and humidity*2 < 90"
 SECOND = 10**9
@@ -71,10 +71,8 @@ def expression_ways(batch: dict[str, np.ndarray]) -> dict[str, Callable[[], Any]
     polars = pl.DataFrame(batch)
     condition = (pl.col("temperature") > 20) & (pl.col("humidity") * 2 < 90)
     twenty, two, ninety = (np.float32(number) for number in (20, 2, 90))
-    # In float32, as all others compute.
-    compiled = numexpr.NumExpr(
-        "(t > a) & (h*b < c)", [(name, np.float32) for name in ("t", "a", "h", "b", "c")]
-    )
+    # In float32, which numexpr calls float, as all others compute.
+    compiled = numexpr.NumExpr("(t > a) & (h*b < c)", [(name, float) for name in ("t", "a", "h", "b", "c")])
 
     def by_numpy() -> Any:
         found = np.flatnonzero((temperature > 20) & (humidity * 2 < 90))
@@ -190,7 +188,8 @@ def by_polars(batches: list[Any]) -> pd.DataFrame:
             frame.lazy()
             .filter((pl.col("temperature") > 20) & (pl.col("humidity") * 2 < 90))
             .with_columns(
-                dew=pl.col("temperature") - (100 - pl.col("humidity")) / 5, window_start=pl.col("ts") // SECOND * SECOND
+                dew=pl.col("temperature") - (100 - pl.col("humidity")) / 5,
+                window_start=pl.col("ts") // SECOND * SECOND,
             )
             .group_by("window_start", "sensor")
             .agg(n=pl.len(), total=dew.cast(pl.Float64).sum(), peak=dew.max())
@@ -269,7 +268,7 @@ def measure(only: str | None, rounds: int, seconds: float) -> list[dict[str, Any
                     raise RuntimeError(f"{way} keeps other rows")
             results += _rows("expressions", size, rounds_of(ways, size, rounds, seconds))
         if only != "expressions":
-            rows = min(ROWS, size * 256)
+            rows = min(ROWS, size * 512)
             ways = pipeline_ways(batches_of({name: column[:rows] for name, column in table.items()}, size))
             windows = ways["pandas, columns"]()
             for way, call in ways.items():
@@ -294,13 +293,17 @@ def show(results: list[dict[str, Any]]) -> None:
             cells = []
             for size in SIZES:
                 (found,) = (r for r in results if (r["part"], r["way"], r["size"]) == (part, way, size))
-                low, middle, high = (v / 1e6 for v in (min(found["rates"]), found["rate"], max(found["rates"])))
+                low, middle, high = (
+                    v / 1e6 for v in (min(found["rates"]), found["rate"], max(found["rates"]))
+                )
                 cells.append(f"{middle:.3g} ({low:.3g} to {high:.3g})")
             print(f"| {way} | " + " | ".join(cells) + " |")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.2, help="per round and way")
     parser.add_argument("--json", type=Path)

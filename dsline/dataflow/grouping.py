@@ -6,7 +6,7 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-__all__ = ["counts_of", "group", "hash_keys", "is_sorted", "mix", "pick", "starts_of"]
+__all__ = ["counts_of", "extremes", "group", "hash_keys", "is_sorted", "mix", "pick", "starts_of"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -15,7 +15,12 @@ _FEW: Final = 64  # values that are sorted as fast as hashed
 
 
 def is_sorted(values: Array) -> bool:
-    return bool((values[1:] >= values[:-1]).all())
+    return bool(np.logical_and.reduce(values[1:] >= values[:-1]))
+
+
+def extremes(values: Array) -> tuple[int, int]:
+    """Smallest and largest of integers."""
+    return int(np.minimum.reduce(values)), int(np.maximum.reduce(values))
 
 
 def starts_of(*columns: Array) -> Array:
@@ -44,7 +49,7 @@ def _codes(values: Array, by_value: bool) -> tuple[Array, int]:
     if values.dtype.kind in "iub":
         if values.dtype.kind == "b":
             return values.view(np.uint8).astype(np.int64), 2
-        lowest, highest = int(values.min()), int(values.max())
+        lowest, highest = extremes(values)
         if highest - lowest < max(4 * len(values), 1 << 16):
             if values.dtype == np.uint64 and highest > _MOST_CODES:
                 return (values - np.uint64(lowest)).astype(np.int64), highest - lowest + 1

@@ -15,7 +15,18 @@ from dsline.dataflow.callables import reference, resolve
 from dsline.dataflow.policies import DeadLetterPolicy, parse_policy
 from dsline.errors import OperatorError, PipelineBuildError
 
-__all__ = ["HIGHEST", "INT64", "LOWEST", "Clock", "Length", "WindowSpec", "parse_duration", "session", "sliding", "tumbling"]
+__all__ = [
+    "HIGHEST",
+    "INT64",
+    "LOWEST",
+    "Clock",
+    "Length",
+    "WindowSpec",
+    "parse_duration",
+    "session",
+    "sliding",
+    "tumbling",
+]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 DType: TypeAlias = np.dtype[Any]
@@ -191,7 +202,9 @@ def sliding(
     )
 
 
-def session(gap: Any, *, time: str, lateness: Any = 0, late: Any = "drop", unit: str | None = None) -> WindowSpec:
+def session(
+    gap: Any, *, time: str, lateness: Any = 0, late: Any = "drop", unit: str | None = None
+) -> WindowSpec:
     """Windows without a silence of `gap` in them: [first row, last row + gap).
 
     A row joins the sessions that [its time, its time + gap) overlaps, and may make one of two. Parameters are those of
@@ -226,7 +239,9 @@ def make_spec(kind: Any, **given: Any) -> WindowSpec:
             f"{kind}: every {every} is larger than size {size}: rows between would be in no window; drop them by a filter before"
         )
     if time is None and (given["lateness"] != 0 or late != "drop"):
-        raise PipelineBuildError(f"{kind}: rows that are counted are never late; lateness and late need time=")
+        raise PipelineBuildError(
+            f"{kind}: rows that are counted are never late; lateness and late need time="
+        )
     if time is not None and given.get("drop_last"):
         raise PipelineBuildError(f"{kind}: drop_last is for windows of rows, and this one is over {time!r}")
     if late == "update" and kind == "session":
@@ -249,7 +264,9 @@ def _length(kind: str, what: str, value: Any, time: str | None, zero: bool = Fal
         number = nanoseconds(f"{kind}: {what}", value)
         result = value.strip() if isinstance(value, str) else f"{number}ns"
         if time is None:
-            raise PipelineBuildError(f"{kind}: {what} is {value!r}, and time= does not say which column has the times")
+            raise PipelineBuildError(
+                f"{kind}: {what} is {value!r}, and time= does not say which column has the times"
+            )
     if number < 0 or (number == 0 and not zero):
         raise PipelineBuildError(f"{kind}: {what} is {value!r}, must be larger than 0")
     if number > HIGHEST // 4:
@@ -310,9 +327,13 @@ class Clock:
         if dtype.kind == "M":
             letters, count = np.datetime_data(dtype)
             if unit is not None:
-                raise PipelineBuildError(f"time column {name!r} is {dtype}, which has its unit; leave unit={unit!r} out")
+                raise PipelineBuildError(
+                    f"time column {name!r} is {dtype}, which has its unit; leave unit={unit!r} out"
+                )
             if letters not in _DATETIME_NS:
-                raise PipelineBuildError(f"time column {name!r} is {dtype}, must have a unit from weeks to ns")
+                raise PipelineBuildError(
+                    f"time column {name!r} is {dtype}, must have a unit from weeks to ns"
+                )
             self.tick_ns = _DATETIME_NS[letters] * count
             self.out = dtype.newbyteorder("=")
         elif dtype.kind in "iu":
@@ -323,7 +344,9 @@ class Clock:
             self._one = _NS[unit or "s"]
             self.out = np.dtype(np.float64)
         else:
-            raise PipelineBuildError(f"time column {name!r} is {dtype}, must be datetime64, integers or floats")
+            raise PipelineBuildError(
+                f"time column {name!r} is {dtype}, must be datetime64, integers or floats"
+            )
 
     def length(self, what: str, value: Length) -> int:
         """Ticks of a length."""

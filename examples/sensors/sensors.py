@@ -16,7 +16,6 @@ import argparse
 import importlib.resources
 import sys
 
-import numpy as np
 import pandas as pd
 
 import dsline
@@ -86,7 +85,10 @@ def last_24_hours(table, options):
 def warm_spells(table, options):
     warm = readings(table, options).filter("celsius > 20")
     return by_station(warm, options).window(
-        session("3h", time="time"), hours=agg.count(), highest=agg.max("celsius"), degree_hours=agg.sum("celsius - 20")
+        session("3h", time="time"),
+        hours=agg.count(),
+        highest=agg.max("celsius"),
+        degree_hours=agg.sum("celsius - 20"),
     )
 
 
@@ -95,7 +97,9 @@ def warm_spells(table, options):
 
 def pandas_days(table):
     grouped = table.groupby([table["time"].dt.floor("D").rename("window_start"), "station"])["celsius"]
-    return grouped.agg(hours="count", lowest="min", mean="mean", highest="max", deviation="std", median="median")
+    return grouped.agg(
+        hours="count", lowest="min", mean="mean", highest="max", deviation="std", median="median"
+    )
 
 
 def pandas_last_24_hours(table):
@@ -113,7 +117,10 @@ def pandas_warm_spells(table):
     spell = is_new.groupby(warm["station"]).cumsum()
     grouped = warm.assign(above=warm["celsius"] - 20).groupby(["station", spell.rename("spell")])
     found = grouped.agg(
-        window_start=("time", "min"), hours=("celsius", "count"), highest=("celsius", "max"), degree_hours=("above", "sum")
+        window_start=("time", "min"),
+        hours=("celsius", "count"),
+        highest=("celsius", "max"),
+        degree_hours=("above", "sum"),
     )
     return found.reset_index().set_index(["window_start", "station"]).drop(columns="spell").sort_index()
 
@@ -133,9 +140,13 @@ def answer(pipeline):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=500, help="rows of an item (500)")
-    parser.add_argument("--partitions", type=int, default=2, help="processes for the windows; 1: in this process (2)")
+    parser.add_argument(
+        "--partitions", type=int, default=2, help="processes for the windows; 1: in this process (2)"
+    )
     options = parser.parse_args()
     table = read_table()
     with_celsius = table.assign(celsius=(table["fahrenheit"] - 32) * 5 / 9)

@@ -42,7 +42,9 @@ def stations(tmp_path):
     dates = [str(hour).replace("-", "/").replace("T", " ") + ":00" for hour in hours]
     for name, order, ending in (("seattle-temps", "date,temp", ""), ("sf-temps", "temp,date", ":00")):
         temperatures = 60 + 20 * np.sin(np.arange(len(hours)) / 24 * 2 * np.pi) + rng.normal(0, 4, len(hours))
-        rows = [(f"{date}{ending}", f"{number:.1f}") for date, number in zip(dates, temperatures, strict=True)]
+        rows = [
+            (f"{date}{ending}", f"{number:.1f}") for date, number in zip(dates, temperatures, strict=True)
+        ]
         lines = [",".join(row if order.startswith("date") else row[::-1]) for row in rows]
         (folder / f"{name}.csv").write_text("\n".join([order, *lines, ""]))
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}

@@ -1,5 +1,6 @@
 """Windows: numbers equal to a model that takes one row at a time, and to pandas; splits, order, state, late rows, bad input."""
 
+import itertools
 import json
 import math
 import os
@@ -71,7 +72,9 @@ def rows_of(item):
         return [dict(zip(item.dtype.names, row.tolist(), strict=True)) for row in item]
     if np.ndim(next(iter(item.values()))) == 0:
         return [item]
-    return [dict(zip(item, row, strict=True)) for row in zip(*(c.tolist() for c in item.values()), strict=True)]
+    return [
+        dict(zip(item, row, strict=True)) for row in zip(*(c.tolist() for c in item.values()), strict=True)
+    ]
 
 
 def run(operator, *items):
@@ -87,7 +90,7 @@ def columns(rows):
 def split(data, cuts):
     n = len(next(iter(data.values())))
     edges = sorted({0, n, *(cut % (n + 1) for cut in cuts)})
-    return [{name: column[a:b] for name, column in data.items()} for a, b in zip(edges, edges[1:], strict=False)]
+    return [{name: column[a:b] for name, column in data.items()} for a, b in itertools.pairwise(edges)]
 
 
 def code(*arrays):
@@ -309,7 +312,9 @@ def test_sessions(rows, cuts, gap, lateness, ordered):
 @given(streams, cuts, cuts, st.integers(1, 20), st.integers(1, 20), st.integers(0, 20), st.integers(0, 20))
 def test_late_rows_update(rows, cuts, others, size, every, lateness, keep):
     every = min(size, every)
-    operator = Window(sliding(size, every, time="t", lateness=lateness, late="update", keep=keep), key="k", **ALL)
+    operator = Window(
+        sliding(size, every, time="t", lateness=lateness, late="update", keep=keep), key="k", **ALL
+    )
     windows, late, _ = model_of_time(rows, size, every, lateness, keep)
     for split_at in (cuts, others):
         running = run(operator, *split(columns(rows), split_at))
@@ -325,8 +330,14 @@ def test_late_rows_update(rows, cuts, others, size, every, lateness, keep):
 
 
 specs = st.one_of(
-    st.builds(lambda s, e, lt: sliding(s, min(s, e), time="t", lateness=lt), *[st.integers(1, 20)] * 2, st.integers(0, 20)),
-    st.builds(lambda s, lt: tumbling(s, time="t", lateness=lt, late="update"), st.integers(1, 20), st.integers(0, 9)),
+    st.builds(
+        lambda s, e, lt: sliding(s, min(s, e), time="t", lateness=lt),
+        *[st.integers(1, 20)] * 2,
+        st.integers(0, 20),
+    ),
+    st.builds(
+        lambda s, lt: tumbling(s, time="t", lateness=lt, late="update"), st.integers(1, 20), st.integers(0, 9)
+    ),
     st.builds(lambda s, e: sliding(s, min(s, e)), *[st.integers(1, 9)] * 2),
     st.builds(lambda g, lt: session(g, time="t", lateness=lt), st.integers(1, 20), st.integers(0, 20)),
 )
@@ -370,13 +381,19 @@ def test_disorder_within_the_lateness_does_not_matter(rows, cuts, size, every, l
     rows = [row for row, before in zip(rows, newest, strict=False) if row[0] >= before - lateness]
     data = columns(rows)
     order = np.argsort(data["t"], kind="stable")
-    for spec in (sliding(size, every, time="t", lateness=lateness), session(size, time="t", lateness=lateness)):
+    for spec in (
+        sliding(size, every, time="t", lateness=lateness),
+        session(size, time="t", lateness=lateness),
+    ):
         operator = Window(spec, key="k", **ALL)
         shuffled = run(operator, *split(data, cuts))
         in_order = run(operator, {name: column[order] for name, column in data.items()})
         assert shuffled.counts == {}
         exact = [
-            sorted((row["window_start"], row["k"], row["n"], row["code"], repr((row["f"], row["l"], row["lo"]))) for row in r.rows())
+            sorted(
+                (row["window_start"], row["k"], row["n"], row["code"], repr((row["f"], row["l"], row["lo"])))
+                for row in r.rows()
+            )
             for r in (shuffled, in_order)
         ]
         assert exact[0] == exact[1]
@@ -396,7 +413,12 @@ def sensor_table(n=4000, seed=1, dtype="f8"):
     time = start + np.sort(rng.integers(0, 3 * 3600 * 10**9, n)).astype("m8[ns]")
     x = rng.normal(20, 5, n).astype(dtype)
     x[rng.random(n) < 0.1] = np.nan
-    return {"time": time, "sensor": rng.integers(0, 7, n).astype("u1"), "x": x, "i": rng.integers(-9, 9, n, dtype="i4")}
+    return {
+        "time": time,
+        "sensor": rng.integers(0, 7, n).astype("u1"),
+        "x": x,
+        "i": rng.integers(-9, 9, n, dtype="i4"),
+    }
 
 
 NAMES = ("count", "sum", "mean", "min", "max", "first", "last", "std", "var", "median", "nunique")
@@ -436,9 +458,20 @@ def test_pandas_groupby_of_keys(pd):
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, err_msg=name)
     np.testing.assert_allclose(found.q, grouped.quantile(0.95), rtol=1e-6)
     assert found.dtypes.astype(str).to_dict() == {
-        **{"window_start": "datetime64[ns]", "window_end": "datetime64[ns]", "sensor": "uint8", "q": "float64"},
-        **{"count": "int64", "sum": "float32", "mean": "float64", "min": "float32", "max": "float32"},
-        **{"first": "float32", "last": "float32", "std": "float32", "var": "float32", "median": "float32"},
+        "window_start": "datetime64[ns]",
+        "window_end": "datetime64[ns]",
+        "sensor": "uint8",
+        "q": "float64",
+        "count": "int64",
+        "sum": "float32",
+        "mean": "float64",
+        "min": "float32",
+        "max": "float32",
+        "first": "float32",
+        "last": "float32",
+        "std": "float32",
+        "var": "float32",
+        "median": "float32",
         "nunique": "int64",
     }
 
@@ -446,7 +479,9 @@ def test_pandas_groupby_of_keys(pd):
 def test_pandas_rolling(pd):
     """Sliding windows of rows are those of `rolling`, where they are full."""
     x = sensor_table(500)["x"]
-    operator = Window(sliding(20, 1, drop_last=True), **{name: getattr(agg, name)("x") for name in ("mean", "std", "max")})
+    operator = Window(
+        sliding(20, 1, drop_last=True), **{name: getattr(agg, name)("x") for name in ("mean", "std", "max")}
+    )
     found = pd.concat(pd.DataFrame(item) for item in run(operator, *split({"x": x}, range(0, 500, 64))).out)
     rolling = pd.Series(x).rolling(20, min_periods=2)
     for name in ("mean", "std", "max"):
@@ -480,9 +515,15 @@ def test_sums_of_integers_are_exact_and_variances_do_not_cancel():
         assert row["v"] == pytest.approx(22.5 * 12 / 11, rel=1e-14)
 
 
-@pytest.mark.parametrize("dtype", ["?", "i1", "u1", "u8", "i8", "f2", "f4", ">f8", ">i4", "M8[s]", "m8[ms]", "S3", "<U2", ">U2"])
+@pytest.mark.parametrize(
+    "dtype", ["?", "i1", "u1", "u8", "i8", "f2", "f4", ">f8", ">i4", "M8[s]", "m8[ms]", "S3", "<U2", ">U2"]
+)
 def test_every_dtype_that_an_aggregate_takes(dtype):
-    values = np.array([1, 0, 1, 1]).astype(dtype) if np.dtype(dtype).kind in "SU" else np.array([1, 0, 1, 1], "i8").astype(dtype)
+    values = (
+        np.array([1, 0, 1, 1]).astype(dtype)
+        if np.dtype(dtype).kind in "SU"
+        else np.array([1, 0, 1, 1], "i8").astype(dtype)
+    )
     kinds = ["count", "first", "last", "nunique"]
     if values.dtype.kind not in "SU":
         kinds += ["min", "max"]
@@ -490,8 +531,10 @@ def test_every_dtype_that_an_aggregate_takes(dtype):
         kinds += ["sum", "mean", "std", "var", "median"]
     operator = Window(tumbling(3), **{kind: getattr(agg, kind)("x") for kind in kinds})
     schema = operator.check({"x": ArraySpec((None,), dtype)})
-    (first, last) = run(operator, {"x": values[:2]}, {"x": values[2:]}).out
-    assert {name: column.dtype for name, column in first.items()} == {name: spec.dtype for name, spec in schema.items()}
+    first, _ = run(operator, {"x": values[:2]}, {"x": values[2:]}).out
+    assert {name: column.dtype for name, column in first.items()} == {
+        name: spec.dtype for name, spec in schema.items()
+    }
     assert first["first"][0] == values[0] and first["last"][0] == values[2] and first["nunique"][0] == 2
     if "min" in first:
         assert (first["min"][0], first["max"][0]) == (values[1], values[0])
@@ -513,7 +556,9 @@ def test_missing_values_are_skipped(dtype):
 
 def test_infinities():
     x = np.array([np.inf, 1.0, np.inf, 2.0])
-    (row,) = run(Window(tumbling(4), md=agg.quantile("x", 0.9), hi=agg.max("x"), m=agg.mean("x")), {"x": x}).rows()
+    (row,) = run(
+        Window(tumbling(4), md=agg.quantile("x", 0.9), hi=agg.max("x"), m=agg.mean("x")), {"x": x}
+    ).rows()
     assert row["md"] == row["hi"] == row["m"] == math.inf
 
 
@@ -524,7 +569,9 @@ def test_expressions_and_several_keys():
         "up": np.array([True, True, False, True, True, True]),
         "x": np.arange(6.0),
     }
-    operator = Window(tumbling(10, time="t"), key=("room", "up"), twice=agg.sum("x*2"), warm=agg.sum("where(x > 2, 1, 0)"))
+    operator = Window(
+        tumbling(10, time="t"), key=("room", "up"), twice=agg.sum("x*2"), warm=agg.sum("where(x > 2, 1, 0)")
+    )
     assert run(operator, *split(data, [2, 4])).rows() == [
         {"window_start": 0, "window_end": 10, "room": "a", "up": False, "twice": 4.0, "warm": 0},
         {"window_start": 0, "window_end": 10, "room": "a", "up": True, "twice": 6.0, "warm": 1},
@@ -536,7 +583,11 @@ def test_apply_says_what_went_wrong():
     def broken(x):
         raise KeyError("oh")
 
-    for function, text in ((broken, "KeyError"), (lambda x: "text", "'text'"), (lambda x: x, "dtype|float64")):
+    for function, text in (
+        (broken, "KeyError"),
+        (lambda x: "text", "'text'"),
+        (lambda x: x, "dtype|float64"),
+    ):
         with pytest.raises(OperatorError, match=text):
             run(Window(tumbling(2), a=agg.apply(function, "x")), {"x": np.zeros(2)})
 
@@ -557,7 +608,14 @@ def test_records_columns_and_rows_give_the_same():
     assert by_batches.rows() == by_columns.rows() and {type(item) for item in by_batches.out} == {Batch}
     by_rows = run(operator, *({name: column[i].item() for name, column in data.items()} for i in range(20)))
     assert by_columns.rows() == by_records.rows() == by_rows.rows()
-    assert by_columns.rows()[0] == {"window_start": 0.0, "window_end": 1.0, "k": 0, "n": 2, "s": 3.0, "md": 1.5}
+    assert by_columns.rows()[0] == {
+        "window_start": 0.0,
+        "window_end": 1.0,
+        "k": 0,
+        "n": 2,
+        "s": 3.0,
+        "md": 1.5,
+    }
     assert all(type(item) is dict for item in (*by_columns.out, *by_rows.out))
     assert all(isinstance(item, np.ndarray) and item.dtype.names for item in by_records.out)
     assert by_records.out[0].dtype == operator.check(ArraySpec((None,), records.dtype)).dtype
@@ -599,7 +657,9 @@ def test_floats_of_seconds_have_no_rounding_at_the_edges():
 )
 def test_units(size, unit, dtype, ticks):
     time = np.array([3 * ticks - 1, 3 * ticks]).astype(dtype)
-    (row, last) = (item for item in run(Window(tumbling(size, time="t", unit=unit), n=agg.count()), {"t": time}).out)
+    (row, last) = (
+        item for item in run(Window(tumbling(size, time="t", unit=unit), n=agg.count()), {"t": time}).out
+    )
     starts = np.array([row["window_start"][0], last["window_start"][0]])
     assert starts.astype("i8").tolist() == [2 * ticks, 3 * ticks]
     assert (row["window_end"] == starts[1:]).all()
@@ -637,8 +697,14 @@ def test_many_keys_and_panes_are_merged_in_pieces(monkeypatch):
 
     rng = np.random.default_rng(3)
     n = 20_000
-    data = {"t": rng.integers(0, 500, n), "k": rng.integers(0, 5000, n) * 10**9, "x": rng.integers(0, 100, n).astype("f8")}
-    operator = Window(sliding(50, 7, time="t", lateness=500), key="k", n=agg.count(), s=agg.sum("x"), md=agg.median("x"))
+    data = {
+        "t": rng.integers(0, 500, n),
+        "k": rng.integers(0, 5000, n) * 10**9,
+        "x": rng.integers(0, 100, n).astype("f8"),
+    }
+    operator = Window(
+        sliding(50, 7, time="t", lateness=500), key="k", n=agg.count(), s=agg.sum("x"), md=agg.median("x")
+    )
     whole = run(operator, data).rows()
     monkeypatch.setattr(window_steps, "_MOST_EXPANDED", 1000)
     monkeypatch.setattr(window_steps, "_FEWEST_COMPACTED", 16)
@@ -650,12 +716,22 @@ def test_many_keys_and_panes_are_merged_in_pieces(monkeypatch):
     assert {(row["window_start"], row["k"]): row["s"] for row in whole} == sums
 
 
-@pytest.mark.parametrize("keys", [np.array(["b", "a", "c"] * 60), np.array([b"long" * 9, b"x", b""] * 60), np.array([2**63, 1, 0] * 60, "u8"), np.array([-0.0, 0.5, 0.0] * 60)])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        np.array(["b", "a", "c"] * 60),
+        np.array([b"long" * 9, b"x", b""] * 60),
+        np.array([2**63, 1, 0] * 60, "u8"),
+        np.array([-0.0, 0.5, 0.0] * 60),
+    ],
+)
 def test_keys_of_every_kind(keys):
     operator = Window(tumbling(1000, time="t"), key="k", n=agg.count())
     found = run(operator, {"t": np.arange(180), "k": keys}, {"t": np.arange(180), "k": keys[:180]}).rows()
     names, counts = np.unique(keys, return_counts=True)
-    assert [(row["k"], row["n"]) for row in found] == list(zip(names.tolist(), (2 * counts).tolist(), strict=True))
+    assert [(row["k"], row["n"]) for row in found] == list(
+        zip(names.tolist(), (2 * counts).tolist(), strict=True)
+    )
 
 
 def test_too_many_open_windows():
@@ -679,7 +755,12 @@ def test_windows_after_a_loss_of_state_are_marked():
     running = Running(operator)
     running.step.state_lost()
     running.feed({"t": np.array([17, 22, 31, 45])}).finish()
-    assert [(row["window_start"], row["partial"]) for row in running.rows()] == [(10, True), (20, True), (30, False), (40, False)]
+    assert [(row["window_start"], row["partial"]) for row in running.rows()] == [
+        (10, True),
+        (20, True),
+        (30, False),
+        (40, False),
+    ]
     assert [row["partial"] for row in run(operator, {"t": np.array([17, 22])}).rows()] == [False, False]
 
 
@@ -691,7 +772,11 @@ def test_the_first_window_of_rows_and_of_sessions_after_a_loss_is_marked():
     running = Running(Window(session(10, time="t"), flag_partial=True, n=agg.count()))
     running.step.state_lost()
     running.feed({"t": np.array([5, 16, 40])}).finish()
-    assert [(row["window_start"], row["partial"]) for row in running.rows()] == [(5, True), (16, False), (40, False)]
+    assert [(row["window_start"], row["partial"]) for row in running.rows()] == [
+        (5, True),
+        (16, False),
+        (40, False),
+    ]
 
 
 def test_a_state_of_another_window_is_refused():
@@ -776,7 +861,16 @@ def test_durations():
     assert [parse_duration(value, "every") for value in given] == [0.5, 2.0, 0.25, 1.5, 60.0, 3.0]
 
 
-TYPES = {"t": "i8", "f": "f4", "k": "i4", "name": "U3", "when": "M8[s]", "month": "M8[M]", "c": "c16", "x": "f8"}
+TYPES = {
+    "t": "i8",
+    "f": "f4",
+    "k": "i4",
+    "name": "U3",
+    "when": "M8[s]",
+    "month": "M8[M]",
+    "c": "c16",
+    "x": "f8",
+}
 SCHEMA = {name: ArraySpec((None,), dtype) for name, dtype in TYPES.items()}
 
 
@@ -848,7 +942,11 @@ def test_bad_items(item, text, spec):
 
 def test_columns_may_not_change():
     good = {"t": np.zeros(2), "k": np.array(["a", "b"])}
-    for bad in ({"t": np.zeros(2)}, {"t": np.zeros(2, "f4"), "k": good["k"]}, {"t": np.zeros(2), "k": np.zeros(2)}):
+    for bad in (
+        {"t": np.zeros(2)},
+        {"t": np.zeros(2, "f4"), "k": good["k"]},
+        {"t": np.zeros(2), "k": np.zeros(2)},
+    ):
         running = Running(Window(tumbling("1s", time="t"), key="k", n=agg.count())).feed(good)
         running.feed({"t": np.zeros(1), "k": np.array(["longer"])})
         with pytest.raises(OperatorError, match="first item"):
@@ -860,7 +958,9 @@ def test_empty_batches_and_no_input():
     assert run(operator).out == []
     assert run(operator, {"t": np.zeros(0)}, {"t": np.zeros(0)}).out == []
     empty, one = {"t": np.zeros(0)}, {"t": np.zeros(1)}
-    assert run(operator, empty, one, empty).rows() == [{"window_start": 0.0, "window_end": 1.0, "n": 1, "md": 0.0}]
+    assert run(operator, empty, one, empty).rows() == [
+        {"window_start": 0.0, "window_end": 1.0, "n": 1, "md": 0.0}
+    ]
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------------
@@ -869,7 +969,11 @@ def test_empty_batches_and_no_input():
 @pytest.mark.parametrize(
     "operator",
     [
-        Window(sliding("10s", "1s", time="t", lateness="200ms", late="update", keep="1m"), key=("k", "room"), **{**ALL, "code": agg.apply(math.fsum, "x")}),
+        Window(
+            sliding("10s", "1s", time="t", lateness="200ms", late="update", keep="1m"),
+            key=("k", "room"),
+            **{**ALL, "code": agg.apply(math.fsum, "x")},
+        ),
         Window(tumbling(100, drop_last=True), max_open=5, flag_partial=True, v=agg.var("x", ddof=0)),
         Window(session(0.5, time="t", unit="s", late=math.fsum), n=agg.count()),
         Window(tumbling(3, time="t", late=dead_letter("file://late")), n=agg.count()),
@@ -894,7 +998,12 @@ def test_json_of_a_lambda_is_refused():
 
 
 def test_describe():
-    operator = window(sliding("10s", "1s", time="ts", lateness="200ms"), key="sensor", mean=agg.mean("t*2"), q=agg.quantile("t", 0.95))
+    operator = window(
+        sliding("10s", "1s", time="ts", lateness="200ms"),
+        key="sensor",
+        mean=agg.mean("t*2"),
+        q=agg.quantile("t", 0.95),
+    )
     assert operator.describe() == (
         "window sliding(10s, every 1s, of ts, lateness 200ms) by sensor: mean=mean(t*2), q=quantile(t, 0.95)"
     )
@@ -950,7 +1059,10 @@ def test_key_by_of_every_kind_of_item():
     ((number, item),) = KeyBy(lambda f: ("cam", int(f[0, 0])), 7).route(Context("key_by"))(frame)
     assert item is frame
     parts = routed(KeyBy(lambda f: f[:, 0] // 4 % 2, 4), frame, frame[:0])
-    assert sorted(part.tolist() for items in parts.values() for part in items) == [[[0, 1, 2, 3], [8, 9, 10, 11]], [[4, 5, 6, 7]]]
+    assert sorted(part.tolist() for items in parts.values() for part in items) == [
+        [[0, 1, 2, 3], [8, 9, 10, 11]],
+        [[4, 5, 6, 7]],
+    ]
     assert routed(KeyBy("k"), "anything") == {0: ["anything"]}
 
 
@@ -968,9 +1080,15 @@ def test_key_by_says_what_is_wrong():
 def test_hashes_are_the_same_everywhere():
     """Written down: checkpoints and partitions of other processes depend on them."""
     assert hash_keys(np.array([0, 1, -1])).tolist() == hash_keys(np.array([0, 1, -1], "i1")).tolist()
-    assert hash_keys(np.array([0, 1])).tolist() == hash_keys(np.array([0, 1], "u2")).tolist() == hash_keys(np.array([False, True])).tolist()
+    assert (
+        hash_keys(np.array([0, 1])).tolist()
+        == hash_keys(np.array([0, 1], "u2")).tolist()
+        == hash_keys(np.array([False, True])).tolist()
+    )
     assert hash_keys(np.array(["ab", ""], "U2")).tolist() == hash_keys(np.array(["ab", ""], "U9")).tolist()
-    assert hash_keys(np.array([b"ab", b""], "S2")).tolist() == hash_keys(np.array([b"ab", b""], "S17")).tolist()
+    assert (
+        hash_keys(np.array([b"ab", b""], "S2")).tolist() == hash_keys(np.array([b"ab", b""], "S17")).tolist()
+    )
     assert hash_keys(np.array(["ab"], ">U7")).tolist() == hash_keys(np.array(["ab"])).tolist()
     assert hash_keys(np.array([0.0, 0.5], "f4")).tolist() == hash_keys(np.array([-0.0, 0.5])).tolist()
     assert hash_keys(np.array([np.nan])) == hash_keys(-np.array([np.nan]))
@@ -981,15 +1099,22 @@ def test_hashes_are_the_same_everywhere():
         "print([int(h(np.array([v]))[0]) for v in (42, 0.5, 'sensor-1')])"
     )
     other = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": "7"}
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
     )
     assert json.loads(other.stdout) == KNOWN
 
 
-
-
 def test_hashes_spread():
-    for keys in (np.arange(10_000), np.arange(10_000) * 4096, np.arange(10_000) / 8, np.arange(10_000).astype("U6")):
+    for keys in (
+        np.arange(10_000),
+        np.arange(10_000) * 4096,
+        np.arange(10_000) / 8,
+        np.arange(10_000).astype("U6"),
+    ):
         hashes = hash_keys(keys)
         assert len(np.unique(hashes)) == 10_000
         for partitions in (2, 3, 8):
