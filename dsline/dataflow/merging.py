@@ -271,6 +271,7 @@ class OrderStep(_HoldingStep):
                 if stop < len(piece.keys):
                     break
                 waiting.popleft()
+                self._seen[index] = now  # it was not asked before
         if ready:
             self._out = (
                 max(keys[-1] for _, keys in ready)

@@ -358,13 +358,16 @@ class _MapStep(_FunctionStep):
         else:
             result = self.function(item)
         if type(result) is GeneratorType:
-            for one in result:
-                if one is not None:
-                    self._check(one, item)
-                    emit(one)
+            self._several(result, item, emit)
         elif result is not None:
             self._check(result, item)
             emit(result)
+
+    def _several(self, results: GeneratorType[Any, Any, Any], item: Any, emit: Emit) -> None:
+        for one in results:
+            if one is not None:
+                self._check(one, item)
+                emit(one)
 
     def _out_for(self, item: Any) -> Array:
         if self._returns == SAME:
@@ -852,6 +855,7 @@ class GatherStep(Step):
         self._skip = 0
         self._offset = 0
         self._rows = 0  # of the last item
+        self._held = 0  # items with rows in the target
         self._in_hand = False  # an item is being processed and has rows left
 
     @property
@@ -861,6 +865,12 @@ class GatherStep(Step):
     @property
     def offset(self) -> int:
         return self._offset
+
+    @property
+    def held_items(self) -> int:
+        """How many items have rows that wait, counted back from the last one. Those before them are done with, even where a
+        function made nothing of their rows."""
+        return self._held
 
     def resume(self, offset: int) -> None:
         self._skip = offset
@@ -903,6 +913,7 @@ class GatherStep(Step):
                     continue
                 count = min(size - self._filled, rows - at)
                 self._gather(item, at, count)
+                self._held += 1
                 at += count
                 if self._filled == size:
                     batch = self._whole()
@@ -952,6 +963,7 @@ class GatherStep(Step):
     def _forget(self) -> None:
         self._target = None
         self._filled = 0
+        self._held = 0
         self._due = None
 
     def _whole(self) -> Any:
@@ -1092,12 +1104,23 @@ class MapBatches(_OnBatches):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "returns", Map(self.function, self.returns).returns)
+        if inspect.isgeneratorfunction(_call_of(self.function)):
+            raise PipelineBuildError(_ONE_RESULT.format(function_name(self.function)))
 
     def _inner(self, context: Context) -> Step:
-        return Map(self.function, self.returns).start(context)
+        return _MapBatchStep(self.function, self.returns, context)
 
     def check(self, schema: Schema) -> Schema:
         return Map(self.function, self.returns).check(self._gather.check(schema))
+
+
+# A batch that gives several results could not be resumed between two of them.
+_ONE_RESULT: Final = "{} is a generator, and a batch gives one result; return one and add .unbatch(), or use .batch() and .map()"
+
+
+class _MapBatchStep(_MapStep):
+    def _several(self, results: GeneratorType[Any, Any, Any], item: Any, emit: Emit) -> None:
+        fail(self.context, _ONE_RESULT.format("what the function returned"))
 
 
 @register
@@ -1216,6 +1239,16 @@ class RateLimitStep(Step):
         self._sleep = sleep
         self._full_at = -math.inf  # theoretical arrival time
         self._waiting: list[Any] = []
+        self._offset = 0
+        self._skips = False
+
+    @property
+    def offset(self) -> int:
+        """1 while and after the last item itself is emitted, 0 while one before it is."""
+        return self._offset
+
+    def resume(self, offset: int) -> None:
+        self._skips = offset > 0
 
     @property
     def holding(self) -> bool:
@@ -1238,10 +1271,15 @@ class RateLimitStep(Step):
         return True
 
     def process(self, item: Any, emit: Emit) -> None:
+        if self._skips:
+            self._skips, self._offset = False, 1
+            return
+        self._offset = 0
         self.tick(emit)
         if self._waiting and self._full == "block":
             self._wait(emit)
         if not self._waiting and self._take_token():
+            self._offset = 1
             emit(item)
         elif self._full == "drop_newest":
             self._context.count("dropped", 1)
@@ -1263,6 +1301,7 @@ class RateLimitStep(Step):
                 self._sleep(max(1e-6, self._full_at - self._ahead - self._clock()))
 
     def finish(self, emit: Emit) -> None:
+        self._offset = 1
         self._wait(emit)
 
     def state_dict(self) -> Any:
