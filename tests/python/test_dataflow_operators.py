@@ -771,7 +771,7 @@ def test_rows_of_a_batch_are_alike():
         step = ops.batch(5).start(context())
         out = []
         step.process(batch, out.append)
-        with pytest.raises(OperatorError, match="my stage.*alike"):
+        with pytest.raises(OperatorError, match=r"my stage.*alike"):
             step.process(other, out.append)
         step.process(batch, out.append)  # the others go on
         step.finish(out.append)
@@ -1103,7 +1103,7 @@ def test_branch():
     for wrong, text in (({"n": 1}, "no column 't'"), (np.zeros(3), "use a function")):
         with pytest.raises(OperatorError, match=f"my stage.*{text}"):
             routed(ops.branch(hot="t > 25"), wrong)
-    with pytest.raises(OperatorError, match="my stage.*truth value"):
+    with pytest.raises(OperatorError, match=r"my stage.*truth value"):
         routed(ops.branch(hot="t + 25"), batch)
 
 
@@ -1254,7 +1254,7 @@ def test_keys_that_cannot_be_ordered(item, text):
 def test_rows_in_one_order_are_alike():
     step = ops.merge(2, order="ts").start(context())
     step.process_from(0, Batch(ts=[1, 5]), [].append)
-    with pytest.raises(OperatorError, match="my stage.*alike"):
+    with pytest.raises(OperatorError, match=r"my stage.*alike"):
         step.process_from(1, Batch(ts=[2, 6], more=[1, 2]), [].append)
 
 
