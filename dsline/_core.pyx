@@ -29,9 +29,11 @@ from dsline._cpp.channel cimport (
     AfterPublishKeep, AfterPublishLetGo, CppAfterPublish, CppLoan, CppOnDeath, CppOnStale, CppOpenMode, CppPlace,
     CppReceived, CppReport, CppStart, CppSubscribeOptions, Outcome,
     OutcomeClosed, OutcomeCorrupted, OutcomeDropped, OutcomeEmpty, OutcomeNotSynced, OutcomeOk, OutcomeTimedOut,
-    channel_directory as cpp_channel_directory, kArrayMessage, kBytesMessage, kObjectMessage,
+    channel_directory as cpp_channel_directory, kArrayMessage, kBytesMessage, kEndMessage,
+    kGapMessage, kObjectMessage,
     list_channels as cpp_list_channels,
 )
+from dsline._cpp.crc32c cimport crc32c as cpp_crc32c
 from dsline._cpp.error cimport kErrorCodeCount
 from dsline._cpp.expression cimport (
     CppColumnView, CppElementType, CppExpressionOp, CppExpressionProgram, CppExpressionStep, CppRowsToKeep, byte,
@@ -371,6 +373,7 @@ include "objects.pxi"
 include "pinned.pxi"
 include "batch.pxi"
 include "shared_words.pxi"
+include "counters.pxi"
 include "expressions.pxi"
 
 
@@ -430,6 +433,11 @@ cdef class Message:
     def nbytes(self):
         """Bytes of payload."""
         return self._open()._nbytes
+
+    @property
+    def _core_kind(self):
+        """0 bytes, 1 array, 2 object; of a control frame 16 end, 17 marker, 18 watermark, 19 gap."""
+        return self._open()._kind
 
     def array(self, *, copy=False):
         """Return the array that was sent.
@@ -1004,9 +1012,19 @@ cdef class Receiver:
         return message.sequence, PyMemoryView_FromObject(shown(self, self._lease(message), message))
 
     def recv_message(self, *, timeout=DEFAULT):
-        """Receive the next message with all that came with it: a `Message`. As `recv` otherwise."""
+        """Receive the next message with all that came with it: a `Message`. As `recv` otherwise.
+
+        Notes
+        -----
+        This call alone also gives out the control frames that a pipeline sends, as messages whose payload is bytes. The other
+        receiving calls release one that they meet and go on to the next message, with the whole `timeout` again; the frame
+        that says that a stream has ended raises ChannelClosedError there, once, and so ends an iteration.
+        """
         cdef CppReceived message
-        self._receive(message, timeout)
+        self._receive_any(message, timeout)
+        return self._message(message)
+
+    cdef Message _message(self, CppReceived& message):
         cdef Message out = Message.__new__(Message)
         self._fill(out, message)
         if must_copy(self):
@@ -1055,6 +1073,9 @@ cdef class Receiver:
             if outcome == OutcomeCorrupted:
                 self._deferred = self._corrupted_error(message)
             if outcome != OutcomeOk:
+                break
+            if message.kind >= kEndMessage:
+                self._cpp.put_back(message)
                 break
             try:
                 lease = self._lease(message)
@@ -1115,6 +1136,18 @@ cdef class Receiver:
             raise StopIteration from None
 
     cdef int _receive(self, CppReceived& message, object timeout) except -1:
+        """Takes the next message that is no control frame, or raises."""
+        self._receive_any(message, timeout)
+        while message.kind >= kEndMessage:
+            self._cpp.release(message.slot, message.process, message.group)
+            if message.kind == kEndMessage:
+                raise ChannelClosedError(
+                    f"the stream in channel '{self._label()}' has ended: whoever sent it has sent its end; what others send can "
+                    "still be received")
+            self._receive_any(message, timeout)
+        return 0
+
+    cdef int _receive_any(self, CppReceived& message, object timeout) except -1:
         """Takes the next message, or raises."""
         cdef Outcome outcome
         cdef int64_t deadline
@@ -1224,7 +1257,7 @@ cdef class Receiver:
         lease._kind = message.kind
         if message.kind == kArrayMessage:
             lease._layout = self._layout_of(message)
-        if self._schema is not None:
+        if self._schema is not None and message.kind < kEndMessage:
             self._check_schema(lease._layout, message)
         self._handle.received += 1
         self._handle.bytes_received += message.payload_bytes
@@ -1318,6 +1351,44 @@ cdef class Receiver:
             raise SchemaMismatchError(
                 f"the message is not marked with encoding {encoding!r}; it stays in the channel: use recv(), recv_array() or "
                 "recv_message()")
+        return out
+
+    # --- how far the channel is, see Channel in channel.hpp --------------------------------------------------------
+
+    def _core_anyone_entering(self):
+        """Whether another handle has committed a message that may have no place in the order yet."""
+        require_open(self)
+        return self._cpp.anyone_entering()
+
+    def _core_end_of_order(self):
+        """Sequence of the next message to be sent; exact while nobody sends."""
+        require_open(self)
+        return self._cpp.end_of_order()
+
+    def _core_is_outstanding(self, uint64_t sequence):
+        """Whether the group has not finished with a message, or it is not sent yet."""
+        require_open(self)
+        return self._cpp.is_outstanding(sequence)
+
+    def _core_take_between(self, uint64_t first, uint64_t last):
+        """Take the oldest message that nobody holds with first <= sequence < last, as a `Message`; None where there is none.
+
+        For who waits for the turn of another message: nobody else may be free to take that one. It goes back to the channel
+        when it is let go of without a release. Never waits.
+        """
+        cdef CppReceived message
+        cdef Outcome outcome
+        if not self._receives:
+            self._refuse_receiving()
+        outcome = self._cpp.try_take_between(first, last, message)
+        if outcome == OutcomeEmpty:
+            return None
+        if outcome == OutcomeClosed:
+            raise self._closed_error()
+        if outcome == OutcomeCorrupted:
+            raise self._corrupted_error(message)
+        cdef Message out = self._message(message)
+        out._lease._nack = True
         return out
 
     # --- dead letters, the newest message ------------------------------------------------------------------------
@@ -2256,6 +2327,19 @@ cdef class Channel(Receiver):
         self._between_slices()
         return 0
 
+    def _core_send_control(self, int kind, payload, timeout):
+        """Send a control frame of `Message._core_kind` 16 to 19, past the channel's spec. As `send` otherwise."""
+        cdef Py_buffer view
+        require_open(self)
+        check_timeout(timeout)
+        if not kEndMessage <= kind <= kGapMessage:
+            raise InvalidArgumentError(f"the kind of a control frame is {kind}, must be {kEndMessage} to {kGapMessage}")
+        PyObject_GetBuffer(payload, &view, PyBUF_C_CONTIGUOUS)
+        try:
+            return self._send_frame(view.buf, view.len, kind, None, 0, timeout)
+        finally:
+            PyBuffer_Release(&view)
+
     def _core_send_filled(self, uint64_t size, fill, dict meta, timeout):
         """Let `fill(window)` write a message of at most `size` bytes straight into its slot; it returns how many it wrote."""
         cdef CppLoan loan
@@ -2412,6 +2496,23 @@ def remove_channel(str path not None, int64_t age_ns, bint even_with_messages, b
     return removal
 
 
+def crc32c(buffer, uint32_t seed=0):
+    """CRC-32C (Castagnoli) of a C-contiguous buffer, continued from `seed`: ``crc32c(b, crc32c(a))`` is that of ``a + b``.
+
+    Does not copy. Releases the GIL for 64 KiB and more.
+    """
+    cdef Py_buffer view
+    cdef uint32_t crc
+    PyObject_GetBuffer(buffer, &view, PyBUF_C_CONTIGUOUS)
+    if view.len < NOGIL_COPY_BYTES:
+        crc = cpp_crc32c(view.buf, view.len, seed)
+    else:
+        with nogil:
+            crc = cpp_crc32c(view.buf, view.len, seed)
+    PyBuffer_Release(&view)
+    return crc
+
+
 cdef str as_text(const string& text):
     """Of a name that a peer has written."""
     return text.decode("utf-8", "replace")
@@ -2419,4 +2520,5 @@ cdef str as_text(const string& text):
 
 include "store.pxi"
 include "queues.pxi"
+include "stage_words.pxi"
 include "watch.pxi"

@@ -40,6 +40,8 @@ CPP_LAYERS: dict[str, frozenset[str]] = {
             "liveness",
             "dsline/channel.hpp",
             "dsline/build.hpp",
+            "dsline/crc32c.hpp",
+            "dsline/stage_words.hpp",
             "dsline/tally.hpp",
             "dsline/watch.hpp",
         }

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from dsline.dataflow import ops
 from dsline.dataflow.operator import Operator, Router, Sink, Source
-from dsline.dataflow.operators import Merge
+from dsline.dataflow.operators import Merge, parse_seconds
 from dsline.dataflow.options import StageOptions, parse_bytes
 from dsline.dataflow.plan import CheckpointOptions, Part, Plan, Stage
-from dsline.dataflow.sinks import Collect, SinkTo, parse_sink
+from dsline.dataflow.sinks import CollectSink, SinkOptions, parse_sink
 from dsline.dataflow.sources import parse_source
-from dsline.dataflow.windows import parse_duration
 from dsline.errors import PipelineBuildError, PipelineError
 
 if TYPE_CHECKING:
@@ -316,9 +315,10 @@ class Pipeline:
         **options
             Options of the sink and stage options.
         """
-        if isinstance(target, SinkTo):
-            options = {**target.options, **options}
-            target = target.target
+        if isinstance(target, SinkOptions):
+            given = {"full": target.full, "queue": target.queue, "name": target.name}
+            options = {**{name: value for name, value in given.items() if value is not None}, **options}
+            target = target.sink
         stage, own = _split(options)
         part = target if isinstance(target, Sink) and not own else parse_sink(target, **own)
         node = _Node(part, stage, (self._end("a sink"),))
@@ -334,7 +334,7 @@ class Pipeline:
         every : float or str
             Seconds, or a text like "500ms".
         """
-        seconds = parse_duration(every, "every")
+        seconds = parse_seconds(every, "every")
         made = self._with(self._tail)
         object.__setattr__(made, "_checkpoint", CheckpointOptions(str(directory), seconds))
         return made
@@ -385,8 +385,8 @@ class Pipeline:
                 raise PipelineBuildError(
                     f"pipeline {self._name!r} ends without a sink; add .sink(...), or use .collect() or iterate over it"
                 )
-            sinks = (*sinks, _Node(Collect(), StageOptions(), (self._tail,)))
-        elif collect and not any(isinstance(node.part, Collect) for node in sinks):
+            sinks = (*sinks, _Node(CollectSink(None), StageOptions(), (self._tail,)))
+        elif collect and not any(isinstance(node.part, CollectSink) for node in sinks):
             raise PipelineBuildError(f"pipeline {self._name!r} ends with a sink: there is nothing to collect; use .run()")
         nodes: dict[_Node, int] = {}
         for sink in sinks:

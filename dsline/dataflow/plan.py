@@ -14,10 +14,11 @@ from typing import Any, TypeAlias
 
 from dsline.dataflow.drawing import mermaid, svg
 from dsline.dataflow.operator import Operator, Router, Schema, Sink, Source
-from dsline.dataflow.operators import KeyBy, Merge, operator_from_json
+from dsline.dataflow.operators import Merge, operator_from_json
 from dsline.dataflow.options import StageOptions, parse_bytes
 from dsline.dataflow.sinks import sink_from_json
 from dsline.dataflow.sources import ChannelSource, source_from_json
+from dsline.dataflow.windows import KeyBy
 from dsline.errors import DslineError, PipelineBuildError
 from dsline.specs import ArraySpec
 
@@ -67,7 +68,8 @@ class Stage:
     def outputs(self) -> int:
         if isinstance(self.part, Sink):
             return 0
-        return len(self.part.outputs) if isinstance(self.part, Router) else 1
+        # The partitions of keys go to one stage, which runs once for each.
+        return len(self.part.outputs) if isinstance(self.part, Router) and not isinstance(self.part, KeyBy) else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +294,7 @@ class Plan:
                         [self.stages[origin].name, output] if output else self.stages[origin].name
                         for origin, output in stage.inputs
                     ],
-                    **_of(stage, stage.part.to_json),
+                    "part": _of(stage, stage.part.to_json),
                     "options": stage.options.to_json(),
                 }
                 for stage in self.stages
@@ -342,7 +344,7 @@ def _stages_from_json(entries: list[dict[str, Any]]) -> list[Stage]:
                 raise PipelineBuildError(f"stage {name!r}: its input {origin!r} is no stage of the plan")
             inputs.append((numbers[origin], output))
         try:
-            part = _part_from_json(entry)
+            part = _part_from_json(entry["part"])
             options = StageOptions.parse({**entry.get("options", {}), "name": name})
         except PipelineBuildError as error:
             raise _in_stage(name, error) from error
@@ -388,7 +390,7 @@ def _with_names(stages: Sequence[Stage]) -> list[Stage]:
                 number += 1
                 name = f"{stage.name}-{number}"
             taken.add(name)
-            stage = dataclasses.replace(stage, name=name)
+            stage = dataclasses.replace(stage, name=name, options=dataclasses.replace(stage.options, name=name))
         named.append(stage)
     return named
 

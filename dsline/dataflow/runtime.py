@@ -23,11 +23,11 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from dsline.dataflow.counters import WorkerCounters
-from dsline.dataflow.dead_letters import write_dead_letter
-from dsline.dataflow.items import nbytes_of, rows_of
+from dsline.dataflow.items import Batch, nbytes_of, rows_of
 from dsline.dataflow.operator import Context, MergeStep, Operator, Router, Sink, Source, Step
 from dsline.dataflow.plan import AHEAD, Edge, Stage
 from dsline.dataflow.policies import DeadLetterPolicy, Retry, Skip, parse_policy
+from dsline.dataflow.sinks import CollectSink
 from dsline.errors import BufferEmptyError, BufferFullError, ChannelClosedError, DslineError, OperatorError, PipelineRuntimeError
 from dsline.waiting import wait
 
@@ -37,6 +37,7 @@ END: Final = 16
 MARKER: Final = 17
 GAP: Final = 19
 _SLICE: Final = 1.0  # seconds; a shut down channel wakes whoever waits for it
+_TURN: Final = 0.05  # seconds to wait for a turn before looking why it does not come
 _SHORT: Final = 0.002  # seconds between looks at two things that cannot be waited for together
 _NOTHING: Final = 50_000  # ns that sending a control frame may take without having waited
 _WHOLE: Final = 1 << 40  # offset of an input whose results are all out, and its control frame
@@ -60,11 +61,14 @@ class Control(Protocol):
 
     def event(self, kind: str, **data: Any) -> None: ...
     def ask(self, kind: str, **data: Any) -> Any: ...
-    def marker(self) -> int | None:
-        """Number of a checkpoint that a source shall begin now."""
+    def marker(self, last: bool = False) -> int | None:
+        """Number of a checkpoint that a source shall begin now; `last`: it is at its end."""
     def report_state(self, number: int, segment: int, state: bytes) -> None: ...
     @property
     def aborting(self) -> bool: ...
+    @property
+    def stopping(self) -> bool:
+        """Whether sources shall give nothing more."""
     @property
     def ended(self) -> bool:
         """Whether another worker of the segment has found the end of the input."""
@@ -135,15 +139,17 @@ class _Output:
         # What a successor reads if this process dies between the publication and the commit.
         if self._words is not None:
             self._intent = (offset, done)
-            self._words.intend(self._number, self.end_of_order(), offset, done)
+            self._words.begin(self._number, self.channel, offset, done)
 
     def published_last(self) -> tuple[int, int]:
-        """(offset, input) of the last message, by whoever published it; (0, -1) where it does not say.
+        """(offset, input) of the last message, by whoever published it; (0, -1) where there is none.
 
-        Requires: nobody else publishes, and what the dead had published is in the order.
+        Waits until what a dead worker had published is in the order. Requires: nobody else publishes.
         """
-        end = self.end_of_order()
-        found = self._words.intended(self._number, end - 1) if end > 0 else None
+        try:
+            found = self._words.settle(self._number, self.channel)
+        except ChannelClosedError:
+            raise Stopped from None
         if found is None:
             return 0, -1
         offset, done = found
@@ -155,7 +161,7 @@ class _Output:
             return self._checked(call, 0)
         except BufferFullError:
             pass
-        self._control.event("backpressure", edge=self.edge.name)
+        self._tell_full()
         self._counters.blocking()
         try:
             while True:
@@ -166,6 +172,14 @@ class _Output:
                         raise Stopped from None
         finally:
             self._counters.unblocked()
+
+    def _tell_full(self) -> None:
+        now = time.monotonic()
+        if now >= self._quiet_until:
+            self._quiet_until = now + _SLICE
+            self._control.event("backpressure", edge=self.edge.name)
+
+    _quiet_until = 0.0
 
     def _checked(self, call: Callable[[float], Any], timeout: float) -> Any:
         try:
@@ -190,8 +204,7 @@ class _Output:
         if not entered:
             self._dropped += 1
             self._counters.add("dropped", 1)
-            if self._dropped == 1:
-                self._control.event("backpressure", edge=self.edge.name)
+            self._tell_full()
 
     def _send_gap(self) -> None:
         self._intend(*self._intent)
@@ -220,17 +233,6 @@ class _Output:
         if waited > _NOTHING:
             self._counters.blocked(waited)
 
-    def end_of_order(self) -> int:
-        return int(self.channel._core_end_of_order())
-
-    def settle(self) -> None:
-        """Wait until what a dead worker had published is in the order, where recovery puts it."""
-        while self.channel._core_anyone_entering():
-            self.channel.check_peers()
-            if self._control.aborting:
-                raise Stopped
-            time.sleep(_SHORT / 2)
-
 
 def _operator_error(stage: str, error: BaseException, what: str) -> OperatorError:
     made = OperatorError(f"stage {stage!r}: {what}: {type(error).__name__}: {error}")
@@ -256,14 +258,14 @@ class _Chain:
             self.contexts.append(context)
             self.steps.append((stage, _starting(stage, lambda s=stage, c=context: s.part.start(c))))
         last = job.stages[-1] if job.stages else None
-        if last is not None and isinstance(last.part, Sink):
+        if last is not None and isinstance(last.part, Sink) and not _goes_to_caller(last.part):
             self.contexts.append(Context(last.name, job.worker, job.workers, count=loop.counters.add))
             self.sink = _starting(last, lambda: last.part.start(self.contexts[-1]))
             emit = self._guard(last, self.sink.write, None)
         elif last is not None and isinstance(last.part, Router):
             route = _starting(last, lambda: last.part.route(Context(last.name, job.worker, job.workers)))
             emit = self._routing(last, route, loop)
-        self.emits: list[Callable[[Any], None]] = []
+        self.emits: list[_Counted] = []
         for stage, step in reversed(self.steps):
             counts = _Counted(emit)
             self.emits.insert(0, counts)
@@ -271,6 +273,11 @@ class _Chain:
                 self.merge = step
             emit = self._step(stage, step, counts)
         self.process: Callable[[Any], None] = emit
+        self._timed = [
+            (stage, step, emit)
+            for (stage, step), emit in zip(self.steps, self.emits, strict=True)
+            if type(step).deadline is not Step.deadline
+        ]
         self.holder = next((step for stage, step in self.steps if stage.part.holds), None)  # type: ignore[union-attr]
         self.stateful = any(stage.part.stateful for stage, _ in self.steps)  # type: ignore[union-attr]
 
@@ -328,12 +335,14 @@ class _Chain:
             raise StageFailed(_operator_error(stage.name, error, what)) from error
 
     def deadline(self) -> float | None:
-        found = [moment for _, step in self.steps if (moment := step.deadline()) is not None]
+        if not self._timed:
+            return None
+        found = [moment for _, step, _ in self._timed if (moment := step.deadline()) is not None]
         return min(found, default=None)
 
     def tick(self) -> None:
         now = time.monotonic()
-        for (stage, step), emit in zip(self.steps, self.emits, strict=True):
+        for stage, step, emit in self._timed:
             moment = step.deadline()
             if moment is not None and moment <= now:
                 self.call(stage, "it failed at a deadline", lambda s=step, e=emit: s.tick(e))
@@ -366,6 +375,10 @@ class _Chain:
                 self.sink.close()
             except Exception as error:
                 self._loop.control.event("warning", text=f"closing the sink failed: {error!r}")
+
+
+def _goes_to_caller(sink: Sink) -> bool:
+    return isinstance(sink, CollectSink) and sink.items is None
 
 
 class _Counted:
@@ -438,12 +451,14 @@ class SegmentLoop:
             for number, (edge, channel) in enumerate(zip(job.outputs, outputs, strict=True))
         ]
         self._parallel = job.workers > 1
-        self._out = [0, 0, 0]  # results, rows and bytes of the item at work
+        self._is_operator = bool(job.stages) and isinstance(job.stages[0].part, Operator) and not isinstance(job.stages[0].part, Router)
+        self._out_rows = self._out_bytes = 0  # of the results of the item at work
+        self._alone = len(job.stages) == 1
         self._results: list[tuple[int, Any]] | None = None  # of the item at work, where they have to wait
         self._item: tuple[int, int] | None = None  # (input, sequence) that is being processed
         self._emitted = [0] * len(outputs)  # results of that item so far, per output
         self._skip = [0] * len(outputs)  # of them: those that were published before a death
-        self._attempt = 1
+        self._attempt = self._last_attempt = 1
         self._retained: deque[tuple[int, Any]] = deque()  # (sequence, message) of inputs that a holder keeps
         self._passed: list[int] = []
         allocate = self._allocate if len(outputs) == 1 and not self._parallel else None
@@ -455,8 +470,15 @@ class SegmentLoop:
         else:
             self._state = {}
 
+    sent_end = False  # whether those behind have been told that nothing comes any more
+    source: Any = None  # the running source, where there is one
+
     def close(self) -> None:
-        self.chain.close()
+        if not self._closed:
+            self._closed = True
+            self.chain.close()
+
+    _closed = False
 
     # --- results ---
 
@@ -482,9 +504,9 @@ class SegmentLoop:
         self._publish_once(output, item)
 
     def _count(self, item: Any) -> None:
-        self._out[0] += 1
-        self._out[1] += rows_of(item)
-        self._out[2] += nbytes_of(item)
+        rows, size = _measure(item)
+        self._out_rows += rows
+        self._out_bytes += size
 
     def _publish_once(self, output: int, item: Any) -> None:
         """Send a result of a worker with an intent before it."""
@@ -550,6 +572,8 @@ class SegmentLoop:
             raise StageFailed(_operator_error(stage.name, error, f"{_what(stage)} failed")) from error
 
     def _bury(self, stage: Stage, item: Any, error: BaseException, policy: DeadLetterPolicy) -> None:
+        from dsline.dataflow.dead_letters import write_dead_letter  # only where there are any
+
         try:
             write_dead_letter(
                 policy.uri,
@@ -589,6 +613,7 @@ class SegmentLoop:
             self.chain.end_sink(self.job.stages[-1])
         for number in range(len(self._outputs)):
             self._control(number, END, b"", self._behind)
+        self.sent_end = True
         self._release_all()
 
     def _control(self, output: int, kind: int, payload: bytes, done: int) -> None:
@@ -609,7 +634,7 @@ class SegmentLoop:
             if self.control.aborting:
                 raise Stopped
             items = iter(step)
-            while True:
+            while not self.control.stopping:
                 number = self.control.marker()
                 if number is not None:
                     self._mark(number, {"source": step.position()}, sequence)
@@ -632,6 +657,9 @@ class SegmentLoop:
                 self._tick()
                 yield
             self._behind = sequence
+            number = self.control.marker(last=True)
+            if number is not None:
+                self._mark(number, {"source": step.position()}, sequence)
             self._end()
         finally:
             step.close()
@@ -653,7 +681,7 @@ class SegmentLoop:
         marked: dict[int, int] = {}  # input -> number of the checkpoint whose marker it is at
         if self._words is not None:
             self._behind = self._recover()
-        while not all(ended):
+        while not all(ended) and not self._stopped:
             index, message = self._receive([n for n, over in enumerate(ended) if not over and n not in marked])
             if index < 0:
                 self._tick()
@@ -729,7 +757,10 @@ class SegmentLoop:
         finally:
             if self.control.aborting:
                 raise Stopped
+            if self.control.stopping and self.job.inputs[wanted[0] if wanted else 0].external is not None:
+                self._stopped = True
 
+    _stopped = False
     _turn_of: dict[int, int] | None = None
     _clock = 0
 
@@ -773,11 +804,17 @@ class SegmentLoop:
     ) -> None:
         """Push one item through the chain."""
         self._item = (index, sequence)
-        self._emitted = [0] * len(self._outputs)
-        for context in self.chain.contexts:
-            context.attempt = self._attempt - 1
-        self._out = [0, 0, 0]
-        self.counters.begin(sequence, rows_of(item), nbytes_of(item))
+        if self._outputs:
+            self._emitted = [0] * len(self._outputs)
+        if self._attempt != self._last_attempt:
+            self._last_attempt = self._attempt
+            for context in self.chain.contexts:
+                context.attempt = self._attempt - 1
+        self._out_rows = self._out_bytes = 0
+        self.counters.begin(sequence, *_measure(item))
+        first = self.chain.emits[0] if self._is_operator else None
+        if first is not None:
+            first.number = 0
         try:
             if process is None:
                 self.chain.process(item)
@@ -788,12 +825,17 @@ class SegmentLoop:
                     assert stage is not None
                     self.failed(stage, item, error, process)
         finally:
-            self.counters.end(*self._out)
+            number = 1 if first is None else first.number
+            if self._alone:
+                self.counters.end(number, self._out_rows, self._out_bytes)
+            else:
+                self.counters.end(number)
         self._item = None
         self._behind = sequence + 1
-        for output, left in enumerate(self._skip):
-            if left < _WHOLE:
-                self._skip[output] = 0
+        if self._words is not None:
+            for output, left in enumerate(self._skip):
+                if left < _WHOLE:
+                    self._skip[output] = 0
 
     def _finished_with(self, message: Any, index: int) -> None:
         """Commit an input, or keep it for as long as an operator holds rows of it."""
@@ -843,7 +885,6 @@ class SegmentLoop:
         words = self._words
         found = []
         for out in self._outputs:
-            out.settle()
             found.append(out.published_last())
             if found[-1][1] >= 0:
                 words.commit(0, found[-1][1])
@@ -924,10 +965,10 @@ class _TurnTaking:
         loop = self._loop
         while True:
             self._publish_ready()
+            if self._ended and not self._waiting:
+                return
             message = self._receive()
             if message is None:
-                if self._ended and not self._waiting:
-                    return
                 continue
             self._process(message)
             del message
@@ -950,17 +991,21 @@ class _TurnTaking:
                 except BufferEmptyError:
                     self._wait_turn(_SHORT)
                     return None
-            if self._wait_turn(0.05):
+            if self._wait_turn(_TURN):
                 return None
-            # The input whose turn it is may have been given back by a dead worker; everybody may be waiting for it.
-            return self._channel.recv_message(timeout=0)
+            # The input whose turn it is may have been given back by a dead worker, and everybody else may be waiting.
+            turn = self._words.done(0)
+            if self._loop.job.ordered:
+                return self._channel._core_take_between(turn, waiting[0].sequence)
+            sequence = self._words.sequence_of(turn)
+            return None if sequence is None else self._channel._core_take_between(sequence, sequence + 1)
         except BufferEmptyError:
             return None
         except ChannelClosedError:
             self._ended = True
             return None
         finally:
-            if self._loop.control.ended:
+            if self._loop.control.ended or (self._loop.control.stopping and self._loop.job.inputs[0].external is not None):
                 self._ended = True
             if self._loop.control.aborting:
                 raise Stopped
@@ -975,10 +1020,14 @@ class _TurnTaking:
     def _skip_lost(self) -> None:
         """The input whose turn it is may be gone: dropped while it waited, or buried by the channel."""
         done = self._words.done(0)
-        sequence = done if self._loop.job.ordered else self._words.ticket_sequence(done)
+        sequence = done if self._loop.job.ordered else self._words.sequence_of(done)
         if sequence is None or self._channel._core_is_outstanding(sequence):
             return
-        if self._words.done(0) == done and self._words.skip_lost(0, done):
+        # Gone, and not committed: unless a worker died after it had published all of it.
+        outputs = [out.published_last() for out in self._loop._outputs]
+        if any(input == done for _, input in outputs):
+            self._words.commit(0, done + 1)
+        elif self._words.skip_lost(0, done):
             self._loop.counters.add("lost", 1)
 
     def _process(self, message: Any) -> None:
@@ -986,8 +1035,6 @@ class _TurnTaking:
         kind = message._core_kind
         ordered = loop.job.ordered
         if message.redelivered:
-            for out in loop._outputs:
-                out.settle()
             if ordered and sequence < self._words.done(0):
                 loop.counters.add("duplicates", 1)
                 _done(message)
@@ -1016,17 +1063,16 @@ class _TurnTaking:
 
     def _draw(self, finished: _Finished, redelivered: bool) -> None:
         """Take the next place in the order of completion; the end comes when nothing before it is left."""
-        words, worker = self._words, self._loop.job.worker
+        words, is_control = self._words, finished.kind in (END, MARKER)
         found = words.find_ticket(finished.sequence) if redelivered else None
         while found is None:
-            if finished.kind != END or self._channel._core_first_outstanding() == finished.sequence:
-                found = words.draw_ticket(worker, finished.sequence)
+            pause = _SHORT if self._waiting else _TURN
+            found = words.draw_ticket(self._channel, finished.sequence, pause, is_control)
             if found is None:
                 self._publish_ready()
                 self._skip_lost()
                 if self._loop.control.aborting:
                     raise Stopped
-                time.sleep(_SHORT / 2)
         finished.turn = found
 
     def _publish_ready(self) -> None:
@@ -1060,6 +1106,7 @@ class _TurnTaking:
         self._words.commit(0, turn + 1)
         if finished.kind == END:
             self._ended = True
+            loop.sent_end = True
             if loop.job.inputs[0].external is None:
                 self._channel.shutdown()  # wakes the others: nothing comes any more
             else:
@@ -1069,7 +1116,6 @@ class _TurnTaking:
         """How many results of a redelivered input its last holder had published, per output."""
         found = []
         for out in self._loop._outputs:
-            out.settle()
             offset, done = out.published_last()
             found.append(offset if done == turn else 0)
         return found
@@ -1078,7 +1124,16 @@ class _TurnTaking:
         finished.results.clear()
         _done(finished.message)
         if not self._loop.job.ordered:
-            self._words.finished(self._loop.job.worker, finished.turn)
+            self._words.acknowledged()
+
+
+def _measure(item: Any) -> tuple[int, int]:
+    """Rows and bytes of an item; Python objects that are no arrays are not measured."""
+    if type(item) is np.ndarray:
+        return (item.size if item.dtype.names else 1), item.nbytes
+    if isinstance(item, Batch):
+        return rows_of(item), nbytes_of(item)
+    return 1, 0
 
 
 def _done(message: Any) -> None:
