@@ -34,6 +34,7 @@ __all__ = [
     "kind_of_schema",
     "matches",
     "nbytes_of",
+    "own",
     "rows_of",
     "same",
     "schema_from_json",
@@ -524,6 +525,11 @@ def take(item: Any, index: Array) -> Any:
         # take() is several times faster than [] for structures, and not slower for numbers.
         return Batch._of({name: column.take(index) for name, column in item._columns.items()}, len(index))
     return item.take(index)
+
+
+def own(item: Any) -> Any:
+    """Return a copy of the arrays of an item, to be kept for long; an object as it is."""
+    return item.copy() if isinstance(item, np.ndarray | Batch) else item
 
 
 def concatenate(items: Sequence[Any]) -> Any:

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 import dsline
 from dsline import ArraySpec, OperatorError, PipelineBuildError
-from dsline.dataflow import items, merging, operators, ops
+from dsline.dataflow import batching, descriptions, items, merging, operators, ops
+from dsline.dataflow.descriptions import operator_from_json
 from dsline.dataflow.items import Batch, Columns
 from dsline.dataflow.operator import Context
-from dsline.dataflow.operators import operator_from_json
 from dsline.expressions import Expression
 
 RECORD = np.dtype([("t", "f4"), ("n", "i8"), ("ok", "?")])
@@ -379,6 +379,7 @@ class Uncallable:
         (lambda: ops.merge(2, order="zip", idle=1), "idle="),
         (lambda: operator_from_json({"op": "explode"}), "no operator 'explode'.*batch"),
         (lambda: operator_from_json({"op": "batch", "length": 3}), "no 'length'.*size"),
+        (lambda: operator_from_json({"op": "batch"}), "needs 'size'"),
         (lambda: operator_from_json({"op": "map", "function": {"function": "os:nothing"}}), "nothing"),
         (lambda: ops.map(lambda item: item).to_json(), "lambda"),
         (lambda: ops.map(Adder(3)).to_json(), "Adder"),
@@ -514,7 +515,8 @@ def test_every_operator_is_written_and_read():
     kinds = {operator.kind for operator in EVERY}
     mine = {
         cls.kind
-        for _, cls in inspect.getmembers(operators, inspect.isclass)
+        for module in (operators, batching)
+        for _, cls in inspect.getmembers(module, inspect.isclass)
         if dataclasses.is_dataclass(cls) and hasattr(cls, "kind")
     }
     assert kinds == mine
@@ -527,6 +529,16 @@ def test_every_operator_is_written_and_read():
         assert operator.describe().split()[0] in (operator.kind, "filter", "map_batches", "filter_batches")
         with pytest.raises(dataclasses.FrozenInstanceError):
             operator.kind = 3
+
+
+def test_windows_and_keys_are_written_and_read():
+    for operator in (
+        ops.key_by("sensor", partitions=3),
+        ops.window(dsline.tumbling("10s", time="ts"), n=dsline.agg.count()),
+    ):
+        again = operator_from_json(json.loads(json.dumps(operator.to_json())))
+        assert again.describe() == operator.describe()
+        assert again.to_json() == operator.to_json()
 
 
 def test_the_public_names():
@@ -549,7 +561,7 @@ def test_the_public_names():
     ],
 )
 def test_durations(given, seconds):
-    assert operators.parse_seconds(given, "it") == pytest.approx(seconds)
+    assert descriptions.parse_seconds(given, "it") == pytest.approx(seconds)
 
 
 # --- expressions --------------------------------------------------------------------------------------------------------
@@ -796,7 +808,7 @@ class Clock:
 
 def test_linger():
     clock = Clock()
-    step = operators.GatherStep(ops.batch(3, linger=0.5), context(), clock)
+    step = batching.GatherStep(ops.batch(3, linger=0.5), context(), clock)
     out = []
     assert step.deadline() is None
     step.process(1, out.append)
@@ -988,7 +1000,7 @@ def test_items_that_are_done_with():
 
 def limited(clock, **more):
     where = context()
-    step = operators.RateLimitStep(ops.rate_limit(**more), where, clock, clock.sleep)
+    step = batching.RateLimitStep(ops.rate_limit(**more), where, clock, clock.sleep)
     return step, where
 
 
