@@ -182,7 +182,7 @@ class StageStats:
         Items per second since the earlier look.
     busy, starved, blocked : float
         Shares of that time, 0 to 1 and a mean per worker: working, waiting for input, waiting for room in the output. Of
-        several stages in one segment the first is the one that is starved, the last the one that is blocked.
+        several stages in one segment the first is the one that is starved.
     p50_ns, p90_ns, p99_ns, max_ns : int
         Time per item since the start. Percentiles are at most 23 % off.
     errors, skipped, retried, dead_letters : int
