@@ -29,9 +29,11 @@ from dsline._cpp.channel cimport (
     AfterPublishKeep, AfterPublishLetGo, CppAfterPublish, CppLoan, CppOnDeath, CppOnStale, CppOpenMode, CppPlace,
     CppReceived, CppReport, CppStart, CppSubscribeOptions, Outcome,
     OutcomeClosed, OutcomeCorrupted, OutcomeDropped, OutcomeEmpty, OutcomeNotSynced, OutcomeOk, OutcomeTimedOut,
-    channel_directory as cpp_channel_directory, kArrayMessage, kBytesMessage, kObjectMessage,
+    channel_directory as cpp_channel_directory, kArrayMessage, kBytesMessage, kEndMessage,
+    kGapMessage, kObjectMessage,
     list_channels as cpp_list_channels,
 )
+from dsline._cpp.crc32c cimport crc32c as cpp_crc32c
 from dsline._cpp.error cimport kErrorCodeCount
 from dsline._cpp.expression cimport (
     CppColumnView, CppElementType, CppExpressionOp, CppExpressionProgram, CppExpressionStep, CppRowsToKeep, byte,
@@ -431,6 +433,11 @@ cdef class Message:
     def nbytes(self):
         """Bytes of payload."""
         return self._open()._nbytes
+
+    @property
+    def _core_kind(self):
+        """0 bytes, 1 array, 2 object; of a control frame 16 end, 17 marker, 18 watermark, 19 gap."""
+        return self._open()._kind
 
     def array(self, *, copy=False):
         """Return the array that was sent.
@@ -1005,9 +1012,16 @@ cdef class Receiver:
         return message.sequence, PyMemoryView_FromObject(shown(self, self._lease(message), message))
 
     def recv_message(self, *, timeout=DEFAULT):
-        """Receive the next message with all that came with it: a `Message`. As `recv` otherwise."""
+        """Receive the next message with all that came with it: a `Message`. As `recv` otherwise.
+
+        Notes
+        -----
+        This call alone also gives out the control frames that a pipeline sends, as messages whose payload is bytes. The other
+        receiving calls release one that they meet and go on to the next message, with the whole `timeout` again; the frame
+        that says that a stream has ended raises ChannelClosedError there, once, and so ends an iteration.
+        """
         cdef CppReceived message
-        self._receive(message, timeout)
+        self._receive_any(message, timeout)
         cdef Message out = Message.__new__(Message)
         self._fill(out, message)
         if must_copy(self):
@@ -1056,6 +1070,9 @@ cdef class Receiver:
             if outcome == OutcomeCorrupted:
                 self._deferred = self._corrupted_error(message)
             if outcome != OutcomeOk:
+                break
+            if message.kind >= kEndMessage:
+                self._cpp.put_back(message)
                 break
             try:
                 lease = self._lease(message)
@@ -1116,6 +1133,18 @@ cdef class Receiver:
             raise StopIteration from None
 
     cdef int _receive(self, CppReceived& message, object timeout) except -1:
+        """Takes the next message that is no control frame, or raises."""
+        self._receive_any(message, timeout)
+        while message.kind >= kEndMessage:
+            self._cpp.release(message.slot, message.process, message.group)
+            if message.kind == kEndMessage:
+                raise ChannelClosedError(
+                    f"the stream in channel '{self._label()}' has ended: whoever sent it has sent its end; what others send can "
+                    "still be received")
+            self._receive_any(message, timeout)
+        return 0
+
+    cdef int _receive_any(self, CppReceived& message, object timeout) except -1:
         """Takes the next message, or raises."""
         cdef Outcome outcome
         cdef int64_t deadline
@@ -1225,7 +1254,7 @@ cdef class Receiver:
         lease._kind = message.kind
         if message.kind == kArrayMessage:
             lease._layout = self._layout_of(message)
-        if self._schema is not None:
+        if self._schema is not None and message.kind < kEndMessage:
             self._check_schema(lease._layout, message)
         self._handle.received += 1
         self._handle.bytes_received += message.payload_bytes
@@ -1320,6 +1349,23 @@ cdef class Receiver:
                 f"the message is not marked with encoding {encoding!r}; it stays in the channel: use recv(), recv_array() or "
                 "recv_message()")
         return out
+
+    # --- how far the channel is, see Channel in channel.hpp --------------------------------------------------------
+
+    def _core_anyone_entering(self):
+        """Whether another handle has committed a message that may have no place in the order yet."""
+        require_open(self)
+        return self._cpp.anyone_entering()
+
+    def _core_end_of_order(self):
+        """Sequence of the next message to be sent; exact while nobody sends."""
+        require_open(self)
+        return self._cpp.end_of_order()
+
+    def _core_is_outstanding(self, uint64_t sequence):
+        """Whether the group has not finished with a message, or it is not sent yet."""
+        require_open(self)
+        return self._cpp.is_outstanding(sequence)
 
     # --- dead letters, the newest message ------------------------------------------------------------------------
 
@@ -2257,6 +2303,19 @@ cdef class Channel(Receiver):
         self._between_slices()
         return 0
 
+    def _core_send_control(self, int kind, payload, timeout):
+        """Send a control frame of `Message._core_kind` 16 to 19, past the channel's spec. As `send` otherwise."""
+        cdef Py_buffer view
+        require_open(self)
+        check_timeout(timeout)
+        if not kEndMessage <= kind <= kGapMessage:
+            raise InvalidArgumentError(f"the kind of a control frame is {kind}, must be {kEndMessage} to {kGapMessage}")
+        PyObject_GetBuffer(payload, &view, PyBUF_C_CONTIGUOUS)
+        try:
+            return self._send_frame(view.buf, view.len, kind, None, 0, timeout)
+        finally:
+            PyBuffer_Release(&view)
+
     def _core_send_filled(self, uint64_t size, fill, dict meta, timeout):
         """Let `fill(window)` write a message of at most `size` bytes straight into its slot; it returns how many it wrote."""
         cdef CppLoan loan
@@ -2411,6 +2470,23 @@ def remove_channel(str path not None, int64_t age_ns, bint even_with_messages, b
     with nogil:
         removal = <int> CppChannel.remove_channel(place, age_ns, even_with_messages, dry)
     return removal
+
+
+def crc32c(buffer, uint32_t seed=0):
+    """CRC-32C (Castagnoli) of a C-contiguous buffer, continued from `seed`: ``crc32c(b, crc32c(a))`` is that of ``a + b``.
+
+    Does not copy. Releases the GIL for 64 KiB and more.
+    """
+    cdef Py_buffer view
+    cdef uint32_t crc
+    PyObject_GetBuffer(buffer, &view, PyBUF_C_CONTIGUOUS)
+    if view.len < NOGIL_COPY_BYTES:
+        crc = cpp_crc32c(view.buf, view.len, seed)
+    else:
+        with nogil:
+            crc = cpp_crc32c(view.buf, view.len, seed)
+    PyBuffer_Release(&view)
+    return crc
 
 
 cdef str as_text(const string& text):

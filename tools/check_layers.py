@@ -40,6 +40,7 @@ CPP_LAYERS: dict[str, frozenset[str]] = {
             "liveness",
             "dsline/channel.hpp",
             "dsline/build.hpp",
+            "dsline/crc32c.hpp",
             "dsline/tally.hpp",
             "dsline/watch.hpp",
         }

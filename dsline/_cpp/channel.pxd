@@ -45,6 +45,8 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
     const int kBytesMessage
     const int kArrayMessage
     const int kObjectMessage
+    const int kEndMessage
+    const int kGapMessage
 
     cdef cppclass CppChannelOptions "dsline::ChannelOptions":
         uint32_t capacity
@@ -255,6 +257,12 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         cbool is_unchanged(const CppReceived&) noexcept
         uint64_t payload_offset(const CppReceived&) noexcept
         Outcome wait_for_newer(cbool, uint64_t, int64_t, cbool) except +raise_current_error
+
+        cbool anyone_entering() noexcept
+        uint64_t end_of_order() noexcept
+        cbool is_outstanding(uint64_t) noexcept
+        cbool anything_outstanding_before(uint64_t) noexcept
+        cbool any_control_before(uint64_t) noexcept
 
         Outcome wait_for_space(int64_t, cbool) except +raise_current_error
         Outcome wait_for_message(int64_t, cbool) except +raise_current_error

@@ -7,7 +7,7 @@ import re
 from typing import Any, Final
 
 from dsline.dataflow.policies import Policy, parse_policy
-from dsline.dataflow.processes import Restart
+from dsline.dataflow.restart import Restart
 from dsline.errors import PipelineBuildError
 
 __all__ = ["FULL", "StageOptions", "parse_bytes"]

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from dsline.dataflow import ops
 from dsline.dataflow.operator import Operator, Router, Sink, Source
-from dsline.dataflow.operators import Merge
+from dsline.dataflow.operators import Merge, parse_seconds
 from dsline.dataflow.options import StageOptions, parse_bytes
 from dsline.dataflow.plan import CheckpointOptions, Part, Plan, Stage
-from dsline.dataflow.sinks import Collect, SinkTo, parse_sink
+from dsline.dataflow.sinks import CollectSink, SinkOptions, parse_sink
 from dsline.dataflow.sources import parse_source
-from dsline.dataflow.windows import parse_duration
 from dsline.errors import PipelineBuildError, PipelineError
 
 if TYPE_CHECKING:
@@ -334,7 +333,7 @@ class Pipeline:
         every : float or str
             Seconds, or a text like "500ms".
         """
-        seconds = parse_duration(every, "every")
+        seconds = parse_seconds(every, "every")
         made = self._with(self._tail)
         object.__setattr__(made, "_checkpoint", CheckpointOptions(str(directory), seconds))
         return made
@@ -385,8 +384,8 @@ class Pipeline:
                 raise PipelineBuildError(
                     f"pipeline {self._name!r} ends without a sink; add .sink(...), or use .collect() or iterate over it"
                 )
-            sinks = (*sinks, _Node(Collect(), StageOptions(), (self._tail,)))
-        elif collect and not any(isinstance(node.part, Collect) for node in sinks):
+            sinks = (*sinks, _Node(CollectSink(None), StageOptions(), (self._tail,)))
+        elif collect and not any(isinstance(node.part, CollectSink) for node in sinks):
             raise PipelineBuildError(f"pipeline {self._name!r} ends with a sink: there is nothing to collect; use .run()")
         nodes: dict[_Node, int] = {}
         for sink in sinks:

@@ -14,10 +14,11 @@ from typing import Any, TypeAlias
 
 from dsline.dataflow.drawing import mermaid, svg
 from dsline.dataflow.operator import Operator, Router, Schema, Sink, Source
-from dsline.dataflow.operators import KeyBy, Merge, operator_from_json
+from dsline.dataflow.operators import Merge, operator_from_json
 from dsline.dataflow.options import StageOptions, parse_bytes
 from dsline.dataflow.sinks import sink_from_json
 from dsline.dataflow.sources import ChannelSource, source_from_json
+from dsline.dataflow.windows import KeyBy
 from dsline.errors import DslineError, PipelineBuildError
 from dsline.specs import ArraySpec
 
@@ -292,7 +293,7 @@ class Plan:
                         [self.stages[origin].name, output] if output else self.stages[origin].name
                         for origin, output in stage.inputs
                     ],
-                    **_of(stage, stage.part.to_json),
+                    "part": _of(stage, stage.part.to_json),
                     "options": stage.options.to_json(),
                 }
                 for stage in self.stages
@@ -342,7 +343,7 @@ def _stages_from_json(entries: list[dict[str, Any]]) -> list[Stage]:
                 raise PipelineBuildError(f"stage {name!r}: its input {origin!r} is no stage of the plan")
             inputs.append((numbers[origin], output))
         try:
-            part = _part_from_json(entry)
+            part = _part_from_json(entry["part"])
             options = StageOptions.parse({**entry.get("options", {}), "name": name})
         except PipelineBuildError as error:
             raise _in_stage(name, error) from error

@@ -323,3 +323,86 @@ def test_recv_array_of_bytes_keeps_the_message(channel):
     sequence, view = channel.recv_with_seq()
     assert (sequence, bytes(view)) == (0, b"bytes")
     np.testing.assert_array_equal(channel.recv_array(), [0, 1, 2])
+
+
+# --- control frames, and how far the channel is ---------------------------------------------------------------------------
+
+
+def test_recv_message_gives_out_control_frames(channel):
+    assert channel._core_send_control(17, b"3", 1)
+    channel.send(b"plain")
+    channel.send_object({"a": 1})
+    with channel.recv_message(timeout=1) as marker:
+        assert (marker._core_kind, bytes(marker.payload), marker.object()) == (17, b"3", b"3")
+        assert marker.sequence == 0
+    with channel.recv_message(timeout=1) as message:
+        assert message._core_kind == 0
+    with channel.recv_message(timeout=1) as message:
+        assert message._core_kind == 2
+
+
+@pytest.mark.parametrize("receive", ["recv", "recv_bytes", "recv_object", "recv_with_seq", "recv_many"])
+def test_other_calls_skip_control_frames(channel, receive):
+    for kind in (17, 18, 19):
+        channel._core_send_control(kind, b"not for you", 1)
+    channel.send(b"data")
+    arguments = (4,) if receive == "recv_many" else ()
+    received = getattr(channel, receive)(*arguments, timeout=1)
+    if receive == "recv_with_seq":
+        assert received[0] == 3
+    received = received[-1] if receive in ("recv_many", "recv_with_seq") else received
+    assert bytes(received) == b"data"
+    del received
+    with pytest.raises(dsline.BufferEmptyError):
+        channel.recv_nowait()
+    assert channel.stats().pinned_slots == 0
+
+
+def test_the_end_of_a_stream_ends_an_iteration_once(channel):
+    channel.send(b"1")
+    channel._core_send_control(16, b"", 1)
+    channel.send(b"2")
+    assert [bytes(view) for view in channel] == [b"1"]
+    assert bytes(channel.recv(timeout=0)) == b"2"
+    channel._core_send_control(16, b"", 1)
+    with pytest.raises(dsline.ChannelClosedError, match="has ended"):
+        channel.recv(timeout=0)
+
+
+def test_recv_many_and_recv_batch_leave_a_control_frame_for_the_next_call(channel):
+    channel.send(np.arange(3))
+    channel._core_send_control(16, b"", 1)
+    assert len(channel.recv_many(4, timeout=0)) == 1
+    with pytest.raises(dsline.ChannelClosedError, match="has ended"):
+        channel.recv_many(4, timeout=0)
+    channel.send(np.arange(3))
+    channel._core_send_control(16, b"", 1)
+    assert len(channel.recv_batch(4, timeout=0)) == 1
+    with pytest.raises(dsline.ChannelClosedError, match="has ended"):
+        channel.recv_batch(4, timeout=0)
+
+
+def test_a_control_frame_passes_a_channel_with_a_spec(make_channel):
+    with make_channel(spec=dsline.ArraySpec((3,), "f4")) as channel:
+        channel._core_send_control(17, b"7", 1)
+        channel.send(np.ones(3, "f4"))
+        assert channel.recv_message(timeout=0)._core_kind == 17
+        assert channel.recv_array(timeout=0).sum() == 3
+
+
+@pytest.mark.parametrize("kind", [-1, 0, 2, 15, 20, 256 + 16])
+def test_other_kinds_are_no_control_frames(channel, kind):
+    with pytest.raises(ValueError, match="kind of a control frame"):
+        channel._core_send_control(kind, b"", 1)
+
+
+def test_how_far_a_channel_is(channel):
+    assert (channel._core_end_of_order(), channel._core_anyone_entering()) == (0, False)
+    channel.send(b"1")
+    assert channel._core_end_of_order() == 1
+    assert channel._core_is_outstanding(0)
+    message = channel.recv_message()
+    assert channel._core_is_outstanding(0)
+    message.release()
+    assert not channel._core_is_outstanding(0)
+    assert channel._core_is_outstanding(1), "not sent yet"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import dsline
+from dsline import _core
 from dsline.testing import unique_name
 
 RECEIVER = """
@@ -106,3 +107,13 @@ def test_two_processes_exchange_arrays():
                 error = process.stderr.read()
             assert error == ""
     assert not {there, back} & set(dsline._core.list_names())
+
+
+def test_crc32c_continues_and_takes_any_contiguous_buffer():
+    assert _core.crc32c(b"123456789") == 0xE3069283  # the check value of CRC-32C
+    assert _core.crc32c(b"6789", _core.crc32c(b"12345")) == 0xE3069283
+    large = np.arange(100_000, dtype=np.int64)
+    assert _core.crc32c(large) == _core.crc32c(large[1:], _core.crc32c(large[:1]))
+    assert _core.crc32c(b"", 7) == 7
+    with pytest.raises(ValueError, match="contiguous"):
+        _core.crc32c(large[::2])

@@ -46,6 +46,11 @@ enum class OpenMode : int { OpenOrCreate = 0, Create = 1, Open = 2 };
 inline constexpr int kBytesMessage = 0;
 inline constexpr int kArrayMessage = 1;
 inline constexpr int kObjectMessage = 2;
+/// Frames that control a dataflow. From here on up.
+inline constexpr int kEndMessage = 16;
+inline constexpr int kMarkerMessage = 17;
+inline constexpr int kWatermarkMessage = 18;
+inline constexpr int kGapMessage = 19;
 
 /// 0 and -1 mean "not given": the default where a channel is created, whatever it has where it is opened.
 struct ChannelOptions {
@@ -374,6 +379,25 @@ class Channel {
   MemoryUse memory_use() const noexcept;
   /// Gives back the memory that free slots have beyond `slot_size`.
   void trim() noexcept;
+
+  // --- how far the channel is, for who commits a stage (stage_words.hpp) --------------------------------------------
+
+  /// Whether another participant has committed a message that may not have its place in the order yet.
+  ///
+  /// After the death of the only participant that may publish, and until the next one may: false means that the end of the
+  /// order is final. The dead one executes nothing any more, and the kernel drops its locks after its last store, so
+  /// whoever saw one of them dropped sees here whether it had committed a message. If so it is in the order once
+  /// check_peers() has recovered the dead one, here or in another process; if not, it never will be.
+  bool anyone_entering() const noexcept;
+  /// Sequence of the next message to be sent; exact while nobody sends.
+  std::uint64_t end_of_order() const noexcept;
+  /// Whether the group of this handle is still to get or to release the message, or it is not sent yet. False once it was
+  /// released, dropped, or became a dead letter; it stays false unless a dead letter is revived. Looks at every slot.
+  bool is_outstanding(std::uint64_t sequence) const noexcept;
+  /// Whether any message before `sequence` is outstanding.
+  bool anything_outstanding_before(std::uint64_t sequence) const noexcept;
+  /// The same of the control frames alone. Requires: the message of that sequence has been received.
+  bool any_control_before(std::uint64_t sequence) const noexcept;
 
   // --- waiting ---------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@
 #include "channel/directory.hpp"
 #include "channel/impl.hpp"
 #include "dsline/build.hpp"
+#include "dsline/crc32c.hpp"
 
 namespace dsline {
 
@@ -113,6 +114,10 @@ std::string Channel::path() const { return impl_->path; }
 int Channel::descriptor() const noexcept { return impl_->region->storage().descriptor(); }
 
 const char* crc32c_backend() noexcept { return base::crc32c_backend(); }
+
+std::uint32_t crc32c(const void* data, std::size_t size, std::uint32_t crc) noexcept {
+  return base::crc32c(data, size, crc);
+}
 
 std::string Channel::uuid() const {
   std::array<unsigned char, 16> id{};

@@ -24,7 +24,8 @@ namespace dsline {
 
 inline constexpr std::int64_t kSliceNs = 50'000'000;
 
-/// One handle: sending.cpp, receiving.cpp, placing.cpp, waiting.cpp, ending.cpp and report.cpp hold its parts.
+/// One handle: sending.cpp, receiving.cpp, placing.cpp, progress.cpp, waiting.cpp, ending.cpp and report.cpp hold its
+/// parts.
 ///
 /// Threads: `me` and `group` change only when a forked child registers anew, before any other thread of the child may
 /// call. The mutexes guard slow paths; a forked child gets new ones, since a thread that is not there may have held the
@@ -141,6 +142,13 @@ struct Channel::Impl {
   bool try_withdraw(const Place& place) noexcept;
   std::uint32_t discard_older(std::int64_t before_ns) noexcept;
   MemoryUse memory_use() const noexcept;
+
+  // --- progress.cpp ---
+  bool anyone_entering() const noexcept;
+  template <class Wanted>
+  bool any_outstanding(Wanted wanted) const noexcept;
+  bool is_outstanding(std::uint64_t sequence) const noexcept;
+  bool anything_before(std::uint64_t sequence, bool control) const noexcept;
 
   // --- waiting.cpp ---
   class Sleeper;

@@ -42,6 +42,17 @@ class OrderRing {
 
   std::uint64_t tail_guess() const noexcept { return region_->order().tail.load(std::memory_order_acquire); }
 
+  /// The position that the next message will get; exact while nobody enters one. All messages before it are visible.
+  std::uint64_t end() const noexcept {
+    const std::uint64_t cells = region_->geometry().order_cells;
+    for (;;) {
+      const std::uint64_t hint = tail_guess();
+      std::uint64_t t = hint;
+      for (std::uint64_t i = 0; i < cells && cell(t).ahead_of(t) == 0; ++i) t = slots::next_position(t);
+      if (cell(t).ahead_of(t) < 0 || tail_guess() == hint) return t;  // else lapped while this process stood still
+    }
+  }
+
   struct Entered {
     std::uint64_t position;
     std::uint64_t hint;  ///< the tail that the walk started from
