@@ -305,7 +305,7 @@ class PipelineStats:
     name : str
         Of the pipeline.
     state : str
-        "running", "draining", "done" or "failed".
+        "running", "draining", "finished", "stopped", "aborted" or "failed".
     seconds, interval : float
         Since the start, and since the earlier look that rates and shares speak of.
     stages : tuple of StageStats
