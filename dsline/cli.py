@@ -531,6 +531,59 @@ def bench_shm(
         click.echo(f"{label + ':':<12}{value}")
 
 
+@bench_group.command(name="pipeline")
+@click.option(
+    "--count", type=click.IntRange(10, 10**8), default=50_000, show_default=True, help="Items of each run."
+)
+@click.option(
+    "--batch", type=click.IntRange(1, 10**6), default=256, show_default=True, help="Rows of a batch."
+)
+@click.option(
+    "--work",
+    type=click.FloatRange(1, 1e6),
+    default=200.0,
+    show_default=True,
+    metavar="MICROSECONDS",
+    help="How long the workers of the scaling part work on an item.",
+)
+@_as_json
+def bench_pipeline(count: int, batch: int, work: float, as_json: bool) -> None:
+    """Measure empty stages of a pipeline, and two workers against one."""
+    from dsline.dataflow import bench
+
+    with _progress_bar() as progress:
+        result = bench.pipeline(count, batch=batch, work_us=work, progress=progress)
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=2))
+        return
+    machine = result.environment
+    rows = [
+        (
+            "in process",
+            f"{result.pipeline_ns_per_item:,.0f} ns per item for source, one empty stage and sink",
+        ),
+        (
+            "one stage",
+            f"{result.stage_ns_per_item:,.0f} ns per item, {result.stage_ns_per_batch:,.0f} ns per batch of "
+            f"{result.batch:,} rows",
+        ),
+        (
+            "in a worker",
+            f"{result.process_ns_per_item:,.0f} ns per item, {result.process_ns_per_batch:,.0f} ns per batch: two channels",
+        ),
+        (
+            "scaling",
+            f"{result.items_per_second[1]:,.0f} items/s with 1 worker, {result.items_per_second[2]:,.0f} with 2 "
+            f"({result.scaling:.2f} times), {result.work_us:,.0f} us of work per item",
+        ),
+        ("checked", result.check),
+        ("machine", f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['kernel']}"),
+        ("software", f"dsline {machine['dsline']}, {machine['python']}, NumPy {machine['numpy']}"),
+    ]
+    for label, value in rows:
+        click.echo(f"{label + ':':<13}{value}")
+
+
 @cli.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
