@@ -141,7 +141,7 @@ class StageOptions:
             if field.name == "on_error":
                 if self.policy != parse_policy("raise"):
                     plain["on_error"] = self.policy.to_json()
-            elif value != field.default:
+            elif value != field.default and field.name != "name":
                 plain[field.name] = dataclasses.asdict(value) if field.name == "restart" else value
         return plain
 

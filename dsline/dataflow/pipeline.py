@@ -315,9 +315,10 @@ class Pipeline:
         **options
             Options of the sink and stage options.
         """
-        if isinstance(target, SinkTo):
-            options = {**target.options, **options}
-            target = target.target
+        if isinstance(target, SinkOptions):
+            given = {"full": target.full, "queue": target.queue, "name": target.name}
+            options = {**{name: value for name, value in given.items() if value is not None}, **options}
+            target = target.sink
         stage, own = _split(options)
         part = target if isinstance(target, Sink) and not own else parse_sink(target, **own)
         node = _Node(part, stage, (self._end("a sink"),))

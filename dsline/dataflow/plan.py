@@ -68,7 +68,8 @@ class Stage:
     def outputs(self) -> int:
         if isinstance(self.part, Sink):
             return 0
-        return len(self.part.outputs) if isinstance(self.part, Router) else 1
+        # The partitions of keys go to one stage, which runs once for each.
+        return len(self.part.outputs) if isinstance(self.part, Router) and not isinstance(self.part, KeyBy) else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,7 +390,7 @@ def _with_names(stages: Sequence[Stage]) -> list[Stage]:
                 number += 1
                 name = f"{stage.name}-{number}"
             taken.add(name)
-            stage = dataclasses.replace(stage, name=name)
+            stage = dataclasses.replace(stage, name=name, options=dataclasses.replace(stage.options, name=name))
         named.append(stage)
     return named
 

@@ -18,7 +18,6 @@ import numpy as np
 from dsline import _core
 from dsline.channel import ShmChannel
 from dsline.dataflow import callables, worker
-from dsline.dataflow.checkpoints import Store
 from dsline.dataflow.counters import EdgeStats, PipelineCounters, PipelineStats, SegmentPages
 from dsline.dataflow.items import Batch
 from dsline.dataflow.operator import Sink, Source
@@ -179,7 +178,7 @@ class _Execution:
         self._states: dict[int, dict[int, bytes]] = {}
         self._next_marker = 1
         self._next_checkpoint = time.monotonic()
-        self._store: Store | None = None
+        self._store: Any = None
         self._manifest: Any = None
         self._ended_sources: set[int] = set()
         self._open_checkpoints(resume)
@@ -586,6 +585,8 @@ class _Execution:
             if resume:
                 raise PipelineBuildError("resume=True needs .checkpoint(directory) in the pipeline")
             return
+        from dsline.dataflow.checkpoints import Store
+
         self._store = Store(options.directory)
         if resume:
             self._manifest = self._store.newest(self.plan.fingerprint)

@@ -23,11 +23,11 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from dsline.dataflow.counters import WorkerCounters
-from dsline.dataflow.dead_letters import write_dead_letter
 from dsline.dataflow.items import nbytes_of, rows_of
 from dsline.dataflow.operator import Context, MergeStep, Operator, Router, Sink, Source, Step
 from dsline.dataflow.plan import AHEAD, Edge, Stage
 from dsline.dataflow.policies import DeadLetterPolicy, Retry, Skip, parse_policy
+from dsline.dataflow.sinks import CollectSink
 from dsline.errors import BufferEmptyError, BufferFullError, ChannelClosedError, DslineError, OperatorError, PipelineRuntimeError
 from dsline.waiting import wait
 
@@ -60,11 +60,14 @@ class Control(Protocol):
 
     def event(self, kind: str, **data: Any) -> None: ...
     def ask(self, kind: str, **data: Any) -> Any: ...
-    def marker(self) -> int | None:
-        """Number of a checkpoint that a source shall begin now."""
+    def marker(self, last: bool = False) -> int | None:
+        """Number of a checkpoint that a source shall begin now; `last`: it is at its end."""
     def report_state(self, number: int, segment: int, state: bytes) -> None: ...
     @property
     def aborting(self) -> bool: ...
+    @property
+    def stopping(self) -> bool:
+        """Whether sources shall give nothing more."""
     @property
     def ended(self) -> bool:
         """Whether another worker of the segment has found the end of the input."""
@@ -256,14 +259,14 @@ class _Chain:
             self.contexts.append(context)
             self.steps.append((stage, _starting(stage, lambda s=stage, c=context: s.part.start(c))))
         last = job.stages[-1] if job.stages else None
-        if last is not None and isinstance(last.part, Sink):
+        if last is not None and isinstance(last.part, Sink) and not _goes_to_caller(last.part):
             self.contexts.append(Context(last.name, job.worker, job.workers, count=loop.counters.add))
             self.sink = _starting(last, lambda: last.part.start(self.contexts[-1]))
             emit = self._guard(last, self.sink.write, None)
         elif last is not None and isinstance(last.part, Router):
             route = _starting(last, lambda: last.part.route(Context(last.name, job.worker, job.workers)))
             emit = self._routing(last, route, loop)
-        self.emits: list[Callable[[Any], None]] = []
+        self.emits: list[_Counted] = []
         for stage, step in reversed(self.steps):
             counts = _Counted(emit)
             self.emits.insert(0, counts)
@@ -368,6 +371,10 @@ class _Chain:
                 self._loop.control.event("warning", text=f"closing the sink failed: {error!r}")
 
 
+def _goes_to_caller(sink: Sink) -> bool:
+    return isinstance(sink, CollectSink) and sink.items is None
+
+
 class _Counted:
     """Hands items on and counts them."""
 
@@ -438,6 +445,7 @@ class SegmentLoop:
             for number, (edge, channel) in enumerate(zip(job.outputs, outputs, strict=True))
         ]
         self._parallel = job.workers > 1
+        self._is_operator = bool(job.stages) and isinstance(job.stages[0].part, Operator) and not isinstance(job.stages[0].part, Router)
         self._out = [0, 0, 0]  # results, rows and bytes of the item at work
         self._results: list[tuple[int, Any]] | None = None  # of the item at work, where they have to wait
         self._item: tuple[int, int] | None = None  # (input, sequence) that is being processed
@@ -455,8 +463,15 @@ class SegmentLoop:
         else:
             self._state = {}
 
+    sent_end = False  # whether those behind have been told that nothing comes any more
+    source: Any = None  # the running source, where there is one
+
     def close(self) -> None:
-        self.chain.close()
+        if not self._closed:
+            self._closed = True
+            self.chain.close()
+
+    _closed = False
 
     # --- results ---
 
@@ -550,6 +565,8 @@ class SegmentLoop:
             raise StageFailed(_operator_error(stage.name, error, f"{_what(stage)} failed")) from error
 
     def _bury(self, stage: Stage, item: Any, error: BaseException, policy: DeadLetterPolicy) -> None:
+        from dsline.dataflow.dead_letters import write_dead_letter  # only where there are any
+
         try:
             write_dead_letter(
                 policy.uri,
@@ -589,6 +606,7 @@ class SegmentLoop:
             self.chain.end_sink(self.job.stages[-1])
         for number in range(len(self._outputs)):
             self._control(number, END, b"", self._behind)
+        self.sent_end = True
         self._release_all()
 
     def _control(self, output: int, kind: int, payload: bytes, done: int) -> None:
@@ -609,7 +627,7 @@ class SegmentLoop:
             if self.control.aborting:
                 raise Stopped
             items = iter(step)
-            while True:
+            while not self.control.stopping:
                 number = self.control.marker()
                 if number is not None:
                     self._mark(number, {"source": step.position()}, sequence)
@@ -632,6 +650,9 @@ class SegmentLoop:
                 self._tick()
                 yield
             self._behind = sequence
+            number = self.control.marker(last=True)
+            if number is not None:
+                self._mark(number, {"source": step.position()}, sequence)
             self._end()
         finally:
             step.close()
@@ -653,7 +674,7 @@ class SegmentLoop:
         marked: dict[int, int] = {}  # input -> number of the checkpoint whose marker it is at
         if self._words is not None:
             self._behind = self._recover()
-        while not all(ended):
+        while not all(ended) and not self._stopped:
             index, message = self._receive([n for n, over in enumerate(ended) if not over and n not in marked])
             if index < 0:
                 self._tick()
@@ -729,7 +750,10 @@ class SegmentLoop:
         finally:
             if self.control.aborting:
                 raise Stopped
+            if self.control.stopping and self.job.inputs[wanted[0] if wanted else 0].external is not None:
+                self._stopped = True
 
+    _stopped = False
     _turn_of: dict[int, int] | None = None
     _clock = 0
 
@@ -778,6 +802,9 @@ class SegmentLoop:
             context.attempt = self._attempt - 1
         self._out = [0, 0, 0]
         self.counters.begin(sequence, rows_of(item), nbytes_of(item))
+        first = self.chain.emits[0] if self._is_operator else None
+        if first is not None:
+            first.number = 0
         try:
             if process is None:
                 self.chain.process(item)
@@ -788,7 +815,8 @@ class SegmentLoop:
                     assert stage is not None
                     self.failed(stage, item, error, process)
         finally:
-            self.counters.end(*self._out)
+            number = 1 if first is None else first.number
+            self.counters.end(number, *(self._out[1:] if len(self.job.stages) == 1 else ()))
         self._item = None
         self._behind = sequence + 1
         for output, left in enumerate(self._skip):
@@ -960,7 +988,7 @@ class _TurnTaking:
             self._ended = True
             return None
         finally:
-            if self._loop.control.ended:
+            if self._loop.control.ended or (self._loop.control.stopping and self._loop.job.inputs[0].external is not None):
                 self._ended = True
             if self._loop.control.aborting:
                 raise Stopped
@@ -1060,6 +1088,7 @@ class _TurnTaking:
         self._words.commit(0, turn + 1)
         if finished.kind == END:
             self._ended = True
+            loop.sent_end = True
             if loop.job.inputs[0].external is None:
                 self._channel.shutdown()  # wakes the others: nothing comes any more
             else:
