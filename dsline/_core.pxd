@@ -123,6 +123,7 @@ cdef class Receiver:
     cdef int _take_over(self, Handle handle, object timeout) except -1
     cdef int _receive(self, CppReceived& message, object timeout) except -1
     cdef int _receive_any(self, CppReceived& message, object timeout) except -1
+    cdef Message _message(self, CppReceived& message)
     cdef int _receive_raw(self, CppReceived& message, object timeout) except -1
     cdef int _check_schema(self, ArrayLayout layout, CppReceived& message) except -1
     cdef int _refuse_receiving(self) except -1

@@ -1022,6 +1022,9 @@ cdef class Receiver:
         """
         cdef CppReceived message
         self._receive_any(message, timeout)
+        return self._message(message)
+
+    cdef Message _message(self, CppReceived& message):
         cdef Message out = Message.__new__(Message)
         self._fill(out, message)
         if must_copy(self):
@@ -1366,6 +1369,27 @@ cdef class Receiver:
         """Whether the group has not finished with a message, or it is not sent yet."""
         require_open(self)
         return self._cpp.is_outstanding(sequence)
+
+    def _core_take_between(self, uint64_t first, uint64_t last):
+        """Take the oldest message that nobody holds with first <= sequence < last, as a `Message`; None where there is none.
+
+        For who waits for the turn of another message: nobody else may be free to take that one. It goes back to the channel
+        when it is let go of without a release. Never waits.
+        """
+        cdef CppReceived message
+        cdef Outcome outcome
+        if not self._receives:
+            self._refuse_receiving()
+        outcome = self._cpp.try_take_between(first, last, message)
+        if outcome == OutcomeEmpty:
+            return None
+        if outcome == OutcomeClosed:
+            raise self._closed_error()
+        if outcome == OutcomeCorrupted:
+            raise self._corrupted_error(message)
+        cdef Message out = self._message(message)
+        out._lease._nack = True
+        return out
 
     # --- dead letters, the newest message ------------------------------------------------------------------------
 
@@ -2496,4 +2520,5 @@ cdef str as_text(const string& text):
 
 include "store.pxi"
 include "queues.pxi"
+include "stage_words.pxi"
 include "watch.pxi"

@@ -41,6 +41,7 @@ CPP_LAYERS: dict[str, frozenset[str]] = {
             "dsline/channel.hpp",
             "dsline/build.hpp",
             "dsline/crc32c.hpp",
+            "dsline/stage_words.hpp",
             "dsline/tally.hpp",
             "dsline/watch.hpp",
         }

@@ -269,6 +269,7 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         void pass_on_wake() noexcept
 
         Outcome try_place(const void*, uint64_t, uint64_t, CppPlace&) except +raise_current_error
+        Outcome try_take_between(uint64_t, uint64_t, CppReceived&) except +raise_current_error
         Outcome try_take_into(const CppPlace&, void*, uint64_t) except +raise_current_error
         Outcome publish_placed "publish"(const CppLoan&, int, uint64_t, CppPlace&) noexcept
         cbool try_withdraw(const CppPlace&) noexcept

@@ -228,8 +228,8 @@ class _Execution:
 
     def _make_words(self, segment: Segment) -> Any:
         slots = max((self.plan.edges[edge].slots for edge in segment.inputs), default=1)
-        tickets = 0 if segment.ordered or segment.workers < 2 else 1 << (8 * slots).bit_length()
-        words = _core.StageWords.create(1, max(1, len(segment.outputs)), segment.workers, tickets)
+        tickets = 0 if segment.ordered or segment.workers < 2 else 8 * slots
+        words = _core.StageWords.create(1, max(1, len(segment.outputs)), tickets=tickets)
         for edge in segment.inputs:
             if self.plan.edges[edge].external is not None and segment.ordered:
                 words.set_done(0, self.channels[edge].stats().head_sequence)
@@ -698,9 +698,6 @@ class _Execution:
                     channel.close()
         for loop in self._loops.values():
             loop.close()
-        with contextlib.suppress(AttributeError):
-            for words in self._words.values():
-                words.close()
         self.counters.close()
 
     # --- seeing ---

@@ -37,6 +37,7 @@ END: Final = 16
 MARKER: Final = 17
 GAP: Final = 19
 _SLICE: Final = 1.0  # seconds; a shut down channel wakes whoever waits for it
+_TURN: Final = 0.05  # seconds to wait for a turn before looking why it does not come
 _SHORT: Final = 0.002  # seconds between looks at two things that cannot be waited for together
 _NOTHING: Final = 50_000  # ns that sending a control frame may take without having waited
 _WHOLE: Final = 1 << 40  # offset of an input whose results are all out, and its control frame
@@ -138,15 +139,17 @@ class _Output:
         # What a successor reads if this process dies between the publication and the commit.
         if self._words is not None:
             self._intent = (offset, done)
-            self._words.intend(self._number, self.end_of_order(), offset, done)
+            self._words.begin(self._number, self.channel, offset, done)
 
     def published_last(self) -> tuple[int, int]:
-        """(offset, input) of the last message, by whoever published it; (0, -1) where it does not say.
+        """(offset, input) of the last message, by whoever published it; (0, -1) where there is none.
 
-        Requires: nobody else publishes, and what the dead had published is in the order.
+        Waits until what a dead worker had published is in the order. Requires: nobody else publishes.
         """
-        end = self.end_of_order()
-        found = self._words.intended(self._number, end - 1) if end > 0 else None
+        try:
+            found = self._words.settle(self._number, self.channel)
+        except ChannelClosedError:
+            raise Stopped from None
         if found is None:
             return 0, -1
         offset, done = found
@@ -222,17 +225,6 @@ class _Output:
         waited = time.monotonic_ns() - began
         if waited > _NOTHING:
             self._counters.blocked(waited)
-
-    def end_of_order(self) -> int:
-        return int(self.channel._core_end_of_order())
-
-    def settle(self) -> None:
-        """Wait until what a dead worker had published is in the order, where recovery puts it."""
-        while self.channel._core_anyone_entering():
-            self.channel.check_peers()
-            if self._control.aborting:
-                raise Stopped
-            time.sleep(_SHORT / 2)
 
 
 def _operator_error(stage: str, error: BaseException, what: str) -> OperatorError:
@@ -871,7 +863,6 @@ class SegmentLoop:
         words = self._words
         found = []
         for out in self._outputs:
-            out.settle()
             found.append(out.published_last())
             if found[-1][1] >= 0:
                 words.commit(0, found[-1][1])
@@ -978,10 +969,14 @@ class _TurnTaking:
                 except BufferEmptyError:
                     self._wait_turn(_SHORT)
                     return None
-            if self._wait_turn(0.05):
+            if self._wait_turn(_TURN):
                 return None
-            # The input whose turn it is may have been given back by a dead worker; everybody may be waiting for it.
-            return self._channel.recv_message(timeout=0)
+            # The input whose turn it is may have been given back by a dead worker, and everybody else may be waiting.
+            turn = self._words.done(0)
+            if self._loop.job.ordered:
+                return self._channel._core_take_between(turn, waiting[0].sequence)
+            sequence = self._words.sequence_of(turn)
+            return None if sequence is None else self._channel._core_take_between(sequence, sequence + 1)
         except BufferEmptyError:
             return None
         except ChannelClosedError:
@@ -1003,10 +998,14 @@ class _TurnTaking:
     def _skip_lost(self) -> None:
         """The input whose turn it is may be gone: dropped while it waited, or buried by the channel."""
         done = self._words.done(0)
-        sequence = done if self._loop.job.ordered else self._words.ticket_sequence(done)
+        sequence = done if self._loop.job.ordered else self._words.sequence_of(done)
         if sequence is None or self._channel._core_is_outstanding(sequence):
             return
-        if self._words.done(0) == done and self._words.skip_lost(0, done):
+        # Gone, and not committed: unless a worker died after it had published all of it.
+        outputs = [out.published_last() for out in self._loop._outputs]
+        if any(input == done for _, input in outputs):
+            self._words.commit(0, done + 1)
+        elif self._words.skip_lost(0, done):
             self._loop.counters.add("lost", 1)
 
     def _process(self, message: Any) -> None:
@@ -1014,8 +1013,6 @@ class _TurnTaking:
         kind = message._core_kind
         ordered = loop.job.ordered
         if message.redelivered:
-            for out in loop._outputs:
-                out.settle()
             if ordered and sequence < self._words.done(0):
                 loop.counters.add("duplicates", 1)
                 _done(message)
@@ -1044,17 +1041,16 @@ class _TurnTaking:
 
     def _draw(self, finished: _Finished, redelivered: bool) -> None:
         """Take the next place in the order of completion; the end comes when nothing before it is left."""
-        words, worker = self._words, self._loop.job.worker
+        words, is_control = self._words, finished.kind in (END, MARKER)
         found = words.find_ticket(finished.sequence) if redelivered else None
         while found is None:
-            if finished.kind != END or self._channel._core_first_outstanding() == finished.sequence:
-                found = words.draw_ticket(worker, finished.sequence)
+            pause = _SHORT if self._waiting else _TURN
+            found = words.draw_ticket(self._channel, finished.sequence, pause, is_control)
             if found is None:
                 self._publish_ready()
                 self._skip_lost()
                 if self._loop.control.aborting:
                     raise Stopped
-                time.sleep(_SHORT / 2)
         finished.turn = found
 
     def _publish_ready(self) -> None:
@@ -1098,7 +1094,6 @@ class _TurnTaking:
         """How many results of a redelivered input its last holder had published, per output."""
         found = []
         for out in self._loop._outputs:
-            out.settle()
             offset, done = out.published_last()
             found.append(offset if done == turn else 0)
         return found
@@ -1107,7 +1102,7 @@ class _TurnTaking:
         finished.results.clear()
         _done(finished.message)
         if not self._loop.job.ordered:
-            self._words.finished(self._loop.job.worker, finished.turn)
+            self._words.acknowledged()
 
 
 def _done(message: Any) -> None:

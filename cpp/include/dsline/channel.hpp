@@ -366,7 +366,9 @@ class Channel {
   /// Takes the message at `place` for the group of this handle: Ok, Empty (it was taken before, or dropped), Closed or
   /// Corrupted. From then on as after try_recv().
   Outcome try_take(const Place& place, Received& message);
-  /// The same, one copy out and release. Corrupted also where the message has not `bytes` bytes.
+  /// Takes the oldest message that nobody holds with first <= sequence < last: as try_take().
+  Outcome try_take_between(std::uint64_t first, std::uint64_t last, Received& message);
+  /// try_take(), one copy out and release. Corrupted also where the message has not `bytes` bytes.
   Outcome try_take_into(const Place& place, void* to, std::uint64_t bytes);
   /// Takes a message back that its sender has placed or published, from every group that has not taken it: true when none
   /// had, so that nobody sees it.

@@ -45,6 +45,15 @@ inline void fence_acquire() noexcept {
 #endif
 }
 
+/// A release fence.
+inline void fence_release() noexcept {
+#if defined(__SANITIZE_THREAD__)
+  fence_seq_cst();
+#else
+  std::atomic_thread_fence(std::memory_order_release);
+#endif
+}
+
 /// A full fence behind a sequentially consistent read-modify-write, which is one already on x86.
 inline void fence_seq_cst_after_rmw() noexcept {
 #if !defined(__x86_64__) && !defined(__i386__)

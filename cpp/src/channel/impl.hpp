@@ -139,6 +139,7 @@ struct Channel::Impl {
   // --- placing.cpp ---
   Outcome try_place(const void* payload, std::uint64_t bytes, std::uint64_t limit_bytes, Place& place);
   Outcome try_take(const Place& place, Received& message);
+  Outcome try_take_between(std::uint64_t first, std::uint64_t last, Received& message);
   bool try_withdraw(const Place& place) noexcept;
   std::uint32_t discard_older(std::int64_t before_ns) noexcept;
   MemoryUse memory_use() const noexcept;

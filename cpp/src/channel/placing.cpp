@@ -64,6 +64,27 @@ Outcome Channel::Impl::try_take(const Place& place, Received& message) {
   return take_frame(held, group, message);
 }
 
+/// The oldest one is found by its position. A slot that is entering is passed over: its position is only intended.
+Outcome Channel::Impl::try_take_between(std::uint64_t first, std::uint64_t last, Received& message) {
+  enter();
+  for (std::uint32_t look = 0; look < region->geometry().slots; ++look) {
+    if (closed.load(std::memory_order_relaxed) || group_number == kNoGroup || !may_receive())
+      return Outcome::Closed;
+    Place oldest{0, last};
+    for (std::uint32_t s = 0; s < region->geometry().slots; ++s) {
+      if (!group.is_pending(s) || pool.word(s).is_entering()) continue;
+      const std::uint32_t who = group.claim(s).who();
+      if (who != Claim::kNobody && who != Claim::kRedeliver) continue;
+      const std::uint64_t position = region->slot(s).position.load(std::memory_order_acquire);
+      if (position >= first && position < oldest.sequence) oldest = Place{s, position};
+    }
+    if (oldest.sequence == last) return Outcome::Empty;
+    const Outcome outcome = try_take(oldest, message);
+    if (outcome != Outcome::Empty) return outcome;  // else somebody else was faster
+  }
+  return Outcome::Empty;
+}
+
 bool Channel::Impl::try_withdraw(const Place& place) noexcept {
   if (is_inherited() || closed.load(std::memory_order_relaxed)) return false;
   if (place.slot >= region->geometry().slots) return false;
@@ -127,6 +148,10 @@ Outcome Channel::try_take_into(const Place& place, void* to, std::uint64_t bytes
   if (!fits) message.fault = "its length is not the one that was asked for";
   release(message);
   return fits ? Outcome::Ok : Outcome::Corrupted;
+}
+
+Outcome Channel::try_take_between(std::uint64_t first, std::uint64_t last, Received& message) {
+  return impl_->try_take_between(first, last, message);
 }
 
 bool Channel::try_withdraw(const Place& place) noexcept { return impl_->try_withdraw(place); }
