@@ -376,7 +376,7 @@ class PipelineStats:
 def _lines(stats: PipelineStats) -> Iterator[str]:
     slowest = stats.slowest
     slow = "" if slowest is None else f"; slowest: {slowest.name}, busy {slowest.busy:.0%} of the time"
-    yield f"pipeline {stats.name!r}: {stats.state} for {stats.seconds:.1f} s{slow}"
+    yield f"pipeline {stats.name!r}: {stats.state}, {stats.seconds:.1f} s{slow}"
     heads = "STAGE WORKERS IN OUT OUT/S BUSY STARVED BLOCKED P50 P90 P99 MAX"
     rows: list[tuple[str, ...]] = [(*heads.split(), "")]
     for stage in stats.stages:

@@ -8,7 +8,7 @@ import itertools
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any, Final, Self
@@ -186,7 +186,7 @@ class _Execution:
             [
                 SegmentPages(
                     tuple(self.plan.stages[n].name for n in segment.stages) or (segment.name,),
-                    tuple(self.plan.stages[n].part.kind for n in segment.stages) or ("merge",),
+                    tuple(_kind(self.plan.stages[n].part) for n in segment.stages) or ("merge",),
                     segment.workers,
                 )
                 for segment in self.plan.segments
@@ -990,12 +990,17 @@ class Run:
         return f"<dsline.Run {self.plan.name!r}: {self._state}, {self.seconds:.1f} s>"
 
 
+def _kind(part: Any) -> str:
+    return "source" if isinstance(part, Source) else "sink" if isinstance(part, Sink) else str(part.kind)
+
+
 def _total(plan: Plan) -> int | None:
     """Number of items, where the sources know it."""
     total = 0
     for stage in plan.stages:
         if isinstance(stage.part, Source):
-            length = getattr(stage.part, "length", None)
+            items = getattr(stage.part, "iterable", None)
+            length = len(items) if isinstance(items, Sized) else getattr(stage.part, "length", None)
             if length is None:
                 return None
             total += length

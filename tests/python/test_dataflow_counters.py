@@ -296,7 +296,7 @@ def test_the_slowest_stage_is_the_busiest_per_worker():
     assert plain["edges"][0]["capacity"] == 4
     assert plain["total"] == 100
     text = str(stats).splitlines()
-    assert text[0] == "pipeline 'p': running for 2.0 s; slowest: detect, busy 90% of the time"
+    assert text[0] == "pipeline 'p': running, 2.0 s; slowest: detect, busy 90% of the time"
     assert text[3].startswith("detect  0 of 4") and text[3].endswith("errors 2, dropped 1")
     assert any(line.split()[:3] == ["read", "->", "detect"] for line in text)
     assert all(line == line.rstrip() for line in text)
