@@ -161,7 +161,7 @@ class _Output:
             return self._checked(call, 0)
         except BufferFullError:
             pass
-        self._control.event("backpressure", edge=self.edge.name)
+        self._tell_full()
         self._counters.blocking()
         try:
             while True:
@@ -172,6 +172,14 @@ class _Output:
                         raise Stopped from None
         finally:
             self._counters.unblocked()
+
+    def _tell_full(self) -> None:
+        now = time.monotonic()
+        if now >= self._quiet_until:
+            self._quiet_until = now + _SLICE
+            self._control.event("backpressure", edge=self.edge.name)
+
+    _quiet_until = 0.0
 
     def _checked(self, call: Callable[[float], Any], timeout: float) -> Any:
         try:
@@ -196,8 +204,7 @@ class _Output:
         if not entered:
             self._dropped += 1
             self._counters.add("dropped", 1)
-            if self._dropped == 1:
-                self._control.event("backpressure", edge=self.edge.name)
+            self._tell_full()
 
     def _send_gap(self) -> None:
         self._intend(*self._intent)
@@ -943,10 +950,10 @@ class _TurnTaking:
         loop = self._loop
         while True:
             self._publish_ready()
+            if self._ended and not self._waiting:
+                return
             message = self._receive()
             if message is None:
-                if self._ended and not self._waiting:
-                    return
                 continue
             self._process(message)
             del message
