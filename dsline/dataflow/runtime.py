@@ -966,7 +966,8 @@ class _TurnTaking:
         waiting = self._waiting
         try:
             if self._ended:
-                self._wait_turn(_SLICE)
+                if waiting:  # the end may have been seen while the last of them was received
+                    self._wait_turn(_SLICE)
                 return None
             if not waiting:
                 return self._channel.recv_message(timeout=_SLICE)
