@@ -23,19 +23,12 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from dsline.dataflow.counters import WorkerCounters
-from dsline.dataflow.items import nbytes_of, rows_of
+from dsline.dataflow.items import Batch, nbytes_of, rows_of
 from dsline.dataflow.operator import Context, MergeStep, Operator, Router, Sink, Source, Step
 from dsline.dataflow.plan import AHEAD, Edge, Stage
 from dsline.dataflow.policies import DeadLetterPolicy, Retry, Skip, parse_policy
 from dsline.dataflow.sinks import CollectSink
-from dsline.errors import (
-    BufferEmptyError,
-    BufferFullError,
-    ChannelClosedError,
-    DslineError,
-    OperatorError,
-    PipelineRuntimeError,
-)
+from dsline.errors import BufferEmptyError, BufferFullError, ChannelClosedError, DslineError, OperatorError, PipelineRuntimeError
 from dsline.waiting import wait
 
 __all__ = ["Control", "Job", "SegmentLoop", "StageFailed", "Stopped"]
@@ -70,14 +63,12 @@ class Control(Protocol):
     def ask(self, kind: str, **data: Any) -> Any: ...
     def marker(self, last: bool = False) -> int | None:
         """Number of a checkpoint that a source shall begin now; `last`: it is at its end."""
-
     def report_state(self, number: int, segment: int, state: bytes) -> None: ...
     @property
     def aborting(self) -> bool: ...
     @property
     def stopping(self) -> bool:
         """Whether sources shall give nothing more."""
-
     @property
     def ended(self) -> bool:
         """Whether another worker of the segment has found the end of the input."""
@@ -104,14 +95,7 @@ class _Output:
     """The sending side of an edge."""
 
     def __init__(
-        self,
-        number: int,
-        edge: Edge,
-        channel: Any,
-        words: Any,
-        counters: WorkerCounters,
-        control: Control,
-        stage: str,
+        self, number: int, edge: Edge, channel: Any, words: Any, counters: WorkerCounters, control: Control, stage: str
     ) -> None:
         self.edge = edge
         self.channel = channel
@@ -145,11 +129,7 @@ class _Output:
             del item
             loan.publish()
             return
-        send = (
-            self.channel.send
-            if isinstance(item, np.ndarray) and item.dtype.kind != "O"
-            else self.channel.send_object
-        )
+        send = self.channel.send if isinstance(item, np.ndarray) and item.dtype.kind != "O" else self.channel.send_object
         if not self._blocks:
             self._send_or_drop(send, item)
             return
@@ -264,19 +244,13 @@ def _operator_error(stage: str, error: BaseException, what: str) -> OperatorErro
 class _Chain:
     """The operators of a segment, each calling the next."""
 
-    def __init__(
-        self, job: Job, loop: SegmentLoop, emit: Callable[[Any], None], allocate: Callable[..., Any] | None
-    ) -> None:
+    def __init__(self, job: Job, loop: SegmentLoop, emit: Callable[[Any], None], allocate: Callable[..., Any] | None) -> None:
         self._loop = loop
         self.steps: list[tuple[Stage, Step]] = []
         self.contexts: list[Context] = []
         self.merge: MergeStep | None = None
         self.sink: Any = None
-        operators = [
-            stage
-            for stage in job.stages
-            if isinstance(stage.part, Operator) and not isinstance(stage.part, Router)
-        ]
+        operators = [stage for stage in job.stages if isinstance(stage.part, Operator) and not isinstance(stage.part, Router)]
         for stage in operators:
             context = Context(stage.name, job.worker, job.workers, count=loop.counters.add)
             if stage is operators[-1] and stage is job.stages[-1]:
@@ -299,6 +273,11 @@ class _Chain:
                 self.merge = step
             emit = self._step(stage, step, counts)
         self.process: Callable[[Any], None] = emit
+        self._timed = [
+            (stage, step, emit)
+            for (stage, step), emit in zip(self.steps, self.emits, strict=True)
+            if type(step).deadline is not Step.deadline
+        ]
         self.holder = next((step for stage, step in self.steps if stage.part.holds), None)  # type: ignore[union-attr]
         self.stateful = any(stage.part.stateful for stage, _ in self.steps)  # type: ignore[union-attr]
 
@@ -322,9 +301,7 @@ class _Chain:
         for result in results:
             emit(result)
 
-    def _guard(
-        self, stage: Stage, call: Callable[[Any], None], emit: _Counted | None
-    ) -> Callable[[Any], None]:
+    def _guard(self, stage: Stage, call: Callable[[Any], None], emit: _Counted | None) -> Callable[[Any], None]:
         """Errors of a stage are handled where they happen; those of the stages after it pass, as they are no Exception."""
         loop = self._loop
         place = loop.job.stages.index(stage)
@@ -358,12 +335,14 @@ class _Chain:
             raise StageFailed(_operator_error(stage.name, error, what)) from error
 
     def deadline(self) -> float | None:
-        found = [moment for _, step in self.steps if (moment := step.deadline()) is not None]
+        if not self._timed:
+            return None
+        found = [moment for _, step, _ in self._timed if (moment := step.deadline()) is not None]
         return min(found, default=None)
 
     def tick(self) -> None:
         now = time.monotonic()
-        for (stage, step), emit in zip(self.steps, self.emits, strict=True):
+        for stage, step, emit in self._timed:
             moment = step.deadline()
             if moment is not None and moment <= now:
                 self.call(stage, "it failed at a deadline", lambda s=step, e=emit: s.tick(e))
@@ -383,11 +362,7 @@ class _Chain:
     def load(self, state: dict[str, Any]) -> None:
         for stage, step in self.steps:
             if state.get(stage.name) is not None:
-                self.call(
-                    stage,
-                    "load_state_dict failed",
-                    lambda st=step, n=stage.name: st.load_state_dict(state[n]),
-                )
+                self.call(stage, "load_state_dict failed", lambda st=step, n=stage.name: st.load_state_dict(state[n]))
 
     def close(self) -> None:
         for _, step in self.steps:
@@ -476,17 +451,14 @@ class SegmentLoop:
             for number, (edge, channel) in enumerate(zip(job.outputs, outputs, strict=True))
         ]
         self._parallel = job.workers > 1
-        self._is_operator = (
-            bool(job.stages)
-            and isinstance(job.stages[0].part, Operator)
-            and not isinstance(job.stages[0].part, Router)
-        )
-        self._out = [0, 0, 0]  # results, rows and bytes of the item at work
+        self._is_operator = bool(job.stages) and isinstance(job.stages[0].part, Operator) and not isinstance(job.stages[0].part, Router)
+        self._out_rows = self._out_bytes = 0  # of the results of the item at work
+        self._alone = len(job.stages) == 1
         self._results: list[tuple[int, Any]] | None = None  # of the item at work, where they have to wait
         self._item: tuple[int, int] | None = None  # (input, sequence) that is being processed
         self._emitted = [0] * len(outputs)  # results of that item so far, per output
         self._skip = [0] * len(outputs)  # of them: those that were published before a death
-        self._attempt = 1
+        self._attempt = self._last_attempt = 1
         self._retained: deque[tuple[int, Any]] = deque()  # (sequence, message) of inputs that a holder keeps
         self._passed: list[int] = []
         allocate = self._allocate if len(outputs) == 1 and not self._parallel else None
@@ -532,9 +504,9 @@ class SegmentLoop:
         self._publish_once(output, item)
 
     def _count(self, item: Any) -> None:
-        self._out[0] += 1
-        self._out[1] += rows_of(item)
-        self._out[2] += nbytes_of(item)
+        rows, size = _measure(item)
+        self._out_rows += rows
+        self._out_bytes += size
 
     def _publish_once(self, output: int, item: Any) -> None:
         """Send a result of a worker with an intent before it."""
@@ -613,9 +585,7 @@ class SegmentLoop:
                 item=item,
             )
         except Exception as why:
-            raise StageFailed(
-                _operator_error(stage.name, why, "its dead letter could not be written")
-            ) from error
+            raise StageFailed(_operator_error(stage.name, why, "its dead letter could not be written")) from error
         self.counters.add("dead_lettered", 1)
         self.control.event("dead_letter", stage=stage.name, sequence=self._at(), error=repr(error))
 
@@ -697,9 +667,7 @@ class SegmentLoop:
     def _resume_source(self, stage: Stage, step: Any) -> tuple[int, int]:
         """Go on where a checkpoint or a dead process left off: (sequence, items to pass over)."""
         if self._state.get("source") is not None:
-            self.chain.call(
-                stage, "the source cannot go on from the checkpoint", lambda: step.seek(self._state["source"])
-            )
+            self.chain.call(stage, "the source cannot go on from the checkpoint", lambda: step.seek(self._state["source"]))
         if self._words is None or self.job.incarnation == 0:
             return 0, 0
         done = self._recover()
@@ -714,9 +682,7 @@ class SegmentLoop:
         if self._words is not None:
             self._behind = self._recover()
         while not all(ended) and not self._stopped:
-            index, message = self._receive(
-                [n for n, over in enumerate(ended) if not over and n not in marked]
-            )
+            index, message = self._receive([n for n, over in enumerate(ended) if not over and n not in marked])
             if index < 0:
                 self._tick()
                 yield
@@ -827,29 +793,25 @@ class SegmentLoop:
         if self.chain.merge is not None:
             stage, step = self.chain.steps[0]
             emit = self.chain.emits[0]
-            self._work(
-                index, message.sequence, item, lambda value: step.process_from(index, value, emit), stage
-            )  # type: ignore[attr-defined]
+            self._work(index, message.sequence, item, lambda value: step.process_from(index, value, emit), stage)  # type: ignore[attr-defined]
         else:
             self._work(index, message.sequence, item)
         del item
         self._finished_with(message, index)
 
     def _work(
-        self,
-        index: int,
-        sequence: int,
-        item: Any,
-        process: Callable[[Any], None] | None = None,
-        stage: Stage | None = None,
+        self, index: int, sequence: int, item: Any, process: Callable[[Any], None] | None = None, stage: Stage | None = None
     ) -> None:
         """Push one item through the chain."""
         self._item = (index, sequence)
-        self._emitted = [0] * len(self._outputs)
-        for context in self.chain.contexts:
-            context.attempt = self._attempt - 1
-        self._out = [0, 0, 0]
-        self.counters.begin(sequence, rows_of(item), nbytes_of(item))
+        if self._outputs:
+            self._emitted = [0] * len(self._outputs)
+        if self._attempt != self._last_attempt:
+            self._last_attempt = self._attempt
+            for context in self.chain.contexts:
+                context.attempt = self._attempt - 1
+        self._out_rows = self._out_bytes = 0
+        self.counters.begin(sequence, *_measure(item))
         first = self.chain.emits[0] if self._is_operator else None
         if first is not None:
             first.number = 0
@@ -864,12 +826,16 @@ class SegmentLoop:
                     self.failed(stage, item, error, process)
         finally:
             number = 1 if first is None else first.number
-            self.counters.end(number, *(self._out[1:] if len(self.job.stages) == 1 else ()))
+            if self._alone:
+                self.counters.end(number, self._out_rows, self._out_bytes)
+            else:
+                self.counters.end(number)
         self._item = None
         self._behind = sequence + 1
-        for output, left in enumerate(self._skip):
-            if left < _WHOLE:
-                self._skip[output] = 0
+        if self._words is not None:
+            for output, left in enumerate(self._skip):
+                if left < _WHOLE:
+                    self._skip[output] = 0
 
     def _finished_with(self, message: Any, index: int) -> None:
         """Commit an input, or keep it for as long as an operator holds rows of it."""
@@ -981,9 +947,7 @@ class SegmentLoop:
         if self.chain.sink is not None and self._state.get("sink") is not None:
             stage = self.job.stages[-1]
             self.chain.call(
-                stage,
-                "the sink cannot go back to the checkpoint",
-                lambda: self.chain.sink.restore(self._state["sink"]),
+                stage, "the sink cannot go back to the checkpoint", lambda: self.chain.sink.restore(self._state["sink"])
             )
 
 
@@ -1017,8 +981,7 @@ class _TurnTaking:
         waiting = self._waiting
         try:
             if self._ended:
-                if waiting:  # the end may have been seen while the last of them was received
-                    self._wait_turn(_SLICE)
+                self._wait_turn(_SLICE)
                 return None
             if not waiting:
                 return self._channel.recv_message(timeout=_SLICE)
@@ -1042,9 +1005,7 @@ class _TurnTaking:
             self._ended = True
             return None
         finally:
-            if self._loop.control.ended or (
-                self._loop.control.stopping and self._loop.job.inputs[0].external is not None
-            ):
+            if self._loop.control.ended or (self._loop.control.stopping and self._loop.job.inputs[0].external is not None):
                 self._ended = True
             if self._loop.control.aborting:
                 raise Stopped
@@ -1164,6 +1125,15 @@ class _TurnTaking:
         _done(finished.message)
         if not self._loop.job.ordered:
             self._words.acknowledged()
+
+
+def _measure(item: Any) -> tuple[int, int]:
+    """Rows and bytes of an item; Python objects that are no arrays are not measured."""
+    if type(item) is np.ndarray:
+        return (item.size if item.dtype.names else 1), item.nbytes
+    if isinstance(item, Batch):
+        return rows_of(item), nbytes_of(item)
+    return 1, 0
 
 
 def _done(message: Any) -> None:
