@@ -22,6 +22,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
+from dsline._core import CounterPage
 from dsline.dataflow.counters import WorkerCounters
 from dsline.dataflow.items import Batch, nbytes_of, rows_of
 from dsline.dataflow.operator import Context, MergeStep, Operator, Router, Sink, Source, Step
@@ -261,14 +262,14 @@ class _Chain:
         self.sink: Any = None
         operators = [stage for stage in job.stages if isinstance(stage.part, Operator) and not isinstance(stage.part, Router)]
         for stage in operators:
-            context = Context(stage.name, job.worker, job.workers, count=loop.counters.add)
+            context = Context(stage.name, job.worker, job.workers, count=loop.page(stage).add)
             if stage is operators[-1] and stage is job.stages[-1]:
                 context.allocate = allocate
             self.contexts.append(context)
             self.steps.append((stage, _starting(stage, lambda s=stage, c=context: s.part.start(c))))
         last = job.stages[-1] if job.stages else None
         if last is not None and isinstance(last.part, Sink) and not _goes_to_caller(last.part):
-            self.contexts.append(Context(last.name, job.worker, job.workers, count=loop.counters.add))
+            self.contexts.append(Context(last.name, job.worker, job.workers, count=loop.page(last).add))
             self.sink = _starting(last, lambda: last.part.start(self.contexts[-1]))
             emit = self._guard(last, self.sink.write, None)
         elif last is not None and isinstance(last.part, Router):
@@ -357,11 +358,15 @@ class _Chain:
         for stage, step, emit in self._timed:
             moment = step.deadline()
             if moment is not None and moment <= now:
+                emit.number = 0
                 self.call(stage, "it failed at a deadline", lambda s=step, e=emit: s.tick(e))
+                self._loop.page(stage).add("out", emit.number)
 
     def finish(self) -> None:
         for (stage, step), emit in zip(self.steps, self.emits, strict=True):
+            emit.number = 0
             self.call(stage, "it failed at the end of its input", lambda s=step, e=emit: s.finish(e))
+            self._loop.page(stage).add("out", emit.number)
 
     def end_sink(self, stage: Stage) -> None:
         self.call(stage, "the sink failed at the end", self.sink.finish)
@@ -556,10 +561,14 @@ class SegmentLoop:
 
     # --- errors ---
 
+    def page(self, stage: Stage) -> CounterPage:
+        """Where the counters of a stage are."""
+        return self.counters.stages[self.job.stages.index(stage)]
+
     def failed(self, stage: Stage, item: Any, error: Exception, again: Callable[[Any], None]) -> None:
         """A stage raised: do what its policy says."""
         policy: Any = stage.options.policy
-        self.counters.add("errors", 1)
+        self.page(stage).add("errors", 1)
         if self.job.asks_on_error:
             answer = self.control.ask(
                 "on_error", stage=stage.name, error=repr(error), attempt=self._attempt, sequence=self._at()
@@ -571,7 +580,7 @@ class SegmentLoop:
         if isinstance(policy, Retry):
             for pause in policy.pauses():
                 time.sleep(pause)
-                self.counters.add("retried", 1)
+                self.page(stage).add("retried", 1)
                 try:
                     again(item)
                     return
@@ -581,7 +590,7 @@ class SegmentLoop:
         if isinstance(policy, DeadLetterPolicy):
             self._bury(stage, item, error, policy)
         elif isinstance(policy, Skip):
-            self.counters.add("skipped", 1)
+            self.page(stage).add("skipped", 1)
         else:
             raise StageFailed(_operator_error(stage.name, error, f"{_what(stage)} failed")) from error
 
@@ -600,7 +609,7 @@ class SegmentLoop:
             )
         except Exception as why:
             raise StageFailed(_operator_error(stage.name, why, "its dead letter could not be written")) from error
-        self.counters.add("dead_lettered", 1)
+        self.page(stage).add("dead_letters", 1)
         self.control.event("dead_letter", stage=stage.name, sequence=self._at(), error=repr(error))
 
     # --- running ---
