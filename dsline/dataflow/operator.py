@@ -59,7 +59,9 @@ class Context:
     workers: int = 0
     attempt: int = 0
     allocate: Callable[[Any, Any], Any] | None = None
-    count: Callable[[str, int], None] = lambda what, number: None  # e.g. count("late", 3): a named counter of the stage
+    count: Callable[[str, int], None] = lambda what, number: (
+        None
+    )  # e.g. count("late", 3): a named counter of the stage
 
 
 class Step:
@@ -197,7 +199,9 @@ class Source(abc.ABC):
 
     kind: ClassVar[str]
     schema: Schema = None
-    target: str | None = None  # the place it reads, as a URI, so that a plan sees who reads and writes the same one
+    target: str | None = (
+        None  # the place it reads, as a URI, so that a plan sees who reads and writes the same one
+    )
     replayable: ClassVar[bool] = False  # position() and seek() work across processes
 
     @abc.abstractmethod
