@@ -22,12 +22,14 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
+from dsline._core import CounterPage
 from dsline.dataflow.counters import WorkerCounters
-from dsline.dataflow.items import nbytes_of, rows_of
+from dsline.dataflow.items import Batch, nbytes_of, rows_of
 from dsline.dataflow.operator import Context, MergeStep, Operator, Router, Sink, Source, Step
 from dsline.dataflow.plan import AHEAD, Edge, Stage
 from dsline.dataflow.policies import DeadLetterPolicy, Retry, Skip, parse_policy
 from dsline.dataflow.sinks import CollectSink
+from dsline.dataflow.sources import SHUT_DOWN_AT_END
 from dsline.errors import BufferEmptyError, BufferFullError, ChannelClosedError, DslineError, OperatorError, PipelineRuntimeError
 from dsline.waiting import wait
 
@@ -126,9 +128,12 @@ class _Output:
         self._intend(offset, done)
         if self._loans and id(item) in self._loans:
             loan = self._loans.pop(id(item))
-            del item
-            loan.publish()
-            return
+            try:
+                loan.publish()
+                return
+            except BufferError:  # the function kept a reference that could write later: it gets a copy out of here
+                item = item.copy()
+                loan.abort()
         send = self.channel.send if isinstance(item, np.ndarray) and item.dtype.kind != "O" else self.channel.send_object
         if not self._blocks:
             self._send_or_drop(send, item)
@@ -161,7 +166,7 @@ class _Output:
             return self._checked(call, 0)
         except BufferFullError:
             pass
-        self._control.event("backpressure", edge=self.edge.name)
+        self._tell_full()
         self._counters.blocking()
         try:
             while True:
@@ -172,6 +177,14 @@ class _Output:
                         raise Stopped from None
         finally:
             self._counters.unblocked()
+
+    def _tell_full(self) -> None:
+        now = time.monotonic()
+        if now >= self._quiet_until:
+            self._quiet_until = now + _SLICE
+            self._control.event("backpressure", edge=self.edge.name)
+
+    _quiet_until = 0.0
 
     def _checked(self, call: Callable[[float], Any], timeout: float) -> Any:
         try:
@@ -196,8 +209,7 @@ class _Output:
         if not entered:
             self._dropped += 1
             self._counters.add("dropped", 1)
-            if self._dropped == 1:
-                self._control.event("backpressure", edge=self.edge.name)
+            self._tell_full()
 
     def _send_gap(self) -> None:
         self._intend(*self._intent)
@@ -209,7 +221,13 @@ class _Output:
 
     def control(self, kind: int, payload: bytes, done: int = 0) -> None:
         """Send the control frame that input `done` is; one is never dropped."""
-        self._intend(_WHOLE, done)
+        if self._dropped:
+            self._send_surely(GAP, str(self._dropped).encode(), *self._intent)
+            self._dropped = 0
+        self._send_surely(kind, payload, _WHOLE, done)
+
+    def _send_surely(self, kind: int, payload: bytes, offset: int, done: int) -> None:
+        self._intend(offset, done)
         began = time.monotonic_ns()
         while True:
             try:
@@ -245,27 +263,34 @@ class _Chain:
         self.sink: Any = None
         operators = [stage for stage in job.stages if isinstance(stage.part, Operator) and not isinstance(stage.part, Router)]
         for stage in operators:
-            context = Context(stage.name, job.worker, job.workers, count=loop.counters.add)
+            context = Context(stage.name, job.worker, job.workers, count=loop.page(stage).add)
             if stage is operators[-1] and stage is job.stages[-1]:
                 context.allocate = allocate
             self.contexts.append(context)
             self.steps.append((stage, _starting(stage, lambda s=stage, c=context: s.part.start(c))))
         last = job.stages[-1] if job.stages else None
         if last is not None and isinstance(last.part, Sink) and not _goes_to_caller(last.part):
-            self.contexts.append(Context(last.name, job.worker, job.workers, count=loop.counters.add))
+            self.contexts.append(Context(last.name, job.worker, job.workers, count=loop.page(last).add))
             self.sink = _starting(last, lambda: last.part.start(self.contexts[-1]))
             emit = self._guard(last, self.sink.write, None)
         elif last is not None and isinstance(last.part, Router):
             route = _starting(last, lambda: last.part.route(Context(last.name, job.worker, job.workers)))
             emit = self._routing(last, route, loop)
-        self.emits: list[_Counted] = []
+        self.emits: list[Callable[[Any], None]] = []
+        self.counts: list[_Counted] = []
         for stage, step in reversed(self.steps):
             counts = _Counted(emit)
-            self.emits.insert(0, counts)
+            self.emits.insert(0, counts.emit)
+            self.counts.insert(0, counts)
             if isinstance(step, MergeStep):
                 self.merge = step
             emit = self._step(stage, step, counts)
         self.process: Callable[[Any], None] = emit
+        self._timed = [
+            (stage, step, emit)
+            for (stage, step), emit in zip(self.steps, self.emits, strict=True)
+            if type(step).deadline is not Step.deadline
+        ]
         self.holder = next((step for stage, step in self.steps if stage.part.holds), None)  # type: ignore[union-attr]
         self.stateful = any(stage.part.stateful for stage, _ in self.steps)  # type: ignore[union-attr]
 
@@ -276,11 +301,12 @@ class _Chain:
 
         return self._guard(stage, emit, None)
 
-    def _step(self, stage: Stage, step: Step, emit: _Counted) -> Callable[[Any], None]:
+    def _step(self, stage: Stage, step: Step, counts: _Counted) -> Callable[[Any], None]:
+        emit = counts.emit
         if isinstance(stage.options.policy, Skip | Retry | DeadLetterPolicy) and not stage.part.holds:  # type: ignore[union-attr]
-            return self._guard(stage, lambda item: self._whole(step, item, emit), emit)
+            return self._guard(stage, lambda item: self._whole(step, item, emit), counts)
         process = step.process
-        return self._guard(stage, lambda item: process(item, emit), emit)
+        return self._guard(stage, lambda item: process(item, emit), counts)
 
     def _whole(self, step: Step, item: Any, emit: Callable[[Any], None]) -> None:
         """All results of an item, or none: one that failed half-way may be tried again."""
@@ -289,7 +315,7 @@ class _Chain:
         for result in results:
             emit(result)
 
-    def _guard(self, stage: Stage, call: Callable[[Any], None], emit: _Counted | None) -> Callable[[Any], None]:
+    def _guard(self, stage: Stage, call: Callable[[Any], None], counts: _Counted | None) -> Callable[[Any], None]:
         """Errors of a stage are handled where they happen; those of the stages after it pass, as they are no Exception."""
         loop = self._loop
         place = loop.job.stages.index(stage)
@@ -306,12 +332,12 @@ class _Chain:
 
         def counted(item: Any) -> None:
             page.begin(loop.sequence)
-            if emit is not None:
-                emit.number = 0
+            if counts is not None:
+                counts.number = 0
             try:
                 guarded(item)
             finally:
-                page.end(1 if emit is None else emit.number)
+                page.end(1 if counts is None else counts.number)
 
         return counted
 
@@ -323,19 +349,25 @@ class _Chain:
             raise StageFailed(_operator_error(stage.name, error, what)) from error
 
     def deadline(self) -> float | None:
-        found = [moment for _, step in self.steps if (moment := step.deadline()) is not None]
+        if not self._timed:
+            return None
+        found = [moment for _, step, _ in self._timed if (moment := step.deadline()) is not None]
         return min(found, default=None)
 
     def tick(self) -> None:
         now = time.monotonic()
-        for (stage, step), emit in zip(self.steps, self.emits, strict=True):
+        for stage, step, emit in self._timed:
             moment = step.deadline()
             if moment is not None and moment <= now:
+                emit.number = 0
                 self.call(stage, "it failed at a deadline", lambda s=step, e=emit: s.tick(e))
+                self._loop.page(stage).add("out", emit.number)
 
     def finish(self) -> None:
         for (stage, step), emit in zip(self.steps, self.emits, strict=True):
+            emit.number = 0
             self.call(stage, "it failed at the end of its input", lambda s=step, e=emit: s.finish(e))
+            self._loop.page(stage).add("out", emit.number)
 
     def end_sink(self, stage: Stage) -> None:
         self.call(stage, "the sink failed at the end", self.sink.finish)
@@ -368,17 +400,19 @@ def _goes_to_caller(sink: Sink) -> bool:
 
 
 class _Counted:
-    """Hands items on and counts them."""
+    """Counts the results of a step on their way."""
 
-    __slots__ = ("_emit", "number")
+    __slots__ = ("emit", "number")
 
     def __init__(self, emit: Callable[[Any], None]) -> None:
-        self._emit = emit
         self.number = 0
 
-    def __call__(self, item: Any) -> None:
-        self.number += 1
-        self._emit(item)
+        # A function, not a method that is looked up: calling it makes no other reference to an array of a slot.
+        def counted(item: Any) -> None:
+            self.number += 1
+            emit(item)
+
+        self.emit = counted
 
 
 def _starting(stage: Stage, start: Callable[[], Any]) -> Any:
@@ -438,12 +472,13 @@ class SegmentLoop:
         ]
         self._parallel = job.workers > 1
         self._is_operator = bool(job.stages) and isinstance(job.stages[0].part, Operator) and not isinstance(job.stages[0].part, Router)
-        self._out = [0, 0, 0]  # results, rows and bytes of the item at work
+        self._out_rows = self._out_bytes = 0  # of the results of the item at work
+        self._alone = len(job.stages) == 1
         self._results: list[tuple[int, Any]] | None = None  # of the item at work, where they have to wait
         self._item: tuple[int, int] | None = None  # (input, sequence) that is being processed
         self._emitted = [0] * len(outputs)  # results of that item so far, per output
         self._skip = [0] * len(outputs)  # of them: those that were published before a death
-        self._attempt = 1
+        self._attempt = self._last_attempt = 1
         self._retained: deque[tuple[int, Any]] = deque()  # (sequence, message) of inputs that a holder keeps
         self._passed: list[int] = []
         allocate = self._allocate if len(outputs) == 1 and not self._parallel else None
@@ -489,9 +524,9 @@ class SegmentLoop:
         self._publish_once(output, item)
 
     def _count(self, item: Any) -> None:
-        self._out[0] += 1
-        self._out[1] += rows_of(item)
-        self._out[2] += nbytes_of(item)
+        rows, size = _measure(item)
+        self._out_rows += rows
+        self._out_bytes += size
 
     def _publish_once(self, output: int, item: Any) -> None:
         """Send a result of a worker with an intent before it."""
@@ -527,10 +562,14 @@ class SegmentLoop:
 
     # --- errors ---
 
+    def page(self, stage: Stage) -> CounterPage:
+        """Where the counters of a stage are."""
+        return self.counters.stages[self.job.stages.index(stage)]
+
     def failed(self, stage: Stage, item: Any, error: Exception, again: Callable[[Any], None]) -> None:
         """A stage raised: do what its policy says."""
         policy: Any = stage.options.policy
-        self.counters.add("errors", 1)
+        self.page(stage).add("errors", 1)
         if self.job.asks_on_error:
             answer = self.control.ask(
                 "on_error", stage=stage.name, error=repr(error), attempt=self._attempt, sequence=self._at()
@@ -542,7 +581,7 @@ class SegmentLoop:
         if isinstance(policy, Retry):
             for pause in policy.pauses():
                 time.sleep(pause)
-                self.counters.add("retried", 1)
+                self.page(stage).add("retried", 1)
                 try:
                     again(item)
                     return
@@ -552,7 +591,7 @@ class SegmentLoop:
         if isinstance(policy, DeadLetterPolicy):
             self._bury(stage, item, error, policy)
         elif isinstance(policy, Skip):
-            self.counters.add("skipped", 1)
+            self.page(stage).add("skipped", 1)
         else:
             raise StageFailed(_operator_error(stage.name, error, f"{_what(stage)} failed")) from error
 
@@ -571,7 +610,7 @@ class SegmentLoop:
             )
         except Exception as why:
             raise StageFailed(_operator_error(stage.name, why, "its dead letter could not be written")) from error
-        self.counters.add("dead_lettered", 1)
+        self.page(stage).add("dead_letters", 1)
         self.control.event("dead_letter", stage=stage.name, sequence=self._at(), error=repr(error))
 
     # --- running ---
@@ -661,7 +700,8 @@ class SegmentLoop:
     # --- one or several inputs, one instance ---
 
     def _from_inputs(self) -> Iterator[None]:
-        expected: list[int | None] = [None] * len(self._inputs)
+        # A channel from outside begins somewhere; one of the pipeline's own at 0.
+        expected: list[int | None] = [None if edge.external is not None else 0 for edge in self.job.inputs]
         ended = [False] * len(self._inputs)
         marked: dict[int, int] = {}  # input -> number of the checkpoint whose marker it is at
         if self._words is not None:
@@ -684,6 +724,7 @@ class SegmentLoop:
                 kind = message._core_kind
                 if kind == END:
                     ended[index] = True
+                    self._end_for_all(index, message)
                     self._ended(index)
                     if not all(ended):
                         _done(message)
@@ -715,6 +756,11 @@ class SegmentLoop:
             _done(self._last)
 
     _last: Any = None
+
+    def _end_for_all(self, index: int, message: Any) -> None:
+        """The end of a channel from outside may be one that all its receivers shall see."""
+        if self.job.inputs[index].external is not None and bytes(message.payload) == SHUT_DOWN_AT_END:
+            self._inputs[index].shutdown()
 
     def _ended(self, index: int) -> None:
         if self.chain.merge is not None:
@@ -789,12 +835,15 @@ class SegmentLoop:
     ) -> None:
         """Push one item through the chain."""
         self._item = (index, sequence)
-        self._emitted = [0] * len(self._outputs)
-        for context in self.chain.contexts:
-            context.attempt = self._attempt - 1
-        self._out = [0, 0, 0]
-        self.counters.begin(sequence, rows_of(item), nbytes_of(item))
-        first = self.chain.emits[0] if self._is_operator else None
+        if self._outputs:
+            self._emitted = [0] * len(self._outputs)
+        if self._attempt != self._last_attempt:
+            self._last_attempt = self._attempt
+            for context in self.chain.contexts:
+                context.attempt = self._attempt - 1
+        self._out_rows = self._out_bytes = 0
+        self.counters.begin(sequence, *_measure(item))
+        first = self.chain.counts[0] if self._is_operator else None
         if first is not None:
             first.number = 0
         try:
@@ -808,12 +857,16 @@ class SegmentLoop:
                     self.failed(stage, item, error, process)
         finally:
             number = 1 if first is None else first.number
-            self.counters.end(number, *(self._out[1:] if len(self.job.stages) == 1 else ()))
+            if self._alone:
+                self.counters.end(number, self._out_rows, self._out_bytes)
+            else:
+                self.counters.end(number)
         self._item = None
         self._behind = sequence + 1
-        for output, left in enumerate(self._skip):
-            if left < _WHOLE:
-                self._skip[output] = 0
+        if self._words is not None:
+            for output, left in enumerate(self._skip):
+                if left < _WHOLE:
+                    self._skip[output] = 0
 
     def _finished_with(self, message: Any, index: int) -> None:
         """Commit an input, or keep it for as long as an operator holds rows of it."""
@@ -943,10 +996,10 @@ class _TurnTaking:
         loop = self._loop
         while True:
             self._publish_ready()
+            if self._ended and not self._waiting:
+                return
             message = self._receive()
             if message is None:
-                if self._ended and not self._waiting:
-                    return
                 continue
             self._process(message)
             del message
@@ -1088,6 +1141,7 @@ class _TurnTaking:
             if loop.job.inputs[0].external is None:
                 self._channel.shutdown()  # wakes the others: nothing comes any more
             else:
+                loop._end_for_all(0, finished.message)
                 loop.control.event("ended", segment=loop.job.number)
 
     def _already_out(self, turn: int) -> list[int]:
@@ -1103,6 +1157,15 @@ class _TurnTaking:
         _done(finished.message)
         if not self._loop.job.ordered:
             self._words.acknowledged()
+
+
+def _measure(item: Any) -> tuple[int, int]:
+    """Rows and bytes of an item; Python objects that are no arrays are not measured."""
+    if type(item) is np.ndarray:
+        return (item.size if item.dtype.names else 1), item.nbytes
+    if isinstance(item, Batch):
+        return rows_of(item), nbytes_of(item)
+    return 1, 0
 
 
 def _done(message: Any) -> None:
