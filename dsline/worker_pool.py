@@ -407,6 +407,11 @@ class _Engine:
                 self._in_flight += 1
             self._send(work)
 
+    def _nudge(self) -> None:
+        """Have the other thread refill: sending may wait for a slot, and this one must be there for the workers."""
+        with contextlib.suppress(BufferFullError):  # it has something to do, and refills after it
+            self.results.send(b"", timeout=0, meta={"id": 0})
+
     # --- results: in a thread of their own ---
 
     def _collect(self) -> None:
@@ -423,8 +428,9 @@ class _Engine:
     def _take(self, message: _core.Message) -> None:
         meta = message.meta
         work = self._works.get(meta["id"])
-        if work is None:  # a second result of a task whose worker died, or one that came too late
+        if work is None:  # a second result of a task whose worker died, one that came too late, or a nudge
             message.release()
+            self._refill()
             return
         value, error = None, None
         copy = self._copy_results or _held(self.results) > self._kept_results
@@ -516,7 +522,7 @@ class _Engine:
             f"{self._max_deliveries} allows no more"
         )
         self._fail(work, error)
-        self._refill()
+        self._nudge()
         return False
 
     def _reap(self) -> None:
@@ -566,7 +572,7 @@ class _Engine:
             worker.process.kill()
             error = TimeoutError(f"{work.name} was not done after {self._timeout:g} s; its worker was killed")
             self._fail(work, error)
-            self._refill()
+            self._nudge()
 
     def _start_again(self) -> None:
         now = time.monotonic()
