@@ -319,6 +319,7 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "status": frozenset({"_core", "errors", "report"}),
     "testing": frozenset({"dsline", "_core", "errors"}),
     "bench": frozenset({"dsline", "errors"}),
+    "worker_pool": frozenset({"_core", "channel", "dataflow", "errors", "rpc"}),
     "dead_cli": frozenset({"cli", "dataflow", "errors"}),
     "cli": frozenset({"dsline", "bench", "dataflow", "dead_cli", "errors", "status"}),
     "__main__": frozenset({"cli"}),
