@@ -373,6 +373,7 @@ include "objects.pxi"
 include "pinned.pxi"
 include "batch.pxi"
 include "shared_words.pxi"
+include "counters.pxi"
 include "expressions.pxi"
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "FeatureUnavailableError",
     "InvalidArgumentError",
     "LoanEndedError",
+    "LogError",
     "MessageTooLargeError",
     "OperatorError",
     "PeerDiedError",
@@ -215,6 +216,10 @@ class PipelineRuntimeError(PipelineError):
 
 class OperatorError(PipelineError):
     """A user's function failed."""
+
+
+class LogError(DslineError, OSError):
+    """A log (``file://``) cannot be written or read: another writer, no space, foreign or damaged files; `errno` says how."""
 
 
 class TransportError(DslineError):

@@ -197,6 +197,7 @@ class Source(abc.ABC):
 
     kind: ClassVar[str]
     schema: Schema = None
+    target: str | None = None  # the place it reads, as a URI, so that a plan sees who reads and writes the same one
     replayable: ClassVar[bool] = False  # position() and seek() work across processes
 
     @abc.abstractmethod
@@ -237,6 +238,7 @@ class Sink(abc.ABC):
     """Description of where items go."""
 
     kind: ClassVar[str]
+    target: str | None = None  # the place it writes, as a URI; None: no two sinks can be in each other's way
 
     @abc.abstractmethod
     def start(self, context: Context) -> SinkStep: ...

@@ -42,6 +42,7 @@ PARENTS = {
     "ExpressionError": (errors.PipelineBuildError, ValueError),
     "PipelineRuntimeError": (errors.PipelineError,),
     "OperatorError": (errors.PipelineError,),
+    "LogError": (errors.DslineError, OSError),
     "TransportError": (errors.DslineError,),
 }
 

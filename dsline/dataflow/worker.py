@@ -1,0 +1,147 @@
+"""What a worker process runs, and how it talks to the supervisor."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from multiprocessing.connection import Connection
+from typing import Any
+
+from dsline import errors
+from dsline.dataflow import callables
+from dsline.dataflow.runtime import Job, SegmentLoop, StageFailed, Stopped
+from dsline.errors import DslineError, OperatorError, PipelineRuntimeError
+
+__all__ = ["WorkerControl", "error_from_plain", "error_to_plain", "main"]
+
+
+class RemoteTraceback(Exception):
+    """The traceback of an error in a worker, as text: the cause of the error that the caller gets."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.text}"""'
+
+
+def error_to_plain(error: DslineError) -> dict[str, Any]:
+    """Return what crosses the pipe: texts only, so that no class of the user is needed to read it."""
+    return {
+        "type": type(error).__name__,
+        "text": str(error),
+        "stage": getattr(error, "stage", None),
+        "traceback": getattr(error, "traceback", None),
+    }
+
+
+def error_from_plain(plain: dict[str, Any]) -> DslineError:
+    """Return the error of a worker, with its traceback as the cause."""
+    kind = getattr(errors, plain["type"], PipelineRuntimeError)
+    error: DslineError = kind(plain["text"])
+    if isinstance(error, OperatorError):
+        error.stage, error.traceback = plain["stage"], plain["traceback"]
+    if plain["traceback"]:
+        error.__cause__ = RemoteTraceback(plain["traceback"])
+    return error
+
+
+class WorkerControl:
+    """The supervisor, as a worker sees it. A thread reads the pipe, so that looking at a flag costs nothing."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.aborting = False
+        self.ended = False
+        self.stopping = False
+        self._connection = connection
+        self._markers: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._sending = threading.Lock()
+        self._loop: SegmentLoop | None = None
+        threading.Thread(target=self._read, name="dsline-control", daemon=True).start()
+
+    def serve(self, loop: SegmentLoop) -> None:
+        """Say whose source is to be stopped."""
+        self._loop = loop
+
+    def _read(self) -> None:
+        while True:
+            try:
+                kind, value = self._connection.recv()
+            except (EOFError, OSError):
+                self.aborting = True
+                self._answers.put(None)
+                return
+            if kind == "abort":
+                self.aborting = True
+            elif kind == "stop":
+                self.stopping = True
+                source = getattr(self._loop, "source", None)
+                if source is not None:
+                    source.stop()
+            elif kind == "ended":
+                self.ended = True
+            elif kind == "marker":
+                self._markers.put(value)
+            else:
+                self._answers.put(value)
+
+    def _send(self, *message: Any) -> None:
+        with self._sending, contextlib.suppress(BrokenPipeError, OSError):
+            self._connection.send(message)
+
+    def event(self, kind: str, **data: Any) -> None:
+        self._send("event", kind, data)
+
+    def ask(self, kind: str, **data: Any) -> Any:
+        self._send("ask", kind, data)
+        answer = self._answers.get()
+        if self.aborting:
+            raise Stopped
+        return answer
+
+    def marker(self, last: bool = False) -> int | None:
+        if last:
+            number: int | None = self.ask("last_marker")
+            return number
+        try:
+            return self._markers.get_nowait()
+        except queue.Empty:
+            return None
+
+    def report_state(self, number: int, segment: int, state: bytes) -> None:
+        self._send("state", number, (segment, state))
+
+    def failed(self, error: DslineError) -> None:
+        self._send("failed", "", error_to_plain(error))
+
+    def finished(self, sent_end: bool) -> None:
+        self._send("finished", "", sent_end)
+
+
+def main(
+    connection: Connection, packed: bytes, inputs: list[Any], outputs: list[Any], words: Any, ticket: Any
+) -> None:
+    """Run a segment in this process, to its end or to the first error."""
+    control = WorkerControl(connection)
+    loop = None
+    try:
+        job: Job = callables.unpack(packed)
+        inputs = [
+            channel if edge.external is None else edge.external.open()
+            for edge, channel in zip(job.inputs, inputs, strict=True)
+        ]
+        loop = SegmentLoop(job, inputs, outputs, words, ticket.open(), control)
+        control.serve(loop)
+        loop.run()
+        control.finished(loop.sent_end)
+    except StageFailed as failure:
+        control.failed(failure.error)
+    except Stopped:
+        pass
+    finally:
+        if loop is not None:
+            loop.close()
+    control.event("stage_stop", segment=job.number, worker=job.worker)
