@@ -20,14 +20,23 @@ def __getattr__(name):
     return lambda: rng.integers(0, 256, (120 + 10 * len(name), 160, 3), dtype=np.uint8)
 """
 
+FILTERS = """
+import numpy as np
+
+def sobel(picture):
+    down, right = np.gradient(picture)
+    return np.hypot(down, right)
+"""
+
 
 @pytest.fixture
 def environment(tmp_path):
-    """Variables with which `from skimage import data` gives pictures."""
+    """Variables with which `from skimage import data, filters` gives pictures and a filter."""
     package = tmp_path / "skimage"
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "data.py").write_text(PICTURES)
+    (package / "filters.py").write_text(FILTERS)
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
 
 
@@ -131,6 +140,25 @@ def test_workers_end_with_the_program(environment, stopped):
     while marked() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert marked() == []
+
+
+def test_video(environment, tmp_path):
+    """No frame is lost, doubled or moved when a worker is killed, and the viewer slows nobody down."""
+    pytest.importorskip("av")
+    size = ("--frames", "90", "--height", "120", "--width", "160", "--pause", "0.02")
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "video/video.py"), *size, "--keep", str(tmp_path)],
+        capture_output=True, text=True, timeout=100, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"90 frames in .*; all equal to those of one process, in order", done.stdout)
+    assert "workers killed: 1;" in done.stdout
+    seen, missed = map(int, re.search(r"the viewer saw (\d+) frames and missed (\d+)", done.stdout).groups())
+    assert 0 < seen <= 90
+    assert seen + missed <= 90
+    assert all(line.isprintable() for line in done.stderr.splitlines())  # progress in a log
+    assert "edges: finished, 90" in done.stderr
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == ["edges.npy", "film.mp4"]
 
 
 def marked():
