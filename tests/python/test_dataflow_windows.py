@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from dsline.dataflow import aggregates as agg
 from dsline.dataflow.aggregates import Aggregate
+from dsline.dataflow.dead_letters import failed_items
+from dsline.dataflow.descriptions import operator_from_json
 from dsline.dataflow.items import Batch
 from dsline.dataflow.operator import Context
-from dsline.dataflow.operators import operator_from_json
 from dsline.dataflow.policies import dead_letter
 from dsline.dataflow.windows import (
     KeyBy,
@@ -681,7 +682,6 @@ def test_windows_close_as_soon_as_the_watermark_reaches_their_end():
 
 
 def test_late_rows_become_dead_letters(tmp_path):
-    failed_items = pytest.importorskip("dsline.dataflow.dead_letters").failed_items
     log = f"file://{tmp_path}/late"
     late_rows = np.array([(1, 5.0), (2, 6.0)], [("t", "i8"), ("x", "f8")])
     on_time = np.array([(100, 1.0)], late_rows.dtype)
