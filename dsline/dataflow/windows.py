@@ -15,7 +15,7 @@ from dsline.dataflow.aggregates import Aggregate
 from dsline.dataflow.callables import function_name, reference, resolve
 from dsline.dataflow.grouping import hash_keys, mix, starts_of
 from dsline.dataflow.operator import Context, Operator, Router, Schema
-from dsline.dataflow.window_specs import WindowSpec, parse_duration, session, sliding, tumbling
+from dsline.dataflow.window_specs import WindowSpec, session, sliding, tumbling
 from dsline.dataflow.window_steps import (
     CountStep,
     Layout,
@@ -35,7 +35,6 @@ __all__ = [
     "WindowStep",
     "hash_keys",
     "key_by",
-    "parse_duration",
     "session",
     "sliding",
     "tumbling",

@@ -27,7 +27,6 @@ from dsline.dataflow.windows import (
     WindowSpec,
     hash_keys,
     key_by,
-    parse_duration,
     session,
     sliding,
     tumbling,
@@ -852,19 +851,11 @@ def test_a_state_of_another_window_is_refused():
         lambda: KeyBy("k", 0),
         lambda: KeyBy("k", True),
         lambda: KeyBy("k", 5000),
-        lambda: parse_duration("soon", "every"),
-        lambda: parse_duration(0, "every"),
-        lambda: parse_duration(True, "every"),
     ],
 )
 def test_bad_descriptions(make):
     with pytest.raises(PipelineBuildError):
         make()
-
-
-def test_durations():
-    given = ("500ms", 2, 0.25, "1.5s", "1 m", np.timedelta64(3, "s"))
-    assert [parse_duration(value, "every") for value in given] == [0.5, 2.0, 0.25, 1.5, 60.0, 3.0]
 
 
 TYPES = {
