@@ -260,7 +260,10 @@ class WindowStep(Step):
     _scalars: ClassVar[tuple[str, ...]] = ()
 
     def _signature(self) -> str:
-        return self._window.describe()
+        spec = self._window.spec
+        unit = f", unit {spec.unit}" if spec.unit is not None else ""
+        update = f", updated for {spec.keep or spec.size}" if spec.late == "update" else ""
+        return f"{self._window.describe()}{unit}{update}"
 
     # --- the input ---
 

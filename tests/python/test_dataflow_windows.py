@@ -680,7 +680,8 @@ def test_windows_close_as_soon_as_the_watermark_reaches_their_end():
     assert running.counts == {"late": 1}
 
 
-def test_late_rows_become_dead_letters(tmp_path):
+def test_late_rows_become_dead_letters(tmp_path, monkeypatch):
+    monkeypatch.setattr("dsline.dataflow.dead_letters._writers", {})  # which stay open
     log = f"file://{tmp_path}/late"
     late_rows = np.array([(1, 5.0), (2, 6.0)], [("t", "i8"), ("x", "f8")])
     on_time = np.array([(100, 1.0)], late_rows.dtype)
@@ -784,9 +785,13 @@ def test_the_first_window_of_rows_and_of_sessions_after_a_loss_is_marked():
 
 
 def test_a_state_of_another_window_is_refused():
-    state = Running(Window(tumbling(2), n=agg.count())).step.state_dict()
-    with pytest.raises(OperatorError, match="the state is of"):
-        Running(Window(tumbling(3), n=agg.count())).step.load_state_dict(state)
+    def window_of(**options):
+        return Running(Window(tumbling(2, time="t", **options), n=agg.count()))
+
+    for one, other in (({}, {"unit": "ms"}), ({}, {"late": "update"}), ({}, {"lateness": 1})):
+        state = window_of(**one).step.state_dict()
+        with pytest.raises(OperatorError, match="the state is of"):
+            window_of(**other).step.load_state_dict(state)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------------
