@@ -13,11 +13,13 @@ import json
 import os
 import platform
 import re
+import signal
 import stat
 import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from traceback import format_exception
 from typing import Any, NoReturn
 
 import click
@@ -26,6 +28,7 @@ from click.shell_completion import get_completion_class
 import dsline
 from dsline import bench as _bench
 from dsline import status as _status
+from dsline.dead_cli import dead_group
 from dsline.errors import DslineError
 
 SHM_ROOT = Path("/dev/shm")
@@ -315,6 +318,125 @@ def why(name: str, as_json: bool) -> None:
     click.echo(json.dumps({"name": name, "why": reason}) if as_json else reason)
 
 
+class _Setting(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """NAME=VALUE."""
+
+    name = "setting"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from dsline.dataflow.program import parse_setting
+
+        if isinstance(value, tuple):
+            return value
+        try:
+            return parse_setting(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+@cli.command(name="run")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--name", help="Variable or function of FILE that is the pipeline.  [default: pipeline]")
+@click.option(
+    "--set",
+    "settings",
+    type=_Setting(),
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Argument of the function that makes the pipeline; of a plan: memory=SIZE or STAGE.OPTION=VALUE.",
+)
+@click.option("--progress/--no-progress", default=None, help="Show progress.  [default: on a terminal]")
+@click.option("--timeout", type=_Age(), metavar="SECONDS", help="Stop the sources after so long, and drain.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint.")
+@click.option(
+    "--explain", is_flag=True, help="Only say what would run: processes, channels, memory, guarantees."
+)
+@click.option(
+    "--draw",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="OUT",
+    help="Only draw it: .svg or .mmd.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
+@click.option("--traceback", is_flag=True, help="Of a failure, show the traceback.")
+def run_command(
+    file: Path,
+    name: str | None,
+    settings: tuple[tuple[str, Any], ...],
+    progress: bool | None,
+    timeout: float | None,
+    resume: bool,
+    explain: bool,
+    draw: Path | None,
+    as_json: bool,
+    traceback: bool,
+) -> int:
+    """Run a pipeline to its end.
+
+    FILE is a Python file with a variable or a function "pipeline", or a plan in JSON. Ctrl-C once stops the sources and
+    drains, twice ends at once.
+    """
+    from dsline.dataflow import program
+
+    try:
+        try:
+            plan = program.load_plan(file, name, dict(settings))
+        except program.WrongCommandError as error:
+            raise click.UsageError(str(error)) from error
+        if explain:
+            click.echo(plan.explain())
+        if draw is not None:
+            _draw(plan, draw)
+        if explain or draw is not None:
+            return 0
+        return _run_plan(
+            plan, sys.stderr.isatty() if progress is None else progress, timeout, resume, as_json
+        )
+    except click.ClickException:
+        raise
+    except Exception as error:
+        if traceback:
+            click.echo(
+                getattr(error, "traceback", None) or "".join(format_exception(error)), err=True, nl=False
+            )
+        _fail(program.failure_text(error, file), 1)
+
+
+def _draw(plan: Any, path: Path) -> None:
+    drawings = {".svg": plan.to_svg, ".mmd": plan.to_mermaid, ".mermaid": plan.to_mermaid}
+    if path.suffix not in drawings:
+        raise click.UsageError(f"--draw writes {', '.join(drawings)} files, not {path.name!r}")
+    path.write_text(drawings[path.suffix](), encoding="utf-8")
+
+
+def _run_plan(plan: Any, progress: bool, timeout: float | None, resume: bool, as_json: bool) -> int:
+    from dsline.dataflow.run import Run
+
+    interrupts = []
+
+    def interrupted(number: int, frame: Any) -> None:
+        interrupts.append(number)
+        signal.default_int_handler(number, frame)
+
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        with Run(plan, resume=resume) as run:
+            report = run.supervise(progress=progress, timeout=timeout)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if as_json:
+        plain = {
+            "name": report.name,
+            "state": report.state,
+            "seconds": report.seconds,
+            "undrained": report.undrained,
+        }
+        click.echo(json.dumps({**plain, "stats": report.stats.to_json()}, indent=2))
+    else:
+        click.echo(str(report))
+    return 130 if interrupts else 0
+
+
 @cli.group(name="bench")
 def bench_group() -> None:
     """Measure on this machine."""
@@ -408,6 +530,60 @@ def bench_shm(
     ]
     for label, value in rows:
         click.echo(f"{label + ':':<12}{value}")
+
+
+cli.add_command(dead_group)
+@bench_group.command(name="pipeline")
+@click.option(
+    "--count", type=click.IntRange(10, 10**8), default=50_000, show_default=True, help="Items of each run."
+)
+@click.option(
+    "--batch", type=click.IntRange(1, 10**6), default=256, show_default=True, help="Rows of a batch."
+)
+@click.option(
+    "--work",
+    type=click.FloatRange(1, 1e6),
+    default=200.0,
+    show_default=True,
+    metavar="MICROSECONDS",
+    help="How long the workers of the scaling part work on an item.",
+)
+@_as_json
+def bench_pipeline(count: int, batch: int, work: float, as_json: bool) -> None:
+    """Measure empty stages of a pipeline, and two workers against one."""
+    from dsline.dataflow import bench
+
+    with _progress_bar() as progress:
+        result = bench.pipeline(count, batch=batch, work_us=work, progress=progress)
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=2))
+        return
+    machine = result.environment
+    rows = [
+        (
+            "in process",
+            f"{result.pipeline_ns_per_item:,.0f} ns per item for source, one empty stage and sink",
+        ),
+        (
+            "one stage",
+            f"{result.stage_ns_per_item:,.0f} ns per item, {result.stage_ns_per_batch:,.0f} ns per batch of "
+            f"{result.batch:,} rows",
+        ),
+        (
+            "in a worker",
+            f"{result.process_ns_per_item:,.0f} ns per item, {result.process_ns_per_batch:,.0f} ns per batch: two channels",
+        ),
+        (
+            "scaling",
+            f"{result.items_per_second[1]:,.0f} items/s with 1 worker, {result.items_per_second[2]:,.0f} with 2 "
+            f"({result.scaling:.2f} times), {result.work_us:,.0f} us of work per item",
+        ),
+        ("checked", result.check),
+        ("machine", f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['kernel']}"),
+        ("software", f"dsline {machine['dsline']}, {machine['python']}, NumPy {machine['numpy']}"),
+    ]
+    for label, value in rows:
+        click.echo(f"{label + ':':<13}{value}")
 
 
 @cli.command()

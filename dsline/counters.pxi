@@ -100,6 +100,8 @@ cdef class CounterPage:
     cdef uint64_t* _words
     cdef CounterPage _outer
     cdef CounterPage _root
+    cdef uint64_t* _active  # of a root: the innermost page with an item, or its own
+    cdef uint64_t* _blocked_at  # of a root: the page that is blocked
     cdef dict _places
     cdef uint64_t _rows
     cdef uint64_t _bytes
@@ -109,6 +111,7 @@ cdef class CounterPage:
         self._words = &self._memory[0]
         self._outer = outer
         self._root = self if outer is None else outer._root
+        self._active = self._words
         self._places = dict(counter_places)
         cdef Py_ssize_t i
         cdef char* name
@@ -142,6 +145,7 @@ cdef class CounterPage:
         counter_store(&words[COUNTER_SINCE], <uint64_t> now)
         counter_store(&words[COUNTER_BEGAN], <uint64_t> now)
         counter_store(&words[COUNTER_CURRENT], <uint64_t> sequence + 1)
+        self._root._active = words
 
     def end(self, uint64_t out=1, uint64_t rows=0, uint64_t nbytes=0):
         """The item has been processed and gave `out` results of `rows` rows and `nbytes` bytes in all."""
@@ -169,8 +173,7 @@ cdef class CounterPage:
             counter_add(&words[COUNTER_ROWS_OUT], rows)
         if nbytes:
             counter_add(&words[COUNTER_BYTES_OUT], nbytes)
-        if self._outer is not None:
-            counter_add(&self._outer._words[COUNTER_SINCE], <uint64_t> now - words[COUNTER_BEGAN])
+        self._leave(now)
 
     def abandon(self):
         """The item ends without being counted: it will come again, or it was none. Its time counts as busy."""
@@ -184,45 +187,53 @@ cdef class CounterPage:
         counter_store(&words[COUNTER_SINCE], <uint64_t> now)
         if busy > 0:
             counter_add(&words[COUNTER_BUSY], <uint64_t> busy)
-        if self._outer is not None:
-            counter_add(&self._outer._words[COUNTER_SINCE], <uint64_t> now - words[COUNTER_BEGAN])
+        self._leave(now)
+
+    cdef void _leave(self, int64_t now) noexcept:
+        if self._outer is None:
+            self._active = self._words
+            return
+        counter_add(&self._outer._words[COUNTER_SINCE], <uint64_t> now - self._words[COUNTER_BEGAN])
+        self._root._active = self._outer._words
 
     def starved(self, uint64_t ns):
-        """`ns` of the time that has just gone by were spent waiting for input, whatever was going on."""
+        """`ns` of the time that has just gone by were spent waiting for input, whatever was going on.
+
+        They belong to the innermost stage that has an item; so do those of `blocked`.
+        """
         self._ready()
-        counter_add(&self._words[COUNTER_STARVED], ns)
-        counter_add(&self._words[COUNTER_SINCE], ns)
-        self._not_the_items(ns)
+        self._waited(self._root._active, COUNTER_STARVED, ns)
 
     def blocked(self, uint64_t ns):
         """`ns` of the time that has just gone by were spent waiting for room in the output, whatever was going on."""
         self._ready()
-        counter_add(&self._words[COUNTER_BLOCKED], ns)
-        counter_add(&self._words[COUNTER_SINCE], ns)
-        self._not_the_items(ns)
+        self._waited(self._root._active, COUNTER_BLOCKED, ns)
 
-    cdef void _not_the_items(self, uint64_t ns):
+    cdef void _waited(self, uint64_t* words, Py_ssize_t what, uint64_t ns) noexcept:
+        cdef uint64_t* root = self._root._words
+        counter_add(&words[what], ns)
+        counter_add(&words[COUNTER_SINCE], ns)
         # Whoever looks for hanging items must not find one that waits for others.
-        if self._root._words[COUNTER_CURRENT]:
-            counter_add(&self._root._words[COUNTER_STARTED], ns)
-            if self._root is not self:
-                counter_add(&self._words[COUNTER_STARTED], ns)
+        if root[COUNTER_CURRENT]:
+            counter_add(&root[COUNTER_STARTED], ns)
 
     def blocking(self):
         """The writer begins to wait for room: readers see it from now on. Ends with `unblocked`."""
         self._ready()
-        if self._words[COUNTER_BLOCKED_SINCE] == 0:
-            counter_store(&self._words[COUNTER_BLOCKED_SINCE], <uint64_t> monotonic_ns())
+        if self._root._blocked_at == NULL:
+            self._root._blocked_at = self._root._active
+            counter_store(&self._root._blocked_at[COUNTER_BLOCKED_SINCE], <uint64_t> monotonic_ns())
 
     def unblocked(self):
         """There is room again."""
         self._ready()
-        cdef uint64_t since = self._words[COUNTER_BLOCKED_SINCE]
-        if since == 0:
+        cdef uint64_t* words = self._root._blocked_at
+        if words == NULL:
             return
-        # The time of the item first: a reader in between sees neither a hanging item nor time counted twice.
-        self.blocked(<uint64_t> monotonic_ns() - since)
-        counter_store(&self._words[COUNTER_BLOCKED_SINCE], 0)
+        self._root._blocked_at = NULL
+        # The time of the item first: a reader in between must not see an item that hangs.
+        self._waited(words, COUNTER_BLOCKED, <uint64_t> monotonic_ns() - words[COUNTER_BLOCKED_SINCE])
+        counter_store(&words[COUNTER_BLOCKED_SINCE], 0)
 
     def passed(self, uint64_t items=1, uint64_t out=1, uint64_t rows_in=0, uint64_t rows_out=0):
         """Count items of a stage whose time nobody takes."""

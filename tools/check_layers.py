@@ -99,7 +99,7 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "status": frozenset({"_core", "errors", "report"}),
     "testing": frozenset({"dsline", "_core", "errors"}),
     "bench": frozenset({"dsline", "errors"}),
-    "cli": frozenset({"dsline", "bench", "errors", "status"}),
+    "cli": frozenset({"dsline", "bench", "dataflow", "errors", "status"}),
     "__main__": frozenset({"cli"}),
 }
 PACKAGES: dict[str, frozenset[str]] = {

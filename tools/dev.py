@@ -68,7 +68,12 @@ SANITIZERS = {"cpp": "none", "asan": "address,undefined", "tsan": "thread"}
 GROUPS = (*SANITIZERS, "verify", "python", "processes", "source", "lint", "sdist", "downstream")
 PIP = ("-m", "pip", "--disable-pip-version-check")
 INSTALLING: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
-EXAMPLES = {"images": "examples/images/images.py", "workers": "examples/workers/workers.py"}
+EXAMPLES = {
+    "images": "examples/images/images.py",
+    "workers": "examples/workers/workers.py",
+    "sensors": "examples/sensors/sensors.py",
+}
+EXAMPLES = {name: f"examples/{name}/{name}.py" for name in ("images", "video", "workers")}
 IN_EVERY_WHEEL = ("py.typed", "_core.pyi", "_core.pxd", "include/dsline/error.hpp")
 
 
@@ -481,7 +486,9 @@ def installed(run: Shell, version: str, *pins: str) -> Path:
     if python is None:
         raise StepSkipped(f"Python {version} is neither on PATH nor among pyenv's versions")
     name = f"test-{version}" + ("-oldest" if pins else "")
-    extras = ("test",) if pins else ("test", "interop")  # what is pinned has to work without the others
+    extras = (
+        ("test",) if pins else ("test", "interop", "images", "video")
+    )  # what is pinned has to work without the others
     python = make_venv(run, name, python, *requirements(*extras), *TEST_PACKAGES, *pins)
     asked_for_torch = python.parent.parent / "torch.txt"
     if version == MAIN_PYTHON and not pins and not asked_for_torch.is_file():
@@ -849,7 +856,7 @@ def command_line() -> argparse.ArgumentParser:
     proof.add_argument("--only", metavar="NAME,...", help="only these programs")
     proof.add_argument("--long", action="store_true", help="the long form: hours")
     proof.add_argument("--record", action="store_true", help="write the counts to docs/verification")
-    for name, text in (("example", f"an example: {' or '.join(EXAMPLES)}"), ("bench", "the benchmarks")):
+    for name, text in (("example", f"an example: {', '.join(EXAMPLES)}"), ("bench", "the benchmarks")):
         commands.add_parser(name, help=f"{text}; further arguments are passed on")
     commands.add_parser("lint", help="format, spelling, types, layers")
     commands.add_parser("format", help="rewrite Python and C++ sources in the project's format")

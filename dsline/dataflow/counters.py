@@ -182,7 +182,7 @@ class StageStats:
         Items per second since the earlier look.
     busy, starved, blocked : float
         Shares of that time, 0 to 1 and a mean per worker: working, waiting for input, waiting for room in the output. Of
-        several stages in one segment the first is the one that is starved, the last the one that is blocked.
+        several stages in one segment the first is the one that is starved.
     p50_ns, p90_ns, p99_ns, max_ns : int
         Time per item since the start. Percentiles are at most 23 % off.
     errors, skipped, retried, dead_letters : int
@@ -305,7 +305,7 @@ class PipelineStats:
     name : str
         Of the pipeline.
     state : str
-        "running", "draining", "done" or "failed".
+        "running", "draining", "finished", "stopped", "aborted" or "failed".
     seconds, interval : float
         Since the start, and since the earlier look that rates and shares speak of.
     stages : tuple of StageStats
@@ -376,7 +376,7 @@ class PipelineStats:
 def _lines(stats: PipelineStats) -> Iterator[str]:
     slowest = stats.slowest
     slow = "" if slowest is None else f"; slowest: {slowest.name}, busy {slowest.busy:.0%} of the time"
-    yield f"pipeline {stats.name!r}: {stats.state} for {stats.seconds:.1f} s{slow}"
+    yield f"pipeline {stats.name!r}: {stats.state}, {stats.seconds:.1f} s{slow}"
     heads = "STAGE WORKERS IN OUT OUT/S BUSY STARVED BLOCKED P50 P90 P99 MAX"
     rows: list[tuple[str, ...]] = [(*heads.split(), "")]
     for stage in stats.stages:

@@ -8,7 +8,7 @@ import itertools
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any, Final, Self
@@ -165,6 +165,7 @@ class _Execution:
         self.stopping = False
         self.error: BaseException | None = None
         self.rollback = False
+        self.undrained: dict[str, int] = {}
         self.over = threading.Event()
         self._lock = threading.RLock()
         self._wake_read, self._wake = _pipe()
@@ -186,7 +187,7 @@ class _Execution:
             [
                 SegmentPages(
                     tuple(self.plan.stages[n].name for n in segment.stages) or (segment.name,),
-                    tuple(self.plan.stages[n].part.kind for n in segment.stages) or ("merge",),
+                    tuple(_kind(self.plan.stages[n].part) for n in segment.stages) or ("merge",),
                     segment.workers,
                 )
                 for segment in self.plan.segments
@@ -199,7 +200,11 @@ class _Execution:
         try:
             for edge in self.plan.edges:
                 self.channels.append(self._open(edge))
-            self._words = {n: self._make_words(segment) for n, segment in enumerate(self.plan.segments) if segment.workers}
+            self._words = {
+                n: self._make_words(segment)
+                for n, segment in enumerate(self.plan.segments)
+                if segment.workers
+            }
             self._make_workers()
             self._make_threads()
         except BaseException:
@@ -213,7 +218,9 @@ class _Execution:
     def _open(self, edge: Edge) -> Any:
         if edge.external is not None:
             return edge.external.open()
-        producers = sum(max(1, s.workers) for s in self.plan.segments if self.plan.edges.index(edge) in s.outputs)
+        producers = sum(
+            max(1, s.workers) for s in self.plan.segments if self.plan.edges.index(edge) in s.outputs
+        )
         consumers = max(1, self.plan.segments[edge.target].workers)
         return ShmChannel(
             None,
@@ -379,7 +386,10 @@ class _Execution:
                 worker.main,
                 (
                     callables.pack(self._job(each.segment, each.index, each.incarnation)),
-                    [None if self.plan.edges[n].external is not None else self.channels[n] for n in segment.inputs],
+                    [
+                        None if self.plan.edges[n].external is not None else self.channels[n]
+                        for n in segment.inputs
+                    ],
                     [self.channels[n] for n in segment.outputs],
                     self._words[each.segment],
                     self.counters.ticket(each.segment, each.index),
@@ -454,11 +464,14 @@ class _Execution:
         self._read(each, process)
         each.process = None
         cause = process.cause_of_death or "it ended"
-        sequence = self.counters.current(each.segment, each.index).sequence
+        current = self.counters.current(each.segment, each.index)
+        sequence = current.sequence if current.pid == process.pid else None
         tail = process.stderr_tail
         failure = process.failure
         started = process.started
-        start_error = None if started or process.exitcode is None or process.exitcode < 0 else process.start_error()
+        start_error = (
+            None if started or process.exitcode is None or process.exitcode < 0 else process.start_error()
+        )
         process.close()
         if each.finished:
             self._segment_may_be_done(each.segment)
@@ -475,7 +488,11 @@ class _Execution:
         self.on_event("crashed", {"stage": name, "worker": each.index, "cause": cause, "sequence": sequence})
         details = (failure or tail).rstrip()
         if options.on_crash == "stop":
-            self.fail(PipelineRuntimeError(f"stage {name!r}: worker {each.index} died ({cause}) and on_crash='stop'\n{details}"))
+            self.fail(
+                PipelineRuntimeError(
+                    f"stage {name!r}: worker {each.index} died ({cause}) and on_crash='stop'\n{details}"
+                )
+            )
             return
         delay = each.budget.died()
         if delay is None:
@@ -523,9 +540,11 @@ class _Execution:
             if limit is None or each.process is None:
                 continue
             current = self.counters.current(each.segment, each.index)
-            if current.sequence is not None and not current.blocked and current.busy_seconds > limit:
+            # The page may still show what a predecessor was about.
+            if current.pid == each.process.pid and current.busy_seconds() > limit:
                 self.on_event(
-                    "hung", {"stage": self.plan.segments[each.segment].name, "worker": each.index, "seconds": limit}
+                    "hung",
+                    {"stage": self.plan.segments[each.segment].name, "worker": each.index, "seconds": limit},
                 )
                 each.process.terminate(0.5)
         if self.plan.checkpoint is not None and now >= self._next_checkpoint:
@@ -541,7 +560,9 @@ class _Execution:
         try:
             self.run._note(kind, data)
         except Exception as error:
-            self.fail(PipelineRuntimeError(f"stage {data.get('stage')!r}: the hook for {kind!r} raised {error!r}"))
+            self.fail(
+                PipelineRuntimeError(f"stage {data.get('stage')!r}: the hook for {kind!r} raised {error!r}")
+            )
         if kind == "error":
             self._count_error(data["stage"])
 
@@ -567,7 +588,9 @@ class _Execution:
                 action = self.run.hooks["on_error"](Event("error", self.run.seconds, data))
                 return None if action is None else parse_policy(action)
             except Exception as error:
-                self.fail(PipelineRuntimeError(f"stage {data['stage']!r}: the hook on_error raised {error!r}"))
+                self.fail(
+                    PipelineRuntimeError(f"stage {data['stage']!r}: the hook on_error raised {error!r}")
+                )
                 return None
         raise AssertionError(kind)
 
@@ -649,7 +672,10 @@ class _Execution:
         self.wake()
 
     def abort(self) -> None:
-        self.aborting = True
+        with self._lock:
+            if not self.aborting:
+                self.undrained = self._left()
+            self.aborting = True
         for edge, channel in zip(self.plan.edges, self.channels, strict=False):
             if edge.external is None:
                 with contextlib.suppress(DslineError):
@@ -677,11 +703,8 @@ class _Execution:
                 if thread is not threading.current_thread():
                     thread.join(max(0.1, deadline - time.monotonic()))
         finally:
-            self.undrained = self._left()
             self._close()
             self.over.set()
-
-    undrained: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def _left(self) -> dict[str, int]:
         left = {}
@@ -699,6 +722,8 @@ class _Execution:
         for loop in self._loops.values():
             loop.close()
         self.counters.close()
+        self._wake.close()
+        self._wake_read.close()
 
     # --- seeing ---
 
@@ -749,10 +774,14 @@ class Run:
     Workers end within a second when this process dies, however it dies.
     """
 
-    def __init__(self, plan: Plan, *, resume: bool = False, collect: bool = False, **hooks: Callable[[Event], Any]) -> None:
+    def __init__(
+        self, plan: Plan, *, resume: bool = False, collect: bool = False, **hooks: Callable[[Event], Any]
+    ) -> None:
         unknown = sorted(set(hooks) - set(HOOKS))
         if unknown:
-            raise PipelineBuildError(f"unknown option {unknown[0]!r}; there are resume and the hooks {', '.join(HOOKS)}")
+            raise PipelineBuildError(
+                f"unknown option {unknown[0]!r}; there are resume and the hooks {', '.join(HOOKS)}"
+            )
         self.plan = plan
         self.hooks = {name: hook for name, hook in hooks.items() if hook is not None}
         self.collects = collect
@@ -990,12 +1019,17 @@ class Run:
         return f"<dsline.Run {self.plan.name!r}: {self._state}, {self.seconds:.1f} s>"
 
 
+def _kind(part: Any) -> str:
+    return "source" if isinstance(part, Source) else "sink" if isinstance(part, Sink) else str(part.kind)
+
+
 def _total(plan: Plan) -> int | None:
     """Number of items, where the sources know it."""
     total = 0
     for stage in plan.stages:
         if isinstance(stage.part, Source):
-            length = getattr(stage.part, "length", None)
+            items = getattr(stage.part, "iterable", None)
+            length = len(items) if isinstance(items, Sized) else getattr(stage.part, "length", None)
             if length is None:
                 return None
             total += length

@@ -22,6 +22,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
+from dsline._core import CounterPage
 from dsline.dataflow.counters import WorkerCounters
 from dsline.dataflow.items import Batch, nbytes_of, rows_of
 from dsline.dataflow.operator import Context, MergeStep, Operator, Router, Sink, Source, Step
@@ -126,9 +127,12 @@ class _Output:
         self._intend(offset, done)
         if self._loans and id(item) in self._loans:
             loan = self._loans.pop(id(item))
-            del item
-            loan.publish()
-            return
+            try:
+                loan.publish()
+                return
+            except BufferError:  # the function kept a reference that could write later: it gets a copy out of here
+                item = item.copy()
+                loan.abort()
         send = self.channel.send if isinstance(item, np.ndarray) and item.dtype.kind != "O" else self.channel.send_object
         if not self._blocks:
             self._send_or_drop(send, item)
@@ -216,7 +220,13 @@ class _Output:
 
     def control(self, kind: int, payload: bytes, done: int = 0) -> None:
         """Send the control frame that input `done` is; one is never dropped."""
-        self._intend(_WHOLE, done)
+        if self._dropped:
+            self._send_surely(GAP, str(self._dropped).encode(), *self._intent)
+            self._dropped = 0
+        self._send_surely(kind, payload, _WHOLE, done)
+
+    def _send_surely(self, kind: int, payload: bytes, offset: int, done: int) -> None:
+        self._intend(offset, done)
         began = time.monotonic_ns()
         while True:
             try:
@@ -252,23 +262,25 @@ class _Chain:
         self.sink: Any = None
         operators = [stage for stage in job.stages if isinstance(stage.part, Operator) and not isinstance(stage.part, Router)]
         for stage in operators:
-            context = Context(stage.name, job.worker, job.workers, count=loop.counters.add)
+            context = Context(stage.name, job.worker, job.workers, count=loop.page(stage).add)
             if stage is operators[-1] and stage is job.stages[-1]:
                 context.allocate = allocate
             self.contexts.append(context)
             self.steps.append((stage, _starting(stage, lambda s=stage, c=context: s.part.start(c))))
         last = job.stages[-1] if job.stages else None
         if last is not None and isinstance(last.part, Sink) and not _goes_to_caller(last.part):
-            self.contexts.append(Context(last.name, job.worker, job.workers, count=loop.counters.add))
+            self.contexts.append(Context(last.name, job.worker, job.workers, count=loop.page(last).add))
             self.sink = _starting(last, lambda: last.part.start(self.contexts[-1]))
             emit = self._guard(last, self.sink.write, None)
         elif last is not None and isinstance(last.part, Router):
             route = _starting(last, lambda: last.part.route(Context(last.name, job.worker, job.workers)))
             emit = self._routing(last, route, loop)
-        self.emits: list[_Counted] = []
+        self.emits: list[Callable[[Any], None]] = []
+        self.counts: list[_Counted] = []
         for stage, step in reversed(self.steps):
             counts = _Counted(emit)
-            self.emits.insert(0, counts)
+            self.emits.insert(0, counts.emit)
+            self.counts.insert(0, counts)
             if isinstance(step, MergeStep):
                 self.merge = step
             emit = self._step(stage, step, counts)
@@ -288,11 +300,12 @@ class _Chain:
 
         return self._guard(stage, emit, None)
 
-    def _step(self, stage: Stage, step: Step, emit: _Counted) -> Callable[[Any], None]:
+    def _step(self, stage: Stage, step: Step, counts: _Counted) -> Callable[[Any], None]:
+        emit = counts.emit
         if isinstance(stage.options.policy, Skip | Retry | DeadLetterPolicy) and not stage.part.holds:  # type: ignore[union-attr]
-            return self._guard(stage, lambda item: self._whole(step, item, emit), emit)
+            return self._guard(stage, lambda item: self._whole(step, item, emit), counts)
         process = step.process
-        return self._guard(stage, lambda item: process(item, emit), emit)
+        return self._guard(stage, lambda item: process(item, emit), counts)
 
     def _whole(self, step: Step, item: Any, emit: Callable[[Any], None]) -> None:
         """All results of an item, or none: one that failed half-way may be tried again."""
@@ -301,7 +314,7 @@ class _Chain:
         for result in results:
             emit(result)
 
-    def _guard(self, stage: Stage, call: Callable[[Any], None], emit: _Counted | None) -> Callable[[Any], None]:
+    def _guard(self, stage: Stage, call: Callable[[Any], None], counts: _Counted | None) -> Callable[[Any], None]:
         """Errors of a stage are handled where they happen; those of the stages after it pass, as they are no Exception."""
         loop = self._loop
         place = loop.job.stages.index(stage)
@@ -318,12 +331,12 @@ class _Chain:
 
         def counted(item: Any) -> None:
             page.begin(loop.sequence)
-            if emit is not None:
-                emit.number = 0
+            if counts is not None:
+                counts.number = 0
             try:
                 guarded(item)
             finally:
-                page.end(1 if emit is None else emit.number)
+                page.end(1 if counts is None else counts.number)
 
         return counted
 
@@ -345,11 +358,15 @@ class _Chain:
         for stage, step, emit in self._timed:
             moment = step.deadline()
             if moment is not None and moment <= now:
+                emit.number = 0
                 self.call(stage, "it failed at a deadline", lambda s=step, e=emit: s.tick(e))
+                self._loop.page(stage).add("out", emit.number)
 
     def finish(self) -> None:
         for (stage, step), emit in zip(self.steps, self.emits, strict=True):
+            emit.number = 0
             self.call(stage, "it failed at the end of its input", lambda s=step, e=emit: s.finish(e))
+            self._loop.page(stage).add("out", emit.number)
 
     def end_sink(self, stage: Stage) -> None:
         self.call(stage, "the sink failed at the end", self.sink.finish)
@@ -382,17 +399,19 @@ def _goes_to_caller(sink: Sink) -> bool:
 
 
 class _Counted:
-    """Hands items on and counts them."""
+    """Counts the results of a step on their way."""
 
-    __slots__ = ("_emit", "number")
+    __slots__ = ("emit", "number")
 
     def __init__(self, emit: Callable[[Any], None]) -> None:
-        self._emit = emit
         self.number = 0
 
-    def __call__(self, item: Any) -> None:
-        self.number += 1
-        self._emit(item)
+        # A function, not a method that is looked up: calling it makes no other reference to an array of a slot.
+        def counted(item: Any) -> None:
+            self.number += 1
+            emit(item)
+
+        self.emit = counted
 
 
 def _starting(stage: Stage, start: Callable[[], Any]) -> Any:
@@ -542,10 +561,14 @@ class SegmentLoop:
 
     # --- errors ---
 
+    def page(self, stage: Stage) -> CounterPage:
+        """Where the counters of a stage are."""
+        return self.counters.stages[self.job.stages.index(stage)]
+
     def failed(self, stage: Stage, item: Any, error: Exception, again: Callable[[Any], None]) -> None:
         """A stage raised: do what its policy says."""
         policy: Any = stage.options.policy
-        self.counters.add("errors", 1)
+        self.page(stage).add("errors", 1)
         if self.job.asks_on_error:
             answer = self.control.ask(
                 "on_error", stage=stage.name, error=repr(error), attempt=self._attempt, sequence=self._at()
@@ -557,7 +580,7 @@ class SegmentLoop:
         if isinstance(policy, Retry):
             for pause in policy.pauses():
                 time.sleep(pause)
-                self.counters.add("retried", 1)
+                self.page(stage).add("retried", 1)
                 try:
                     again(item)
                     return
@@ -567,7 +590,7 @@ class SegmentLoop:
         if isinstance(policy, DeadLetterPolicy):
             self._bury(stage, item, error, policy)
         elif isinstance(policy, Skip):
-            self.counters.add("skipped", 1)
+            self.page(stage).add("skipped", 1)
         else:
             raise StageFailed(_operator_error(stage.name, error, f"{_what(stage)} failed")) from error
 
@@ -586,7 +609,7 @@ class SegmentLoop:
             )
         except Exception as why:
             raise StageFailed(_operator_error(stage.name, why, "its dead letter could not be written")) from error
-        self.counters.add("dead_lettered", 1)
+        self.page(stage).add("dead_letters", 1)
         self.control.event("dead_letter", stage=stage.name, sequence=self._at(), error=repr(error))
 
     # --- running ---
@@ -676,7 +699,8 @@ class SegmentLoop:
     # --- one or several inputs, one instance ---
 
     def _from_inputs(self) -> Iterator[None]:
-        expected: list[int | None] = [None] * len(self._inputs)
+        # A channel from outside begins somewhere; one of the pipeline's own at 0.
+        expected: list[int | None] = [None if edge.external is not None else 0 for edge in self.job.inputs]
         ended = [False] * len(self._inputs)
         marked: dict[int, int] = {}  # input -> number of the checkpoint whose marker it is at
         if self._words is not None:
@@ -812,7 +836,7 @@ class SegmentLoop:
                 context.attempt = self._attempt - 1
         self._out_rows = self._out_bytes = 0
         self.counters.begin(sequence, *_measure(item))
-        first = self.chain.emits[0] if self._is_operator else None
+        first = self.chain.counts[0] if self._is_operator else None
         if first is not None:
             first.number = 0
         try:

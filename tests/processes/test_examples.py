@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -19,14 +20,42 @@ def __getattr__(name):
     return lambda: rng.integers(0, 256, (120 + 10 * len(name), 160, 3), dtype=np.uint8)
 """
 
+FILTERS = """
+import numpy as np
+
+def sobel(picture):
+    down, right = np.gradient(picture)
+    return np.hypot(down, right)
+"""
+
 
 @pytest.fixture
 def environment(tmp_path):
-    """Variables with which `from skimage import data` gives pictures."""
+    """Variables with which `from skimage import data, filters` gives pictures and a filter."""
     package = tmp_path / "skimage"
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "data.py").write_text(PICTURES)
+    (package / "filters.py").write_text(FILTERS)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+
+
+@pytest.fixture
+def stations(tmp_path):
+    """Variables with which `vega_datasets` has the two tables of the sensors example, of its form, with other numbers."""
+    folder = tmp_path / "vega_datasets" / "_data"
+    folder.mkdir(parents=True)
+    (tmp_path / "vega_datasets" / "__init__.py").write_text("")
+    rng = np.random.default_rng(5)
+    hours = np.datetime64("2010-01-01T00") + np.arange(24 * 40)
+    dates = [str(hour).replace("-", "/").replace("T", " ") + ":00" for hour in hours]
+    for name, order, ending in (("seattle-temps", "date,temp", ""), ("sf-temps", "temp,date", ":00")):
+        temperatures = 60 + 20 * np.sin(np.arange(len(hours)) / 24 * 2 * np.pi) + rng.normal(0, 4, len(hours))
+        rows = [
+            (f"{date}{ending}", f"{number:.1f}") for date, number in zip(dates, temperatures, strict=True)
+        ]
+        lines = [",".join(row if order.startswith("date") else row[::-1]) for row in rows]
+        (folder / f"{name}.csv").write_text("\n".join([order, *lines, ""]))
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
 
 
@@ -47,6 +76,15 @@ def test_images(environment):
     assert "all results are equal" in run(
         "images/images.py", "--frames", "21", "--rounds", "1", environment=environment
     )
+
+
+@pytest.mark.parametrize("partitions", [1, 2])
+def test_sensors(stations, partitions):
+    """The windows of tables that arrive in pieces are those of pandas."""
+    out = run("sensors/sensors.py", "--rows", "77", "--partitions", str(partitions), environment=stations)
+    assert "1920 readings" in out and "days: 80 windows" in out
+    assert int(re.search(r"warm spells: (\d+) windows", out)[1]) >= 20
+    assert "all windows are equal to those of pandas" in out
 
 
 def test_two_terminals(environment):
@@ -102,6 +140,25 @@ def test_workers_end_with_the_program(environment, stopped):
     while marked() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert marked() == []
+
+
+def test_video(environment, tmp_path):
+    """No frame is lost, doubled or moved when a worker is killed, and the viewer slows nobody down."""
+    pytest.importorskip("av")
+    size = ("--frames", "90", "--height", "120", "--width", "160", "--pause", "0.02")
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "video/video.py"), *size, "--keep", str(tmp_path)],
+        capture_output=True, text=True, timeout=100, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"90 frames in .*; all equal to those of one process, in order", done.stdout)
+    assert "workers killed: 1;" in done.stdout
+    seen, missed = map(int, re.search(r"the viewer saw (\d+) frames and missed (\d+)", done.stdout).groups())
+    assert 0 < seen <= 90
+    assert seen + missed <= 90
+    assert all(line.isprintable() for line in done.stderr.splitlines())  # progress in a log
+    assert "edges: finished, 90" in done.stderr
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == ["edges.npy", "film.mp4"]
 
 
 def marked():

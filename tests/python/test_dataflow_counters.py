@@ -129,6 +129,33 @@ def test_the_inner_items_time_is_not_the_outers():
     assert counters.look()["outer"].busy_ns <= time.monotonic_ns() - started
 
 
+@pytest.mark.parametrize("caller", [0, 1, 2])
+def test_waiting_belongs_to_the_innermost_item_whoever_says_it(caller):
+    hour = 3600 * 10**9
+    counters = chain("a", "b", "c")
+    stages = counters.ticket(0).open().stages
+    for page in stages[:2]:
+        page.begin(4)
+    stages[caller].blocked(hour)
+    stages[caller].starved(hour)
+    stages[caller].blocking()
+    assert counters.current(0).blocked
+    time.sleep(0.002)
+    stages[2 - caller].unblocked()
+    assert not counters.current(0).blocked
+    assert counters.current(0).busy_seconds() == 0
+    for page in reversed(stages[:2]):
+        page.end()
+    stats = counters.look()
+    assert stats["b"].blocked_ns >= hour + 2_000_000
+    assert stats["b"].starved_ns == hour
+    assert [stage.blocked_ns for stage in stats.stages] == [0, stats["b"].blocked_ns, 0]
+    assert max(stage.busy_ns for stage in stats.stages) < hour
+    assert max(stage.max_ns for stage in stats.stages) < hour
+    stages[caller].blocked(hour)  # between items: the first stage's
+    assert counters.look()["a"].blocked_ns == hour
+
+
 def test_what_is_going_on_is_part_of_the_figures():
     counters = chain("outer", "inner")
     begun = time.monotonic_ns()
@@ -269,7 +296,7 @@ def test_the_slowest_stage_is_the_busiest_per_worker():
     assert plain["edges"][0]["capacity"] == 4
     assert plain["total"] == 100
     text = str(stats).splitlines()
-    assert text[0] == "pipeline 'p': running for 2.0 s; slowest: detect, busy 90% of the time"
+    assert text[0] == "pipeline 'p': running, 2.0 s; slowest: detect, busy 90% of the time"
     assert text[3].startswith("detect  0 of 4") and text[3].endswith("errors 2, dropped 1")
     assert any(line.split()[:3] == ["read", "->", "detect"] for line in text)
     assert all(line == line.rstrip() for line in text)
