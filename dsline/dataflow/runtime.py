@@ -29,7 +29,14 @@ from dsline.dataflow.operator import Context, MergeStep, Operator, Router, Sink,
 from dsline.dataflow.plan import AHEAD, Edge, Stage
 from dsline.dataflow.policies import DeadLetterPolicy, Retry, Skip, parse_policy
 from dsline.dataflow.sinks import CollectSink
-from dsline.errors import BufferEmptyError, BufferFullError, ChannelClosedError, DslineError, OperatorError, PipelineRuntimeError
+from dsline.errors import (
+    BufferEmptyError,
+    BufferFullError,
+    ChannelClosedError,
+    DslineError,
+    OperatorError,
+    PipelineRuntimeError,
+)
 from dsline.waiting import wait
 
 __all__ = ["Control", "Job", "SegmentLoop", "StageFailed", "Stopped"]
@@ -64,12 +71,14 @@ class Control(Protocol):
     def ask(self, kind: str, **data: Any) -> Any: ...
     def marker(self, last: bool = False) -> int | None:
         """Number of a checkpoint that a source shall begin now; `last`: it is at its end."""
+
     def report_state(self, number: int, segment: int, state: bytes) -> None: ...
     @property
     def aborting(self) -> bool: ...
     @property
     def stopping(self) -> bool:
         """Whether sources shall give nothing more."""
+
     @property
     def ended(self) -> bool:
         """Whether another worker of the segment has found the end of the input."""
@@ -96,7 +105,14 @@ class _Output:
     """The sending side of an edge."""
 
     def __init__(
-        self, number: int, edge: Edge, channel: Any, words: Any, counters: WorkerCounters, control: Control, stage: str
+        self,
+        number: int,
+        edge: Edge,
+        channel: Any,
+        words: Any,
+        counters: WorkerCounters,
+        control: Control,
+        stage: str,
     ) -> None:
         self.edge = edge
         self.channel = channel
@@ -130,7 +146,11 @@ class _Output:
             del item
             loan.publish()
             return
-        send = self.channel.send if isinstance(item, np.ndarray) and item.dtype.kind != "O" else self.channel.send_object
+        send = (
+            self.channel.send
+            if isinstance(item, np.ndarray) and item.dtype.kind != "O"
+            else self.channel.send_object
+        )
         if not self._blocks:
             self._send_or_drop(send, item)
             return
@@ -245,13 +265,19 @@ def _operator_error(stage: str, error: BaseException, what: str) -> OperatorErro
 class _Chain:
     """The operators of a segment, each calling the next."""
 
-    def __init__(self, job: Job, loop: SegmentLoop, emit: Callable[[Any], None], allocate: Callable[..., Any] | None) -> None:
+    def __init__(
+        self, job: Job, loop: SegmentLoop, emit: Callable[[Any], None], allocate: Callable[..., Any] | None
+    ) -> None:
         self._loop = loop
         self.steps: list[tuple[Stage, Step]] = []
         self.contexts: list[Context] = []
         self.merge: MergeStep | None = None
         self.sink: Any = None
-        operators = [stage for stage in job.stages if isinstance(stage.part, Operator) and not isinstance(stage.part, Router)]
+        operators = [
+            stage
+            for stage in job.stages
+            if isinstance(stage.part, Operator) and not isinstance(stage.part, Router)
+        ]
         for stage in operators:
             context = Context(stage.name, job.worker, job.workers, count=loop.page(stage).add)
             if stage is operators[-1] and stage is job.stages[-1]:
@@ -302,7 +328,9 @@ class _Chain:
         for result in results:
             emit(result)
 
-    def _guard(self, stage: Stage, call: Callable[[Any], None], emit: _Counted | None) -> Callable[[Any], None]:
+    def _guard(
+        self, stage: Stage, call: Callable[[Any], None], emit: _Counted | None
+    ) -> Callable[[Any], None]:
         """Errors of a stage are handled where they happen; those of the stages after it pass, as they are no Exception."""
         loop = self._loop
         place = loop.job.stages.index(stage)
@@ -367,7 +395,11 @@ class _Chain:
     def load(self, state: dict[str, Any]) -> None:
         for stage, step in self.steps:
             if state.get(stage.name) is not None:
-                self.call(stage, "load_state_dict failed", lambda st=step, n=stage.name: st.load_state_dict(state[n]))
+                self.call(
+                    stage,
+                    "load_state_dict failed",
+                    lambda st=step, n=stage.name: st.load_state_dict(state[n]),
+                )
 
     def close(self) -> None:
         for _, step in self.steps:
@@ -456,7 +488,11 @@ class SegmentLoop:
             for number, (edge, channel) in enumerate(zip(job.outputs, outputs, strict=True))
         ]
         self._parallel = job.workers > 1
-        self._is_operator = bool(job.stages) and isinstance(job.stages[0].part, Operator) and not isinstance(job.stages[0].part, Router)
+        self._is_operator = (
+            bool(job.stages)
+            and isinstance(job.stages[0].part, Operator)
+            and not isinstance(job.stages[0].part, Router)
+        )
         self._out_rows = self._out_bytes = 0  # of the results of the item at work
         self._alone = len(job.stages) == 1
         self._results: list[tuple[int, Any]] | None = None  # of the item at work, where they have to wait
@@ -594,7 +630,9 @@ class SegmentLoop:
                 item=item,
             )
         except Exception as why:
-            raise StageFailed(_operator_error(stage.name, why, "its dead letter could not be written")) from error
+            raise StageFailed(
+                _operator_error(stage.name, why, "its dead letter could not be written")
+            ) from error
         self.page(stage).add("dead_letters", 1)
         self.control.event("dead_letter", stage=stage.name, sequence=self._at(), error=repr(error))
 
@@ -676,7 +714,9 @@ class SegmentLoop:
     def _resume_source(self, stage: Stage, step: Any) -> tuple[int, int]:
         """Go on where a checkpoint or a dead process left off: (sequence, items to pass over)."""
         if self._state.get("source") is not None:
-            self.chain.call(stage, "the source cannot go on from the checkpoint", lambda: step.seek(self._state["source"]))
+            self.chain.call(
+                stage, "the source cannot go on from the checkpoint", lambda: step.seek(self._state["source"])
+            )
         if self._words is None or self.job.incarnation == 0:
             return 0, 0
         done = self._recover()
@@ -691,7 +731,9 @@ class SegmentLoop:
         if self._words is not None:
             self._behind = self._recover()
         while not all(ended) and not self._stopped:
-            index, message = self._receive([n for n, over in enumerate(ended) if not over and n not in marked])
+            index, message = self._receive(
+                [n for n, over in enumerate(ended) if not over and n not in marked]
+            )
             if index < 0:
                 self._tick()
                 yield
@@ -802,14 +844,21 @@ class SegmentLoop:
         if self.chain.merge is not None:
             stage, step = self.chain.steps[0]
             emit = self.chain.emits[0]
-            self._work(index, message.sequence, item, lambda value: step.process_from(index, value, emit), stage)  # type: ignore[attr-defined]
+            self._work(
+                index, message.sequence, item, lambda value: step.process_from(index, value, emit), stage
+            )  # type: ignore[attr-defined]
         else:
             self._work(index, message.sequence, item)
         del item
         self._finished_with(message, index)
 
     def _work(
-        self, index: int, sequence: int, item: Any, process: Callable[[Any], None] | None = None, stage: Stage | None = None
+        self,
+        index: int,
+        sequence: int,
+        item: Any,
+        process: Callable[[Any], None] | None = None,
+        stage: Stage | None = None,
     ) -> None:
         """Push one item through the chain."""
         self._item = (index, sequence)
@@ -956,7 +1005,9 @@ class SegmentLoop:
         if self.chain.sink is not None and self._state.get("sink") is not None:
             stage = self.job.stages[-1]
             self.chain.call(
-                stage, "the sink cannot go back to the checkpoint", lambda: self.chain.sink.restore(self._state["sink"])
+                stage,
+                "the sink cannot go back to the checkpoint",
+                lambda: self.chain.sink.restore(self._state["sink"]),
             )
 
 
@@ -1014,7 +1065,9 @@ class _TurnTaking:
             self._ended = True
             return None
         finally:
-            if self._loop.control.ended or (self._loop.control.stopping and self._loop.job.inputs[0].external is not None):
+            if self._loop.control.ended or (
+                self._loop.control.stopping and self._loop.job.inputs[0].external is not None
+            ):
                 self._ended = True
             if self._loop.control.aborting:
                 raise Stopped
