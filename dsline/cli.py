@@ -28,6 +28,7 @@ from click.shell_completion import get_completion_class
 import dsline
 from dsline import bench as _bench
 from dsline import status as _status
+from dsline.dead_cli import dead_group
 from dsline.errors import DslineError
 
 SHM_ROOT = Path("/dev/shm")
@@ -531,6 +532,7 @@ def bench_shm(
         click.echo(f"{label + ':':<12}{value}")
 
 
+cli.add_command(dead_group)
 @bench_group.command(name="pipeline")
 @click.option(
     "--count", type=click.IntRange(10, 10**8), default=50_000, show_default=True, help="Items of each run."

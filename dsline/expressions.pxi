@@ -23,6 +23,7 @@ cdef class ExpressionKernel:
     cdef tuple _dtypes
     cdef object _result
     cdef Py_ssize_t _columns
+    cdef tuple _layout  # of the last records: (their dtype, its names, offsets of the fields that are read)
 
     def __init__(self, list steps not None, tuple dtypes not None, result):
         """`steps`: (op, type, arguments, column, dtype and value of a constant or None); `dtypes`: of the columns."""
@@ -41,6 +42,7 @@ cdef class ExpressionKernel:
         self._dtypes = dtypes
         self._result = result
         self._columns = len(dtypes)
+        self._layout = (None, None, ())
 
     cdef Py_ssize_t _views(self, tuple arrays, vector[CppColumnView]& views) except? -2:
         """The columns as the core takes them; how many rows, or -1. Requires: the caller keeps the arrays."""
@@ -74,7 +76,7 @@ cdef class ExpressionKernel:
         if rows < 0:
             raise ValueError(f"rows is {rows}, must be 0 or more")
         if out is None:
-            out = np.empty(rows, self._result)
+            out = new_array(self._result, rows)
         target = out
         if (cnp.PyArray_NDIM(target) != 1 or cnp.PyArray_DIMS(target)[0] != rows or target.dtype != self._result
                 or not cnp.PyArray_ISCARRAY(target)):
@@ -97,7 +99,6 @@ cdef class ExpressionKernel:
         cdef CppRowsToKeep one
         cdef cnp.ndarray source, target
         cdef Py_ssize_t given = self._views(arrays, views)
-        cdef size_t found
         if self._result != np.bool_:
             raise ValueError(f"a filter needs a truth value, and the result is {self._result}")
         if given >= 0 and given != rows or rows < 0:
@@ -119,12 +120,111 @@ cdef class ExpressionKernel:
             one.to = <byte*> cnp.PyArray_DATA(target)
             one.item_bytes = cnp.PyArray_ITEMSIZE(source)
             kept.push_back(one)
+        return self._filter(views, rows, kept)
+
+    cdef Py_ssize_t _columns_of(self, dict data, tuple names, vector[CppColumnView]& views, list sources) except -2:
+        """The columns that are read, which are kept in `sources`; how many rows, or -1 where it is not for the fast path."""
+        cdef CppColumnView view
+        cdef cnp.ndarray source
+        cdef Py_ssize_t rows = -1
+        if len(names) != self._columns or not names:
+            return -1
+        for name, dtype in zip(names, self._dtypes):
+            given = data.get(name)
+            if type(given) is not np.ndarray:
+                return -1
+            sources.append(given)
+            source = given
+            if (cnp.PyArray_NDIM(source) != 1 or (source.dtype is not dtype and source.dtype != dtype)
+                    or (rows >= 0 and cnp.PyArray_DIMS(source)[0] != rows)):
+                return -1
+            view.data = <const byte*> cnp.PyArray_DATA(source)
+            view.stride = cnp.PyArray_STRIDES(source)[0]
+            views.push_back(view)
+            rows = cnp.PyArray_DIMS(source)[0]
+        return rows
+
+    cdef Py_ssize_t _fields_of(self, cnp.ndarray records, tuple names, vector[CppColumnView]& views) except -2:
+        """The fields that are read; how many rows, or -1 where it is not for the fast path."""
+        cdef CppColumnView view
+        cdef tuple layout = self._layout
+        cdef Py_ssize_t offset
+        dtype = records.dtype
+        if dtype is not layout[0] or dtype.names is not layout[1]:  # fields can be renamed in place
+            if cnp.PyArray_NDIM(records) != 1 or dtype.names is None or len(names) != self._columns or dtype.hasobject:
+                return -1
+            places = []
+            for name, wanted in zip(names, self._dtypes):
+                field = dtype.fields.get(name)
+                if field is None or field[0] != wanted:
+                    return -1
+                places.append(field[1])
+            layout = self._layout = (dtype, dtype.names, tuple(places))
+        if cnp.PyArray_NDIM(records) != 1:
+            return -1
+        view.stride = cnp.PyArray_STRIDES(records)[0]
+        for place in <tuple> layout[2]:
+            offset = place
+            view.data = <const byte*> cnp.PyArray_DATA(records) + offset
+            views.push_back(view)
+        return cnp.PyArray_DIMS(records)[0]
+
+    cdef size_t _filter(self, vector[CppColumnView]& views, Py_ssize_t rows, vector[CppRowsToKeep]& kept) except? 0:
+        cdef size_t found
         if rows < NOGIL_ROWS:
+            return self._program.get().filter(views.data(), rows, kept.data(), kept.size())
+        with nogil:
             found = self._program.get().filter(views.data(), rows, kept.data(), kept.size())
+        return found
+
+    def evaluate_data(self, data not None, tuple names not None):
+        """The results for a dict of whole columns, or for records; None where something is not as it must be."""
+        cdef vector[CppColumnView] views
+        cdef list sources = []
+        cdef Py_ssize_t rows = -1
+        cdef cnp.ndarray target
+        if type(data) is dict:
+            rows = self._columns_of(data, names, views, sources)
+        elif type(data) is np.ndarray:
+            rows = self._fields_of(data, names, views)
+        if rows < 0:
+            return None
+        target = new_array(self._result, rows)
+        if rows < NOGIL_ROWS:
+            self._program.get().evaluate(views.data(), rows, <byte*> cnp.PyArray_DATA(target))
         else:
             with nogil:
-                found = self._program.get().filter(views.data(), rows, kept.data(), kept.size())
-        return found
+                self._program.get().evaluate(views.data(), rows, <byte*> cnp.PyArray_DATA(target))
+        return target
+
+    def filter_records(self, cnp.ndarray records not None, tuple names not None, out):
+        """`filter` of records: those kept, in `out` or in an array of their own.
+
+        None where something is not as it must be: the caller finds out what.
+        """
+        cdef vector[CppColumnView] views
+        cdef vector[CppRowsToKeep] kept
+        cdef CppRowsToKeep one
+        cdef cnp.ndarray target
+        cdef Py_ssize_t rows = self._fields_of(records, names, views)
+        if rows < 0:
+            return None
+        if out is None:
+            target = new_array(records.dtype, rows)
+        elif type(out) is not np.ndarray:
+            return None
+        else:
+            target = out
+            if not takes_rows(target, records, rows):
+                return None
+        one.source = <const byte*> cnp.PyArray_DATA(records)
+        one.stride = cnp.PyArray_STRIDES(records)[0]
+        one.to = <byte*> cnp.PyArray_DATA(target)
+        one.item_bytes = cnp.PyArray_ITEMSIZE(records)
+        kept.push_back(one)
+        if out is not None and share_memory(kept, rows):
+            return None
+        return target[:self._filter(views, rows, kept)]
 
     def filter_columns(self, dict data not None, tuple names not None, dict out):
         """`filter` of whole columns, which `data` has by name: the rows kept, in `out` or in arrays of their own.
@@ -133,27 +233,14 @@ cdef class ExpressionKernel:
         """
         cdef vector[CppColumnView] views
         cdef vector[CppRowsToKeep] kept
-        cdef CppColumnView view
         cdef CppRowsToKeep one
         cdef cnp.ndarray source, target
-        cdef Py_ssize_t rows = -1
         cdef size_t found
         cdef dict targets = {}
         cdef list sources = []  # the dict is the user's, and may change while the GIL is let go
-        if len(names) != self._columns or not names:
+        cdef Py_ssize_t rows = self._columns_of(data, names, views, sources)
+        if rows < 0:
             return None
-        for name, dtype in zip(names, self._dtypes):
-            given = data.get(name)
-            if type(given) is not np.ndarray:
-                return None
-            sources.append(given)
-            source = given
-            if cnp.PyArray_NDIM(source) != 1 or (source.dtype is not dtype and source.dtype != dtype):
-                return None
-            view.data = <const byte*> cnp.PyArray_DATA(source)
-            view.stride = cnp.PyArray_STRIDES(source)[0]
-            views.push_back(view)
-            rows = cnp.PyArray_DIMS(source)[0]
         for name, given in data.items():
             if type(given) is not np.ndarray:
                 return None
@@ -162,17 +249,13 @@ cdef class ExpressionKernel:
             if cnp.PyArray_NDIM(source) != 1 or cnp.PyArray_DIMS(source)[0] != rows or source.dtype.hasobject:
                 return None
             if out is None:
-                dtype = source.dtype
-                Py_INCREF(dtype)  # stolen by the call
-                target = PyArray_NewFromDescr(
-                    <PyTypeObject*> cnp.ndarray, dtype, 1, cnp.PyArray_DIMS(source), NULL, NULL, 0, None)
+                target = new_array(source.dtype, rows)
             else:
                 given = out.get(name)
                 if type(given) is not np.ndarray:
                     return None
                 target = given
-                if (cnp.PyArray_NDIM(target) != 1 or cnp.PyArray_DIMS(target)[0] < rows or source.dtype != target.dtype
-                        or not cnp.PyArray_IS_C_CONTIGUOUS(target) or not cnp.PyArray_ISWRITEABLE(target)):
+                if not takes_rows(target, source, rows):
                     return None
             targets[name] = target
             one.source = <const byte*> cnp.PyArray_DATA(source)
@@ -183,12 +266,19 @@ cdef class ExpressionKernel:
                 kept.push_back(one)
         if out is not None and share_memory(kept, rows):
             return None
-        if rows < NOGIL_ROWS:
-            found = self._program.get().filter(views.data(), rows, kept.data(), kept.size())
-        else:
-            with nogil:
-                found = self._program.get().filter(views.data(), rows, kept.data(), kept.size())
+        found = self._filter(views, rows, kept)
         return {name: target[:found] for name, target in targets.items()}
+
+
+cdef cnp.ndarray new_array(object dtype, Py_ssize_t rows):
+    cdef cnp.npy_intp shape = rows
+    Py_INCREF(dtype)  # stolen by the call
+    return PyArray_NewFromDescr(<PyTypeObject*> cnp.ndarray, dtype, 1, &shape, NULL, NULL, 0, None)
+
+
+cdef bint takes_rows(cnp.ndarray target, cnp.ndarray source, Py_ssize_t rows):
+    return (cnp.PyArray_NDIM(target) == 1 and cnp.PyArray_DIMS(target)[0] >= rows and source.dtype == target.dtype
+            and cnp.PyArray_IS_C_CONTIGUOUS(target) and cnp.PyArray_ISWRITEABLE(target))
 
 
 cdef bint share_memory(const vector[CppRowsToKeep]& kept, Py_ssize_t rows) noexcept:

@@ -259,6 +259,10 @@ class Expression:
         ValueError
             Columns of different lengths.
         """
+        if self._kernel is not None and out is None:
+            results = self._kernel.evaluate_data(data, self.names)
+            if results is not None:
+                return results
         arrays, rows = self._arrays(data)
         if rows >= 0 and self._kernel is not None and (out is None or _is_plain(out, self.dtype)):
             columns = self._columns_read(arrays, rows)
@@ -321,6 +325,10 @@ class Expression:
             kept_columns = self._kernel.filter_columns(data, self.names, out)
             if kept_columns is not None:
                 return kept_columns
+        elif self._kernel is not None and type(data) is np.ndarray:
+            kept_records = self._kernel.filter_records(data, self.names, out)
+            if kept_records is not None:
+                return kept_records
         arrays, rows = self._arrays(data)
         is_records = isinstance(data, np.ndarray)
         sources = {"": data} if is_records else dict(data)

@@ -36,10 +36,10 @@ from dsline.errors import (
 )
 from dsline.rpc_server import TICK, servers_alive
 
-__all__ = ["Rpc"]
+__all__ = ["RemoteTraceback", "Rpc"]
 
 
-class _RemoteTraceback(Exception):
+class RemoteTraceback(Exception):
     """Shows where on the server an error came from."""
 
     def __init__(self, text: str) -> None:
@@ -406,7 +406,7 @@ class Rpc:
         if meta.get("k") == "error":
             # One that cannot be pickled, or not unpickled here, comes as its text.
             error = value if isinstance(value, BaseException) else RpcError(str(meta.get("s")))
-            error.__cause__ = _RemoteTraceback(str(meta.get("t")))
+            error.__cause__ = RemoteTraceback(str(meta.get("t")))
         call._finish(value, error)
 
     def _look_after(self) -> list[tuple[_Call, BaseException]]:

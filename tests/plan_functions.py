@@ -1,6 +1,13 @@
 """Functions for pipelines in tests: of a module, so that plans can name them and workers can import them."""
 
 
+import os
+import signal
+import time
+
+import numpy as np
+
+
 def double(value):
     return value * 2
 
@@ -19,3 +26,76 @@ def numbers():
 
 def take(item):
     pass
+
+
+def same(item):
+    return item
+
+
+def describe_array(array):
+    return array.shape, str(array.dtype), array.flags.writeable, int(array.sum())
+
+
+def add_one(frame, out):
+    np.add(frame, 1, out=out)
+    return out
+
+
+def total(array):
+    return float(array.sum())
+
+
+def first_is_slow(value):
+    time.sleep(0.5 if value == 0 else 0.01)
+    return value
+
+
+def sleeps(value):
+    time.sleep(1)
+    return value
+
+
+def sleeps_a_little(value):
+    time.sleep(0.003)
+    return value
+
+
+def fails_at_three(value):
+    if value == 3:
+        raise ValueError("three")
+    return value
+
+
+def always_fails(value):
+    raise ValueError(value)
+
+
+class FailsOnce:
+    """Fails at the first try of every even item."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def __call__(self, value):
+        if value % 2 == 0 and value not in self.seen:
+            self.seen.add(value)
+            raise ValueError(value)
+        return value
+
+
+class KillsItself:
+    def __call__(self, value):
+        if value == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return value
+
+
+class HangsAtTwo:
+    def __call__(self, value):
+        while value == 2:
+            time.sleep(1)
+        return value
+
+
+def answers(connection):
+    """Of a worker process that ends at once."""

@@ -18,6 +18,7 @@ from typing import Any, Final, TypeAlias, cast
 import numpy as np
 
 from dsline.dataflow.callables import function_name, reference, resolve
+from dsline.dataflow.grouping import counts_of
 from dsline.errors import OperatorError, PipelineBuildError
 
 __all__ = [
@@ -43,6 +44,7 @@ DType: TypeAlias = np.dtype[Any]
 _INT64: Final = np.dtype(np.int64)
 _UINT64: Final = np.dtype(np.uint64)
 _DOUBLE: Final = np.dtype(np.float64)
+_LARGE_GROUP: Final = 32  # values from which on sorting groups one by one is faster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +182,7 @@ def var(column: str, ddof: int = 1) -> Aggregate:
     return _spread("var", column, ddof)
 
 
-def _spread(kind: str, column: str, ddof: int) -> Aggregate:
+def _spread(kind: str, column: str, ddof: Any) -> Aggregate:
     if isinstance(ddof, bool) or not isinstance(ddof, int) or ddof < 0:
         raise PipelineBuildError(f"agg.{kind}: ddof is {ddof!r}, must be an int of 0 or more")
     return _of(kind, column, ddof=ddof)
@@ -193,7 +195,8 @@ def median(column: str) -> Aggregate:
 
 def quantile(column: str, q: float) -> Aggregate:
     """Quantile with linear interpolation, exact: the values are kept until the window closes. float64."""
-    if isinstance(q, bool) or not isinstance(q, int | float) or not 0 <= q <= 1:
+    given: Any = q
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given <= 1:
         raise PipelineBuildError(f"agg.quantile: q is {q!r}, must be from 0 to 1")
     return _of("quantile", column, q=float(q))
 
@@ -246,7 +249,7 @@ class Groups:
     def counts(self) -> Array:
         """Elements per group, int64."""
         if self._counts is None:
-            self._counts = np.diff(self.starts, append=self.size)
+            self._counts = counts_of(self.starts, self.size)
         return self._counts
 
     @property
@@ -455,7 +458,12 @@ class Values(Groups):
         if found is None:
             values = self.columns[text]
             # NumPy sorts NaN and NaT to the end.
-            ordered = values[np.lexsort((values, self.ids))]
+            if len(values) > _LARGE_GROUP * len(self.starts):
+                ordered = values.copy()
+                for start, count in zip(self.starts.tolist(), self.counts.tolist(), strict=True):
+                    ordered[start : start + count].sort()
+            else:
+                ordered = values[np.lexsort((values, self.ids))]
             nan = missing_in(ordered)
             there = self.counts
             if nan is not None:
@@ -521,7 +529,9 @@ def _valid(column: str, dtype: DType) -> Accumulator:
     return ValueCount(column, _INT64) if dtype.kind in "fmM" else ROW_COUNT
 
 
-def _first_part(aggregate: Aggregate, needs: tuple[Accumulator, ...], parts: Parts, values: Values | None) -> Array:
+def _first_part(
+    aggregate: Aggregate, needs: tuple[Accumulator, ...], parts: Parts, values: Values | None
+) -> Array:
     return parts[needs[0]][0]
 
 
@@ -540,7 +550,9 @@ def _mean(aggregate: Aggregate, needs: tuple[Accumulator, ...], parts: Parts, va
         return cast(Array, total / number)
 
 
-def _variance(aggregate: Aggregate, needs: tuple[Accumulator, ...], parts: Parts, values: Values | None) -> Array:
+def _variance(
+    aggregate: Aggregate, needs: tuple[Accumulator, ...], parts: Parts, values: Values | None
+) -> Array:
     numbers, _, squares = parts[needs[0]]
     free = numbers - aggregate.ddof
     with np.errstate(all="ignore"):
@@ -548,7 +560,9 @@ def _variance(aggregate: Aggregate, needs: tuple[Accumulator, ...], parts: Parts
         return np.sqrt(result) if aggregate.kind == "std" else result
 
 
-def _quantile(aggregate: Aggregate, needs: tuple[Accumulator, ...], parts: Parts, values: Values | None) -> Array:
+def _quantile(
+    aggregate: Aggregate, needs: tuple[Accumulator, ...], parts: Parts, values: Values | None
+) -> Array:
     assert values is not None
     q = 0.5 if aggregate.q is None else aggregate.q
     ordered, there = values.sorted(aggregate.columns[0])
@@ -561,12 +575,14 @@ def _quantile(aggregate: Aggregate, needs: tuple[Accumulator, ...], parts: Parts
         result = np.where(part > 0, low + (high - low) * part, low)
         result = np.where((part > 0) & (low == high), low, result)  # of infinities
     result[there == 0] = np.nan
-    return result
+    return cast(Array, result)
 
 
-def _nunique(aggregate: Aggregate, needs: tuple[Accumulator, ...], parts: Parts, values: Values | None) -> Array:
+def _nunique(
+    aggregate: Aggregate, needs: tuple[Accumulator, ...], parts: Parts, values: Values | None
+) -> Array:
     assert values is not None
-    ordered, there = values.sorted(aggregate.columns[0])
+    ordered, _ = values.sorted(aggregate.columns[0])
     is_new = np.ones(len(ordered), np.int64)
     is_new[1:] = ordered[1:] != ordered[:-1]
     is_new[values.starts] = 1
@@ -576,18 +592,24 @@ def _nunique(aggregate: Aggregate, needs: tuple[Accumulator, ...], parts: Parts,
     return cast(Array, np.add.reduceat(is_new, values.starts))
 
 
-def _apply(aggregate: Aggregate, needs: tuple[Accumulator, ...], parts: Parts, values: Values | None) -> Array:
+def _apply(
+    aggregate: Aggregate, needs: tuple[Accumulator, ...], parts: Parts, values: Values | None
+) -> Array:
     assert values is not None and aggregate.function is not None and aggregate.dtype is not None
     columns = [values.columns[text] for text in aggregate.columns]
     results = np.empty(len(values.starts), aggregate.dtype)
-    for number, (start, length) in enumerate(zip(values.starts.tolist(), values.counts.tolist(), strict=True)):
+    for number, (start, length) in enumerate(
+        zip(values.starts.tolist(), values.counts.tolist(), strict=True)
+    ):
         result: Any = None
         try:
             result = aggregate.function(*(column[start : start + length] for column in columns))
             results[number] = result
         except Exception as error:
             name = function_name(aggregate.function)
-            shown = "" if result is None else f" returned {str(result)[:100]!r}, which is no {aggregate.dtype}:"
+            shown = (
+                "" if result is None else f" returned {str(result)[:100]!r}, which is no {aggregate.dtype}:"
+            )
             raise OperatorError(f"agg.apply: {name}{shown} {type(error).__name__}: {error}") from error
     return results
 

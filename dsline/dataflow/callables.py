@@ -18,6 +18,7 @@ from dsline.errors import PipelineBuildError
 
 __all__ = [
     "PICKLING_ERRORS",
+    "ByValuePickler",
     "Function",
     "accepts_out",
     "check_callable",
@@ -25,6 +26,7 @@ __all__ = [
     "function_name",
     "instantiate",
     "is_class",
+    "is_plain_function",
     "main_classes",
     "pack",
     "reference",
@@ -80,6 +82,20 @@ def pack(function: Any) -> bytes:
 def unpack(packed: bytes) -> Any:
     """Return what `pack` was given. Raises whatever importing and unpickling raise."""
     return pickle.loads(packed)
+
+
+class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """For data: what the main program defines is pickled with its definition. Called as pickle's own class is."""
+
+    def __init__(
+        self, file: Any, protocol: int, fix_imports: bool, buffer_callback: Callable[[Any], Any]
+    ) -> None:
+        super().__init__(file, protocol=protocol, buffer_callback=buffer_callback)
+
+
+def is_plain_function(function: Any) -> bool:
+    """Whether a function has no state of its own that a call could change."""
+    return inspect.isbuiltin(function) or (inspect.isfunction(function) and function.__closure__ is None)
 
 
 @contextlib.contextmanager

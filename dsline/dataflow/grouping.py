@@ -6,15 +6,21 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-__all__ = ["group", "hash_keys", "is_sorted", "mix", "pick", "starts_of"]
+__all__ = ["counts_of", "extremes", "group", "hash_keys", "is_sorted", "mix", "pick", "starts_of"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
 _MOST_CODES: Final = int(np.iinfo(np.int64).max)
+_FEW: Final = 64  # values that are sorted as fast as hashed
 
 
 def is_sorted(values: Array) -> bool:
-    return bool((values[1:] >= values[:-1]).all())
+    return bool(np.logical_and.reduce(values[1:] >= values[:-1]))
+
+
+def extremes(values: Array) -> tuple[int, int]:
+    """Smallest and largest of integers."""
+    return int(np.minimum.reduce(values)), int(np.maximum.reduce(values))
 
 
 def starts_of(*columns: Array) -> Array:
@@ -29,27 +35,53 @@ def starts_of(*columns: Array) -> Array:
     return starts
 
 
-def _codes(values: Array) -> tuple[Array, int]:
-    """Number values by their order: codes from 0, and how many there may be. Equal codes mean equal values."""
+def counts_of(starts: Array, size: int) -> Array:
+    """Return how many elements each run has."""
+    counts = np.empty(len(starts), np.int64)
+    np.subtract(starts[1:], starts[:-1], out=counts[:-1])
+    counts[-1:] = size - starts[-1:]
+    return counts
+
+
+def _codes(values: Array, by_value: bool) -> tuple[Array, int]:
+    """Number values: codes from 0, in the order of the values where asked for, and how many there may be. Equal codes mean equal
+    values."""
     if values.dtype.kind in "iub":
         if values.dtype.kind == "b":
             return values.view(np.uint8).astype(np.int64), 2
-        lowest, highest = int(values.min()), int(values.max())
+        lowest, highest = extremes(values)
         if highest - lowest < max(4 * len(values), 1 << 16):
             if values.dtype == np.uint64 and highest > _MOST_CODES:
                 return (values - np.uint64(lowest)).astype(np.int64), highest - lowest + 1
             return values.astype(np.int64, copy=False) - lowest, highest - lowest + 1
-    elif values.dtype.kind in "SU" and len(values) > 64:
-        # Sorting hashes is much faster than sorting texts.
-        hashes = hash_keys(values)
-        _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-        distinct = values[first]
-        if (distinct[inverse] == values).all():
-            rank = np.empty(len(distinct), np.int64)
-            rank[np.argsort(distinct, kind="stable")] = np.arange(len(distinct))
-            return rank[inverse], len(distinct)
+    if len(values) > _FEW and not (by_value and values.dtype.kind in "iuf"):
+        found = _codes_by_hash(values, by_value)
+        if found is not None:
+            return found
     distinct, inverse = np.unique(values, return_inverse=True)
     return inverse.reshape(-1).astype(np.int64, copy=False), len(distinct)
+
+
+def _codes_by_hash(values: Array, by_value: bool) -> tuple[Array, int] | None:
+    """As `_codes`, by way of hashes, which are compared and sorted faster than texts. None: two values have one hash."""
+    hashes = hash_keys(values)
+    if not by_value and len(values) > 1024:
+        # Of few different values each has 16 bits of its own, usually.
+        short = (hashes >> np.uint64(48)).astype(np.int64)
+        one = np.zeros(1 << 16, np.int64)
+        one[short] = np.arange(len(values))
+        if (values[one[short]] == values).all():
+            return short, 1 << 16
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    inverse = inverse.reshape(-1)
+    distinct = values[first]
+    if not (distinct[inverse] == values).all():
+        return None
+    if not by_value:
+        return inverse, len(distinct)
+    rank = np.empty(len(distinct), np.int64)
+    rank[np.argsort(distinct, kind="stable")] = np.arange(len(distinct))
+    return rank[inverse], len(distinct)
 
 
 def _order(codes: Array, size: int) -> Array:
@@ -62,13 +94,27 @@ def _order(codes: Array, size: int) -> Array:
     return np.argsort(codes, kind="stable")
 
 
-def group(columns: list[Array]) -> tuple[Array | None, Array]:
-    """Bring equal rows together: (a stable order by the columns, or None where they are in order; starts of the groups)."""
+def group(columns: list[Array], by_value: bool = True) -> tuple[Array | None, Array]:
+    """Bring equal rows together.
+
+    Returns
+    -------
+    order : numpy.ndarray or None
+        Indices that sort by the columns, or that only bring equal rows together (`by_value` false); stable. None: they are
+        in such an order.
+    starts : numpy.ndarray
+        Where the groups start in that order.
+    """
     if len(columns) == 1 and columns[0].dtype.kind in "iu" and is_sorted(columns[0]):
         return None, starts_of(columns[0])
-    codes, size = _codes(columns[0])
+    codes, size = _codes(columns[0], by_value)
     for column in columns[1:]:
-        more, count = _codes(column)
+        more, count = _codes(column, by_value)
+        if count == 1:
+            continue
+        if size == 1:
+            codes, size = more, count
+            continue
         if size * count > _MOST_CODES:
             _, codes = np.unique(codes, return_inverse=True)
             size = len(codes)
@@ -98,7 +144,7 @@ def hash_keys(values: Array) -> Array:
     """Hash a column: uint64, the same in every process, on every machine and for every width of the dtype.
 
     Integers and truth values hash by their value; floats by theirs as float64, where -0.0 is 0.0 and all NaN are one; texts by
-    their code points (bytes like the ASCII text that they spell), times by their count of units.
+    their code points, bytes by theirs, times by their count of units.
 
     Raises
     ------
@@ -122,17 +168,18 @@ def hash_keys(values: Array) -> Array:
 
 
 def _hash_texts(values: Array) -> Array:
-    item, width = (np.uint8, values.dtype.itemsize) if values.dtype.kind == "S" else (np.uint32, values.dtype.itemsize // 4)
+    letter = 1 if values.dtype.kind == "S" else 4
+    words = -(-values.dtype.itemsize // 8)
     hashes = np.full(len(values), 0x9E3779B97F4A7C15, np.uint64)
-    if width == 0 or len(values) == 0:
+    if words == 0 or len(values) == 0:
         return hashes
-    native = np.ascontiguousarray(values.astype(values.dtype.newbyteorder("="), copy=False))
-    table = native.view(item).reshape(len(values), width)
-    for position in range(width):
-        letters = table[:, position].astype(np.uint64)
+    # Padded with zeros to whole words.
+    padded = np.ascontiguousarray(values.astype(f"={values.dtype.kind}{words * 8 // letter}", copy=False))
+    table = padded.view(np.uint64).reshape(len(values), words)
+    for position in range(words):
+        word = table[:, position]
+        mixed = (hashes ^ word) * np.uint64(0xFF51AFD7ED558CCD)
+        mixed ^= mixed >> np.uint64(32)
         # Nothing follows the end of a text, whatever room the dtype has.
-        mixed = (hashes ^ letters) * np.uint64(0x100000001B3)
-        np.copyto(hashes, mixed, where=letters != 0)
+        np.copyto(hashes, mixed, where=word != 0)
     return mix(hashes)
-
-

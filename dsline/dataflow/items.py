@@ -34,6 +34,7 @@ __all__ = [
     "kind_of_schema",
     "matches",
     "nbytes_of",
+    "own",
     "rows_of",
     "same",
     "schema_from_json",
@@ -218,11 +219,13 @@ class Batch(Mapping[str, Array]):
             if index.shape != (self._rows,):
                 raise IndexError(f"the mask is {index.shape}, and there are {self._rows} rows")
             index = np.flatnonzero(index)
-        elif index.dtype.kind not in "iu" and index.size:
+        elif not index.size:
+            index = index.astype(np.intp)
+        elif index.dtype.kind not in "iu":
             raise TypeError(
                 f"rows are chosen by a number, a slice, a mask or an array of numbers, not by {key!r}"
             )
-        elif index.ndim != 1:
+        if index.ndim != 1:
             raise IndexError(f"the numbers of rows have {index.ndim} dimensions, must have one")
         return take(self, index)
 
@@ -249,14 +252,17 @@ class Batch(Mapping[str, Array]):
         return f"Batch({self._rows} rows; {columns})"
 
     def __reduce__(self) -> Any:
-        # Arrays with gaps would go into the stream of the pickle instead of beside it.
-        return _batch, (
-            tuple(self._columns),
-            *(
-                column if column.flags.c_contiguous else np.ascontiguousarray(column)
-                for column in self._columns.values()
-            ),
+        # Arrays with gaps, and those that export no buffer, would go into the stream of the pickle instead of beside it.
+        columns = tuple(
+            column if column.flags.c_contiguous else np.ascontiguousarray(column)
+            for column in self._columns.values()
         )
+        times = {place: column.dtype for place, column in enumerate(columns) if column.dtype.kind in "mM"}
+        if times:
+            columns = tuple(
+                column.view("i8") if place in times else column for place, column in enumerate(columns)
+            )
+        return _batch, (tuple(self._columns), times, *columns)
 
     def copy(self) -> Batch:
         """Return a batch of writable, contiguous copies."""
@@ -295,9 +301,12 @@ class Batch(Mapping[str, Array]):
         return pa.record_batch(arrays, names=list(self._columns)).__arrow_c_array__(requested_schema)
 
 
-def _batch(names: tuple[str, ...], *columns: Array) -> Batch:
-    """Unpickle a batch."""
-    return Batch._of(dict(zip(names, columns, strict=True)), len(columns[0]))
+def _batch(names: tuple[str, ...], times: Mapping[int, DType], *columns: Array) -> Batch:
+    """Unpickle a batch: `times` are the dtypes of columns that came as integers."""
+    given = dict(zip(names, columns, strict=True))
+    for place, dtype in times.items():
+        given[names[place]] = columns[place].view(dtype)
+    return Batch._of(given, len(columns[0]))
 
 
 def _column(name: Any, value: Any) -> Array:
@@ -516,6 +525,11 @@ def take(item: Any, index: Array) -> Any:
         # take() is several times faster than [] for structures, and not slower for numbers.
         return Batch._of({name: column.take(index) for name, column in item._columns.items()}, len(index))
     return item.take(index)
+
+
+def own(item: Any) -> Any:
+    """Return a copy of the arrays of an item, to be kept for long; an object as it is."""
+    return item.copy() if isinstance(item, np.ndarray | Batch) else item
 
 
 def concatenate(items: Sequence[Any]) -> Any:

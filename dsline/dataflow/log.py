@@ -52,7 +52,9 @@ __all__ = [
     "check_reader",
     "check_writer",
     "log_schema",
+    "pack",
     "parse_interval",
+    "unpack",
 ]
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -201,6 +203,40 @@ def _encode_object(item: Any) -> _Encoded:
         raise SerializationError(f"{item_text(item)} cannot be written to a log: {error}") from error
     pieces = [stream.getbuffer(), *buffers]
     return _joined(OBJECT, [_describe_part(b"", (), False, each.nbytes, b"") for each in pieces], pieces)
+
+
+def pack(item: Any) -> bytes:
+    """Pickle an item so that `unpack` reads plain data, and arrays in it, without running code that the bytes choose.
+
+    Raises
+    ------
+    SerializationError
+        It cannot be pickled.
+    """
+    stream = io.BytesIO()
+    pickler = _Pickler(stream, 5)
+    pickler.dispatch_table = {**copyreg.dispatch_table, **extra_reducers()}
+    try:
+        pickler.dump(item)
+    except Exception as error:
+        raise SerializationError(f"{item_text(item)} cannot be pickled: {error}") from error
+    return stream.getvalue()
+
+
+def unpack(data: bytes, objects: bool = False) -> Any:
+    """Return what `pack` was given; objects of any class with ``objects=True`` only.
+
+    Raises
+    ------
+    SerializationError
+        It needs ``objects=True``, or cannot be unpickled here.
+    """
+    try:
+        return pickle.loads(data) if objects else _PlainUnpickler(io.BytesIO(data)).load()
+    except SerializationError:
+        raise
+    except Exception as error:
+        raise SerializationError(f"an object cannot be unpickled: {type(error).__name__}: {error}") from error
 
 
 # What unpickling of plain data may call. None of it runs code that a file chose.
@@ -563,6 +599,15 @@ class LogWriter:
                 yield
             finally:
                 fcntl.flock(self._lock, fcntl.LOCK_UN)
+
+    def in_place(self) -> bool:
+        """Whether the writer is open and its log still in its folder, and not removed or replaced."""
+        try:
+            there = os.stat(os.path.join(self._path, "writer.lock"))
+        except FileNotFoundError:
+            return False
+        with self._mutex:
+            return self._lock >= 0 and self._failure is None and os.path.samestat(there, os.fstat(self._lock))
 
     # --- the end of the log ---
 

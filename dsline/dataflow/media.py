@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Iterator
@@ -82,7 +83,7 @@ class VideoReader:
         self._path = path
         try:
             self._container = self._av.open(path)
-        except (OSError, ValueError) as error:  # PyAV's errors are children of these
+        except (OSError, ValueError, self._av.error.FFmpegError) as error:
             raise PipelineBuildError(f"film {path!r} cannot be read: {error}") from error
         if not self._container.streams.video:
             self._container.close()
@@ -103,7 +104,7 @@ class VideoReader:
             for frame in self._container.decode(self._stream):
                 if after is None or (frame.pts is not None and frame.pts > after):
                     yield frame.pts, frame.to_ndarray(format="rgb24")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, self._av.error.FFmpegError) as error:
             raise PipelineRuntimeError(f"film {self._path!r} cannot be decoded: {error}") from error
 
     def close(self) -> None:
@@ -151,7 +152,8 @@ class VideoWriter:
         if self._container is not None:
             self._container.close()
             self._container = None
-            os.unlink(self._temporary)
+            with contextlib.suppress(FileNotFoundError):  # an encoder that has written nothing has made none
+                os.unlink(self._temporary)
 
     def _begin(self, array: Array) -> None:
         if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
@@ -169,7 +171,7 @@ class VideoWriter:
         try:
             self._container = self._av.open(self._temporary, "w")
             self._stream = self._container.add_stream(codec, rate=self._fps)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, self._av.error.FFmpegError) as error:
             raise PipelineRuntimeError(
                 f"film {self._path!r} cannot be written with codec {codec!r}: {error}"
             ) from error
@@ -180,5 +182,5 @@ class VideoWriter:
         try:
             for packet in self._stream.encode(frame):
                 self._container.mux(packet)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, self._av.error.FFmpegError) as error:
             raise PipelineRuntimeError(f"film {self._path!r} cannot be written: {error}") from error

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from dsline.dataflow import items
-from dsline.dataflow.items import COLUMNS, RECORDS, Batch
+from dsline.dataflow.descriptions import fail
+from dsline.dataflow.items import COLUMNS, RECORDS
 from dsline.dataflow.operator import Context, Emit, MergeStep
-from dsline.dataflow.operators import fail
 
 if TYPE_CHECKING:
     from dsline.dataflow.operators import Merge
@@ -64,15 +64,11 @@ class _HoldingStep(MergeStep):
     def state_dict(self) -> Any:
         if not self.holding:
             return None
-        return [[_kept(item) for item in waiting] for waiting in self._waiting]
+        return [[items.own(item) for item in waiting] for waiting in self._waiting]
 
     def load_state_dict(self, state: Any) -> None:
         if state is not None:
             self._waiting = [deque(waiting) for waiting in state]
-
-
-def _kept(item: Any) -> Any:
-    return item.copy() if isinstance(item, np.ndarray | Batch) else item
 
 
 class ZipStep(_HoldingStep):
@@ -271,6 +267,7 @@ class OrderStep(_HoldingStep):
                 if stop < len(piece.keys):
                     break
                 waiting.popleft()
+                self._seen[index] = now  # it was not asked before
         if ready:
             self._out = (
                 max(keys[-1] for _, keys in ready)
@@ -309,7 +306,7 @@ class OrderStep(_HoldingStep):
     def state_dict(self) -> Any:
         return {
             "waiting": [
-                [_kept(items.take_rows(piece.item, piece.at, len(piece.keys))) for piece in waiting]
+                [items.own(items.take_rows(piece.item, piece.at, len(piece.keys))) for piece in waiting]
                 for waiting in self._waiting
             ],
             "last": list(self._last),

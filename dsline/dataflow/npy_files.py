@@ -30,7 +30,8 @@ def raw_bytes(array: Array) -> memoryview:
     if flat.dtype.itemsize == 0 or flat.size == 0:
         return memoryview(b"")
     # By way of bytes: the buffer protocol has no format for dates and for some structures.
-    return memoryview(flat.view(np.uint8))
+    data: Any = flat.view(np.uint8)
+    return memoryview(data)
 
 
 def open_npy(path: str | os.PathLike[str]) -> Array:
@@ -41,7 +42,8 @@ def open_npy(path: str | os.PathLike[str]) -> Array:
     PipelineBuildError
         It is not there, cannot be read, is damaged, or holds Python objects.
     """
-    return _opened(path, _map_npy)
+    array: Array = _opened(path, _map_npy)
+    return array
 
 
 def open_npz(path: str | os.PathLike[str]) -> dict[str, Array]:
@@ -52,7 +54,8 @@ def open_npz(path: str | os.PathLike[str]) -> dict[str, Array]:
     PipelineBuildError
         As for `open_npy`.
     """
-    return _opened(path, _map_npz)
+    arrays: dict[str, Array] = _opened(path, _map_npz)
+    return arrays
 
 
 def _opened(path: str | os.PathLike[str], read: Callable[[str], Any]) -> Any:
@@ -65,7 +68,7 @@ def _opened(path: str | os.PathLike[str], read: Callable[[str], Any]) -> Any:
         raise PipelineBuildError(f"file {text!r} cannot be read: {error.strerror or error}") from error
     except MemoryError as error:
         raise PipelineBuildError(f"file {text!r} says that it holds more than fits into memory") from error
-    except (ValueError, TypeError, EOFError, KeyError, struct.error, zipfile.BadZipFile) as error:
+    except Exception as error:  # NumPy parses headers as Python, and raises whatever comes of it
         raise PipelineBuildError(
             f"file {text!r} cannot be read: {error}. It must be one that numpy.save or numpy.savez wrote, without "
             "Python objects"
@@ -92,7 +95,7 @@ def _mapped(path: str, file: IO[bytes]) -> Array:
         raise ValueError("it holds Python objects")
     count = 1
     for dim in shape:
-        if not isinstance(dim, int) or dim < 0:
+        if dim < 0:
             raise ValueError(f"shape {shape} is none")
         count *= dim
     offset = file.tell()
@@ -203,7 +206,7 @@ class NpyAppender:
                 f"file {self._path!r} is not the one of the checkpoint: it has {len(array)} rows of {self._dtype} "
                 f"{self._row}, the checkpoint counts {rows}"
             )
-        self._file = open(self._path, "r+b", _BUFFER_BYTES)
+        self._file = open(self._path, "r+b", _BUFFER_BYTES)  # noqa: SIM115
         self._file.truncate(self._header_bytes + rows * row_bytes)
         self._file.seek(0, os.SEEK_END)
         self.rows = rows
@@ -227,7 +230,7 @@ class NpyAppender:
         self._dtype, self._row, self.rows = dtype, row, 0
         header = self._header(0)
         self._header_bytes = len(header)
-        self._file = open(self._path, "w+b", _BUFFER_BYTES)
+        self._file = open(self._path, "w+b", _BUFFER_BYTES)  # noqa: SIM115
         self._file.write(header)
 
     def _header(self, rows: int) -> bytes:

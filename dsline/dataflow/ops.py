@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from dsline.dataflow import operators
+from dsline.dataflow import batching, operators
 from dsline.dataflow.operator import Operator, Router
 from dsline.errors import PipelineBuildError
 
@@ -89,7 +89,7 @@ def map(function: Function, *, returns: Any = None) -> operators.Map:
 
 def map_batches(
     function: Function, *, batch: int = 256, linger: Any = "10ms", returns: Any = None
-) -> operators.MapBatches:
+) -> batching.MapBatches:
     """Gather rows into batches and call a function with each.
 
     Parameters
@@ -108,7 +108,7 @@ def map_batches(
     PipelineBuildError
         As for `map`; `batch` is below 1, `linger` is no duration.
     """
-    return operators.MapBatches(function, batch, linger, returns)
+    return batching.MapBatches(function, batch, linger, returns)
 
 
 def filter(predicate: str | Function) -> operators.Filter:
@@ -178,7 +178,7 @@ def select(*columns: str, **renamed: str) -> operators.Select:
     return operators.Select([*((name, name) for name in columns), *renamed.items()])
 
 
-def batch(size: int, *, linger: Any = None, drop_last: bool = False, pad: Any = None) -> operators.BatchRows:
+def batch(size: int, *, linger: Any = None, drop_last: bool = False, pad: Any = None) -> batching.BatchRows:
     """Gather rows into items of `size` rows.
 
     Parameters
@@ -207,10 +207,10 @@ def batch(size: int, *, linger: Any = None, drop_last: bool = False, pad: Any = 
 
     The items whose rows wait are not acknowledged until the batch is out, so a process that is killed loses none of them.
     """
-    return operators.BatchRows(size, linger, drop_last, pad)
+    return batching.BatchRows(size, linger, drop_last, pad)
 
 
-def unbatch() -> operators.Unbatch:
+def unbatch() -> batching.Unbatch:
     """Make one item of each row.
 
     Notes
@@ -218,10 +218,10 @@ def unbatch() -> operators.Unbatch:
     Records give records of one row and a `Batch` gives batches of one row, frames are taken apart along their first axis, lists and
     tuples give their elements. Nothing is copied: the items are views. Other objects are an `OperatorError`.
     """
-    return operators.Unbatch()
+    return batching.Unbatch()
 
 
-def rate_limit(per_second: float, *, burst: int = 1, full: str = "block") -> operators.RateLimit:
+def rate_limit(per_second: float, *, burst: int = 1, full: str = "block") -> batching.RateLimit:
     """Let at most so many items pass in a second.
 
     Parameters
@@ -240,7 +240,7 @@ def rate_limit(per_second: float, *, burst: int = 1, full: str = "block") -> ope
     PipelineBuildError
         A rate that is not above 0, a burst below 1, another word for `full`.
     """
-    return operators.RateLimit(per_second, burst, full)
+    return batching.RateLimit(per_second, burst, full)
 
 
 def branch(**predicates: str | Function | None) -> operators.Branch:
@@ -372,12 +372,12 @@ def map_py(function: Function) -> operators.Map:
     return map(function)
 
 
-def map_py_batch(function: Function, *, batch: int = 256, linger: Any = "10ms") -> operators.MapBatches:
+def map_py_batch(function: Function, *, batch: int = 256, linger: Any = "10ms") -> batching.MapBatches:
     """Call a function with each batch: the same as `map_batches`."""
     return map_batches(function, batch=batch, linger=linger)
 
 
-def filter_py_batch(function: Function, *, batch: int = 256, linger: Any = "10ms") -> operators.FilterBatches:
+def filter_py_batch(function: Function, *, batch: int = 256, linger: Any = "10ms") -> batching.FilterBatches:
     """Gather rows, and keep those for which a function of the batch is true.
 
     Parameters
@@ -392,7 +392,7 @@ def filter_py_batch(function: Function, *, batch: int = 256, linger: Any = "10ms
     PipelineBuildError
         As for `map_batches`.
     """
-    return operators.FilterBatches(function, batch, linger)
+    return batching.FilterBatches(function, batch, linger)
 
 
 split = branch

@@ -165,6 +165,7 @@ class _Execution:
         self.stopping = False
         self.error: BaseException | None = None
         self.rollback = False
+        self.undrained: dict[str, int] = {}
         self.over = threading.Event()
         self._lock = threading.RLock()
         self._wake_read, self._wake = _pipe()
@@ -463,7 +464,8 @@ class _Execution:
         self._read(each, process)
         each.process = None
         cause = process.cause_of_death or "it ended"
-        sequence = self.counters.current(each.segment, each.index).sequence
+        current = self.counters.current(each.segment, each.index)
+        sequence = current.sequence if current.pid == process.pid else None
         tail = process.stderr_tail
         failure = process.failure
         started = process.started
@@ -538,7 +540,8 @@ class _Execution:
             if limit is None or each.process is None:
                 continue
             current = self.counters.current(each.segment, each.index)
-            if current.sequence is not None and not current.blocked and current.busy_seconds > limit:
+            # The page may still show what a predecessor was about.
+            if current.pid == each.process.pid and current.busy_seconds() > limit:
                 self.on_event(
                     "hung",
                     {"stage": self.plan.segments[each.segment].name, "worker": each.index, "seconds": limit},
@@ -669,7 +672,10 @@ class _Execution:
         self.wake()
 
     def abort(self) -> None:
-        self.aborting = True
+        with self._lock:
+            if not self.aborting:
+                self.undrained = self._left()
+            self.aborting = True
         for edge, channel in zip(self.plan.edges, self.channels, strict=False):
             if edge.external is None:
                 with contextlib.suppress(DslineError):
@@ -697,11 +703,8 @@ class _Execution:
                 if thread is not threading.current_thread():
                     thread.join(max(0.1, deadline - time.monotonic()))
         finally:
-            self.undrained = self._left()
             self._close()
             self.over.set()
-
-    undrained: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def _left(self) -> dict[str, int]:
         left = {}
@@ -719,6 +722,8 @@ class _Execution:
         for loop in self._loops.values():
             loop.close()
         self.counters.close()
+        self._wake.close()
+        self._wake_read.close()
 
     # --- seeing ---
 

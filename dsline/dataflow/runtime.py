@@ -29,14 +29,7 @@ from dsline.dataflow.operator import Context, MergeStep, Operator, Router, Sink,
 from dsline.dataflow.plan import AHEAD, Edge, Stage
 from dsline.dataflow.policies import DeadLetterPolicy, Retry, Skip, parse_policy
 from dsline.dataflow.sinks import CollectSink
-from dsline.errors import (
-    BufferEmptyError,
-    BufferFullError,
-    ChannelClosedError,
-    DslineError,
-    OperatorError,
-    PipelineRuntimeError,
-)
+from dsline.errors import BufferEmptyError, BufferFullError, ChannelClosedError, DslineError, OperatorError, PipelineRuntimeError
 from dsline.waiting import wait
 
 __all__ = ["Control", "Job", "SegmentLoop", "StageFailed", "Stopped"]
@@ -71,14 +64,12 @@ class Control(Protocol):
     def ask(self, kind: str, **data: Any) -> Any: ...
     def marker(self, last: bool = False) -> int | None:
         """Number of a checkpoint that a source shall begin now; `last`: it is at its end."""
-
     def report_state(self, number: int, segment: int, state: bytes) -> None: ...
     @property
     def aborting(self) -> bool: ...
     @property
     def stopping(self) -> bool:
         """Whether sources shall give nothing more."""
-
     @property
     def ended(self) -> bool:
         """Whether another worker of the segment has found the end of the input."""
@@ -105,14 +96,7 @@ class _Output:
     """The sending side of an edge."""
 
     def __init__(
-        self,
-        number: int,
-        edge: Edge,
-        channel: Any,
-        words: Any,
-        counters: WorkerCounters,
-        control: Control,
-        stage: str,
+        self, number: int, edge: Edge, channel: Any, words: Any, counters: WorkerCounters, control: Control, stage: str
     ) -> None:
         self.edge = edge
         self.channel = channel
@@ -143,14 +127,13 @@ class _Output:
         self._intend(offset, done)
         if self._loans and id(item) in self._loans:
             loan = self._loans.pop(id(item))
-            del item
-            loan.publish()
-            return
-        send = (
-            self.channel.send
-            if isinstance(item, np.ndarray) and item.dtype.kind != "O"
-            else self.channel.send_object
-        )
+            try:
+                loan.publish()
+                return
+            except BufferError:  # the function kept a reference that could write later: it gets a copy out of here
+                item = item.copy()
+                loan.abort()
+        send = self.channel.send if isinstance(item, np.ndarray) and item.dtype.kind != "O" else self.channel.send_object
         if not self._blocks:
             self._send_or_drop(send, item)
             return
@@ -237,7 +220,13 @@ class _Output:
 
     def control(self, kind: int, payload: bytes, done: int = 0) -> None:
         """Send the control frame that input `done` is; one is never dropped."""
-        self._intend(_WHOLE, done)
+        if self._dropped:
+            self._send_surely(GAP, str(self._dropped).encode(), *self._intent)
+            self._dropped = 0
+        self._send_surely(kind, payload, _WHOLE, done)
+
+    def _send_surely(self, kind: int, payload: bytes, offset: int, done: int) -> None:
+        self._intend(offset, done)
         began = time.monotonic_ns()
         while True:
             try:
@@ -265,19 +254,13 @@ def _operator_error(stage: str, error: BaseException, what: str) -> OperatorErro
 class _Chain:
     """The operators of a segment, each calling the next."""
 
-    def __init__(
-        self, job: Job, loop: SegmentLoop, emit: Callable[[Any], None], allocate: Callable[..., Any] | None
-    ) -> None:
+    def __init__(self, job: Job, loop: SegmentLoop, emit: Callable[[Any], None], allocate: Callable[..., Any] | None) -> None:
         self._loop = loop
         self.steps: list[tuple[Stage, Step]] = []
         self.contexts: list[Context] = []
         self.merge: MergeStep | None = None
         self.sink: Any = None
-        operators = [
-            stage
-            for stage in job.stages
-            if isinstance(stage.part, Operator) and not isinstance(stage.part, Router)
-        ]
+        operators = [stage for stage in job.stages if isinstance(stage.part, Operator) and not isinstance(stage.part, Router)]
         for stage in operators:
             context = Context(stage.name, job.worker, job.workers, count=loop.page(stage).add)
             if stage is operators[-1] and stage is job.stages[-1]:
@@ -292,10 +275,12 @@ class _Chain:
         elif last is not None and isinstance(last.part, Router):
             route = _starting(last, lambda: last.part.route(Context(last.name, job.worker, job.workers)))
             emit = self._routing(last, route, loop)
-        self.emits: list[_Counted] = []
+        self.emits: list[Callable[[Any], None]] = []
+        self.counts: list[_Counted] = []
         for stage, step in reversed(self.steps):
             counts = _Counted(emit)
-            self.emits.insert(0, counts)
+            self.emits.insert(0, counts.emit)
+            self.counts.insert(0, counts)
             if isinstance(step, MergeStep):
                 self.merge = step
             emit = self._step(stage, step, counts)
@@ -315,11 +300,12 @@ class _Chain:
 
         return self._guard(stage, emit, None)
 
-    def _step(self, stage: Stage, step: Step, emit: _Counted) -> Callable[[Any], None]:
+    def _step(self, stage: Stage, step: Step, counts: _Counted) -> Callable[[Any], None]:
+        emit = counts.emit
         if isinstance(stage.options.policy, Skip | Retry | DeadLetterPolicy) and not stage.part.holds:  # type: ignore[union-attr]
-            return self._guard(stage, lambda item: self._whole(step, item, emit), emit)
+            return self._guard(stage, lambda item: self._whole(step, item, emit), counts)
         process = step.process
-        return self._guard(stage, lambda item: process(item, emit), emit)
+        return self._guard(stage, lambda item: process(item, emit), counts)
 
     def _whole(self, step: Step, item: Any, emit: Callable[[Any], None]) -> None:
         """All results of an item, or none: one that failed half-way may be tried again."""
@@ -328,9 +314,7 @@ class _Chain:
         for result in results:
             emit(result)
 
-    def _guard(
-        self, stage: Stage, call: Callable[[Any], None], emit: _Counted | None
-    ) -> Callable[[Any], None]:
+    def _guard(self, stage: Stage, call: Callable[[Any], None], counts: _Counted | None) -> Callable[[Any], None]:
         """Errors of a stage are handled where they happen; those of the stages after it pass, as they are no Exception."""
         loop = self._loop
         place = loop.job.stages.index(stage)
@@ -347,12 +331,12 @@ class _Chain:
 
         def counted(item: Any) -> None:
             page.begin(loop.sequence)
-            if emit is not None:
-                emit.number = 0
+            if counts is not None:
+                counts.number = 0
             try:
                 guarded(item)
             finally:
-                page.end(1 if emit is None else emit.number)
+                page.end(1 if counts is None else counts.number)
 
         return counted
 
@@ -395,11 +379,7 @@ class _Chain:
     def load(self, state: dict[str, Any]) -> None:
         for stage, step in self.steps:
             if state.get(stage.name) is not None:
-                self.call(
-                    stage,
-                    "load_state_dict failed",
-                    lambda st=step, n=stage.name: st.load_state_dict(state[n]),
-                )
+                self.call(stage, "load_state_dict failed", lambda st=step, n=stage.name: st.load_state_dict(state[n]))
 
     def close(self) -> None:
         for _, step in self.steps:
@@ -419,17 +399,19 @@ def _goes_to_caller(sink: Sink) -> bool:
 
 
 class _Counted:
-    """Hands items on and counts them."""
+    """Counts the results of a step on their way."""
 
-    __slots__ = ("_emit", "number")
+    __slots__ = ("emit", "number")
 
     def __init__(self, emit: Callable[[Any], None]) -> None:
-        self._emit = emit
         self.number = 0
 
-    def __call__(self, item: Any) -> None:
-        self.number += 1
-        self._emit(item)
+        # A function, not a method that is looked up: calling it makes no other reference to an array of a slot.
+        def counted(item: Any) -> None:
+            self.number += 1
+            emit(item)
+
+        self.emit = counted
 
 
 def _starting(stage: Stage, start: Callable[[], Any]) -> Any:
@@ -488,11 +470,7 @@ class SegmentLoop:
             for number, (edge, channel) in enumerate(zip(job.outputs, outputs, strict=True))
         ]
         self._parallel = job.workers > 1
-        self._is_operator = (
-            bool(job.stages)
-            and isinstance(job.stages[0].part, Operator)
-            and not isinstance(job.stages[0].part, Router)
-        )
+        self._is_operator = bool(job.stages) and isinstance(job.stages[0].part, Operator) and not isinstance(job.stages[0].part, Router)
         self._out_rows = self._out_bytes = 0  # of the results of the item at work
         self._alone = len(job.stages) == 1
         self._results: list[tuple[int, Any]] | None = None  # of the item at work, where they have to wait
@@ -630,9 +608,7 @@ class SegmentLoop:
                 item=item,
             )
         except Exception as why:
-            raise StageFailed(
-                _operator_error(stage.name, why, "its dead letter could not be written")
-            ) from error
+            raise StageFailed(_operator_error(stage.name, why, "its dead letter could not be written")) from error
         self.page(stage).add("dead_letters", 1)
         self.control.event("dead_letter", stage=stage.name, sequence=self._at(), error=repr(error))
 
@@ -714,9 +690,7 @@ class SegmentLoop:
     def _resume_source(self, stage: Stage, step: Any) -> tuple[int, int]:
         """Go on where a checkpoint or a dead process left off: (sequence, items to pass over)."""
         if self._state.get("source") is not None:
-            self.chain.call(
-                stage, "the source cannot go on from the checkpoint", lambda: step.seek(self._state["source"])
-            )
+            self.chain.call(stage, "the source cannot go on from the checkpoint", lambda: step.seek(self._state["source"]))
         if self._words is None or self.job.incarnation == 0:
             return 0, 0
         done = self._recover()
@@ -725,15 +699,14 @@ class SegmentLoop:
     # --- one or several inputs, one instance ---
 
     def _from_inputs(self) -> Iterator[None]:
-        expected: list[int | None] = [None] * len(self._inputs)
+        # A channel from outside begins somewhere; one of the pipeline's own at 0.
+        expected: list[int | None] = [None if edge.external is not None else 0 for edge in self.job.inputs]
         ended = [False] * len(self._inputs)
         marked: dict[int, int] = {}  # input -> number of the checkpoint whose marker it is at
         if self._words is not None:
             self._behind = self._recover()
         while not all(ended) and not self._stopped:
-            index, message = self._receive(
-                [n for n, over in enumerate(ended) if not over and n not in marked]
-            )
+            index, message = self._receive([n for n, over in enumerate(ended) if not over and n not in marked])
             if index < 0:
                 self._tick()
                 yield
@@ -844,21 +817,14 @@ class SegmentLoop:
         if self.chain.merge is not None:
             stage, step = self.chain.steps[0]
             emit = self.chain.emits[0]
-            self._work(
-                index, message.sequence, item, lambda value: step.process_from(index, value, emit), stage
-            )  # type: ignore[attr-defined]
+            self._work(index, message.sequence, item, lambda value: step.process_from(index, value, emit), stage)  # type: ignore[attr-defined]
         else:
             self._work(index, message.sequence, item)
         del item
         self._finished_with(message, index)
 
     def _work(
-        self,
-        index: int,
-        sequence: int,
-        item: Any,
-        process: Callable[[Any], None] | None = None,
-        stage: Stage | None = None,
+        self, index: int, sequence: int, item: Any, process: Callable[[Any], None] | None = None, stage: Stage | None = None
     ) -> None:
         """Push one item through the chain."""
         self._item = (index, sequence)
@@ -870,7 +836,7 @@ class SegmentLoop:
                 context.attempt = self._attempt - 1
         self._out_rows = self._out_bytes = 0
         self.counters.begin(sequence, *_measure(item))
-        first = self.chain.emits[0] if self._is_operator else None
+        first = self.chain.counts[0] if self._is_operator else None
         if first is not None:
             first.number = 0
         try:
@@ -1005,9 +971,7 @@ class SegmentLoop:
         if self.chain.sink is not None and self._state.get("sink") is not None:
             stage = self.job.stages[-1]
             self.chain.call(
-                stage,
-                "the sink cannot go back to the checkpoint",
-                lambda: self.chain.sink.restore(self._state["sink"]),
+                stage, "the sink cannot go back to the checkpoint", lambda: self.chain.sink.restore(self._state["sink"])
             )
 
 
@@ -1065,9 +1029,7 @@ class _TurnTaking:
             self._ended = True
             return None
         finally:
-            if self._loop.control.ended or (
-                self._loop.control.stopping and self._loop.job.inputs[0].external is not None
-            ):
+            if self._loop.control.ended or (self._loop.control.stopping and self._loop.job.inputs[0].external is not None):
                 self._ended = True
             if self._loop.control.aborting:
                 raise Stopped

@@ -31,6 +31,8 @@ from dsline.dataflow.sources import (
     END_KIND,
     SHUT_DOWN_AT_END,
     channel_name,
+    channel_target,
+    file_target,
     options_for,
     split_channel_options,
     split_uri,
@@ -55,6 +57,7 @@ __all__ = [
     "NpySink",
     "NpzSink",
     "SinkOptions",
+    "SinkTo",
     "VideoSink",
     "collect",
     "own",
@@ -78,29 +81,28 @@ _ON_END: Final = ("keep", "end", "shutdown")
 
 
 class SinkOptions:
-    """A sink with options of its own, for `Pipeline.sink` and `Pipeline.broadcast`.
+    """A sink with stage options of its own, for `Pipeline.broadcast`: ``dsline.Sink``.
 
     Parameters
     ----------
     target : object
         As for `Pipeline.sink`.
     full : str
-        What happens to an item while the edge to this sink has no room: "block", "drop_oldest", "drop_newest", "latest" or
-        "error".
-    queue : int or None
-        Items that wait for this sink at most; None: as the pipeline says.
-    name : str or None
+        What happens to an item while there is no room for it: "block", "drop_oldest", "drop_newest", "latest" or "error".
+    queue : int, optional
+        Items that wait for this sink at most.
+    name : str, optional
         Name of the stage.
     **options
-        Of the sink.
+        Of the sink, and stage options.
 
     Raises
     ------
     PipelineBuildError
-        The target is no sink, or an option is wrong.
+        A value that these options cannot have; the others are checked by the pipeline.
     """
 
-    __slots__ = ("full", "name", "queue", "sink")
+    __slots__ = ("options", "target")
 
     def __init__(
         self,
@@ -111,19 +113,21 @@ class SinkOptions:
         name: str | None = None,
         **options: Any,
     ) -> None:
-        self.sink = parse_sink(target, **options)
-        self.full = _check_full(full)
-        if queue is not None and (not isinstance(queue, int) or isinstance(queue, bool) or queue < 1):
-            raise PipelineBuildError(f"queue is {queue!r}, must be an int of 1 or more, or None")
-        self.queue = queue
-        self.name = name
+        given = {"full": _check_full(full), "queue": queue, "name": name}
+        self.target = target
+        self.options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        self.options.update(options)
 
     def __repr__(self) -> str:
-        return f"Sink({self.sink.describe()!r}, full={self.full!r}, queue={self.queue}, name={self.name!r})"
+        options = "".join(f", {key}={value!r}" for key, value in self.options.items())
+        return f"Sink({self.target!r}{options})"
 
 
-def _check_full(full: Any) -> str:
-    if not isinstance(full, str) or full not in FULL:
+SinkTo = SinkOptions
+
+
+def _check_full(full: str) -> str:
+    if full not in tuple(FULL):
         raise PipelineBuildError(f"full is {full!r}, must be one of {', '.join(map(repr, FULL))}")
     return full
 
@@ -178,6 +182,10 @@ class ChannelSink(Sink):
     on_end: str | None = None
     create: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     channel: Any = None
+    target: str | None = dataclasses.field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", channel_target(self.name, self.broadcast, self.channel))
 
     def start(self, context: Context) -> SinkStep:
         return _ChannelStep(self)
@@ -436,6 +444,11 @@ class LogSink(Sink):
     sync: str | float | None = None
     segment_bytes: int = 256 << 20
 
+    target: str | None = dataclasses.field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", file_target(self.path))
+
     def start(self, context: Context) -> SinkStep:
         return _LogStep(self)
 
@@ -487,6 +500,11 @@ class NpySink(Sink):
     kind: ClassVar[str] = "npy"
     path: str
     append: str | None = None
+
+    target: str | None = dataclasses.field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", file_target(self.path))
 
     def start(self, context: Context) -> SinkStep:
         return _NpyStep(self)
@@ -555,6 +573,11 @@ class NpzSink(Sink):
 
     kind: ClassVar[str] = "npz"
     path: str
+
+    target: str | None = dataclasses.field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", file_target(self.path))
 
     def start(self, context: Context) -> SinkStep:
         return _NpzStep(self.path)
@@ -652,6 +675,11 @@ class ImagesSink(Sink):
     folder: str
     suffix: str = ".png"
 
+    target: str | None = dataclasses.field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", file_target(self.folder))
+
     def start(self, context: Context) -> SinkStep:
         media.needs("PIL.Image", "images", "writing pictures")
         return _ImagesStep(self)
@@ -712,6 +740,11 @@ class VideoSink(Sink):
     fps: float = 25.0
     codec: str | None = None
 
+    target: str | None = dataclasses.field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", file_target(self.path))
+
     def start(self, context: Context) -> SinkStep:
         return _VideoStep(media.VideoWriter(self.path, self.fps, self.codec))
 
@@ -770,8 +803,6 @@ def parse_sink(thing: Any = None, **options: Any) -> Sink:
     FeatureUnavailableError
         A package is missing; names the extra.
     """
-    if isinstance(thing, SinkOptions):
-        thing = thing.sink
     if isinstance(thing, Sink):
         if options:
             fields = {field.name for field in dataclasses.fields(thing)}  # type: ignore[arg-type]
@@ -786,7 +817,12 @@ def parse_sink(thing: Any = None, **options: Any) -> Sink:
     if isinstance(thing, _Channel):
         if thing.closed:
             raise PipelineBuildError(f"{thing!r} is closed")
-        fixed = {"name": None, "broadcast": isinstance(thing, Broadcast), "create": {}, "channel": thing}
+        fixed: dict[str, Any] = {
+            "name": None,
+            "broadcast": isinstance(thing, Broadcast),
+            "create": {},
+            "channel": thing,
+        }
         return _checked_channel(options_for(ChannelSink, options, "a channel", **fixed))
     if isinstance(thing, Subscriber):
         raise PipelineBuildError(f"{thing!r} can only receive; give its channel")
@@ -832,7 +868,7 @@ def _sink_of_text(text: str, is_text: bool, options: Mapping[str, Any]) -> Sink:
     if suffix in media.VIDEO_SUFFIXES:
         film = options_for(VideoSink, options, "a film", path=_in_folder(text))
         media.needs("av", "video", "writing films")
-        if not isinstance(film.fps, int | float) or not 0 < film.fps < 10_000:
+        if not 0 < film.fps < 10_000:
             raise PipelineBuildError(f"fps is {film.fps!r}, must be a number above 0")
         return film
     if text.endswith(os.sep) or os.path.isdir(text):

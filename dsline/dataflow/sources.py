@@ -9,6 +9,7 @@ import itertools
 import os
 import random
 import re
+import secrets
 import threading
 import time
 import zlib
@@ -111,7 +112,7 @@ class ChannelSource(Source):
     broadcast : bool
         Whether it is a `dsline.Broadcast`.
     group : str or None
-        Group to receive for. None: the default group, or for a broadcast a group of its own.
+        Group to receive for. None: the default group, or for a broadcast a group of its own, `own_group`.
     start_at : str
         Where a group begins that is made: "next", "oldest" or "latest".
     durable : bool
@@ -140,9 +141,21 @@ class ChannelSource(Source):
     create: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     channel: Any = None
     schema: Schema = None
+    own_group: str = dataclasses.field(default_factory=lambda: f"{os.getpid()}-{secrets.token_hex(6)}")
+    target: str | None = dataclasses.field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", channel_target(self.name, self.broadcast, self.channel))
+
+    @property
+    def is_open_channel(self) -> bool:
+        """Whether it was given as an open handle, which stays open at the end."""
+        return self.channel is not None
 
     def open(self, stopped: threading.Event | None = None) -> Any:
         """Return a channel or Subscriber to receive from; the caller closes it unless it is `self.channel`.
+
+        All that are opened of one description, in any process, share the messages: they are members of one group.
 
         Blocks up to `wait` for a channel that is not there. None when `stopped` was set meanwhile.
 
@@ -163,7 +176,8 @@ class ChannelSource(Source):
         if self.group is None and not self.broadcast:
             return channel
         try:
-            return channel.subscribe(self.group, start=self.start_at, durable=self.durable)
+            group = self.own_group if self.group is None else self.group
+            return channel.subscribe(group, start=self.start_at, durable=self.durable)
         finally:
             if channel is not self.channel:
                 channel.close()
@@ -214,6 +228,17 @@ class ChannelSource(Source):
             "schema": schema_to_json(self.schema),
             **create,
         }
+
+
+def channel_target(name: str | None, broadcast: bool, channel: Any) -> str | None:
+    """The URI of a channel; None of one without a name."""
+    found = name if channel is None else channel.path and os.path.basename(channel.path)
+    return f"{'bus' if broadcast else 'shm'}://{found}" if found else None
+
+
+def file_target(path: str | None) -> str | None:
+    """The URI of a file or folder."""
+    return None if path is None else f"file://{os.path.abspath(path)}"
 
 
 def _plain_option(value: Any) -> Any:
@@ -494,6 +519,11 @@ class ArraySource(Source):
     array: Array | None = None
     schema: Schema = None
 
+    target: str | None = dataclasses.field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", file_target(self.path))
+
     def start(self, context: Context) -> SourceStep:
         data = self.array if self.path is None else _load_array(self.path)
         return _RowsStep(data, self.rows, self.path or "the array")
@@ -545,9 +575,11 @@ def _rows_item(data: Any, start: int, rows: int | None) -> Any:
 
 def columns_item(columns: Mapping[str, Array]) -> Any:
     """A Batch where the arrays are columns of one dimension and one length; else the dict as it is."""
-    if columns and all(each.ndim == 1 for each in columns.values()):
-        if len({len(each) for each in columns.values()}) == 1:
-            return Batch(columns)
+    if (
+        all(each.ndim == 1 for each in columns.values())
+        and len({len(each) for each in columns.values()}) == 1
+    ):
+        return Batch(columns)
     return dict(columns)
 
 
@@ -659,13 +691,13 @@ def files(
         No file fits.
     """
     given = [patterns] if isinstance(patterns, str | os.PathLike) else list(patterns)
-    if shuffle is not None and (not isinstance(shuffle, int) or isinstance(shuffle, bool)):
+    if isinstance(shuffle, bool | float | str):
         raise PipelineBuildError(f"shuffle is {shuffle!r}, must be the seed of the order, an int, or None")
     if repeat is not None:
         repeat = _at_least_one("repeat", repeat)
     if rows is not None:
         rows = _at_least_one("rows", rows)
-    source = FilesSource(tuple(map(os.fspath, given)), shuffle, repeat, rows, load, schema)
+    source = FilesSource(tuple(os.fspath(each) for each in given), shuffle, repeat, rows, load, schema)
     source.paths()
     return source
 
@@ -764,6 +796,11 @@ class ImagesSource(Source):
     pattern: str
     schema: Schema = None
 
+    target: str | None = dataclasses.field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", file_target(self.pattern))
+
     def start(self, context: Context) -> SourceStep:
         media.needs("PIL.Image", "images", "reading pictures")
         return _FilesStep(FilesSource((self.pattern,), load=media.read_image), self.paths())
@@ -796,6 +833,11 @@ class VideoSource(Source):
     path: str
     schema: Schema = None
 
+    target: str | None = dataclasses.field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", file_target(self.path))
+
     def start(self, context: Context) -> SourceStep:
         return _VideoStep(self.path)
 
@@ -814,10 +856,10 @@ class _VideoStep(_Step):
         self._time: int | None = None  # presentation time of the last frame
 
     def __iter__(self) -> Iterator[Any]:
+        frames = self._reader.frames(self._time)
         if self._time is None and self._taken:  # a film without times
-            frames = itertools.islice(self._reader.frames(), self._taken, None)
-        else:
-            frames = iter(self._reader.frames(self._time))
+            for _ in itertools.islice(frames, self._taken):
+                pass
         for moment, frame in frames:
             if self._stopped.is_set():
                 return
@@ -852,6 +894,11 @@ class LogSource(Source):
     replay_rate: float | str = "max"
     objects: bool = False
     schema: Schema = None
+
+    target: str | None = dataclasses.field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", file_target(self.path))
 
     def start(self, context: Context) -> SourceStep:
         return _LogStep(self)
@@ -919,7 +966,11 @@ def options_for(cls: type[S], given: Mapping[str, Any], what: str, **fixed: Any)
         An option that it does not have, or a value that it cannot have.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    names = {("start" if name == "start_at" else name): name for name in fields if name not in fixed}
+    names = {
+        ("start" if name == "start_at" else name): name
+        for name in fields
+        if name not in fixed and name not in ("own_group", "target")
+    }
     values = dict(fixed)
     for option, value in given.items():
         if option not in names:
@@ -978,7 +1029,7 @@ def parse_source(thing: Any, **options: Any) -> Source:
 def _with_options(source: Source, options: Mapping[str, Any]) -> Source:
     if not options:
         return source
-    names = {field.name for field in dataclasses.fields(source)}  # type: ignore[arg-type]
+    names = {field.name for field in dataclasses.fields(source) if field.init}  # type: ignore[arg-type]
     renamed = {"start_at" if name == "start" else name: value for name, value in options.items()}
     if unknown := renamed.keys() - names:
         raise PipelineBuildError(f"{source.describe()} has no option {', '.join(map(repr, sorted(unknown)))}")
@@ -1061,11 +1112,11 @@ def _channel_source(channel: Any, options: Mapping[str, Any]) -> ChannelSource:
     if channel.closed:
         raise PipelineBuildError(f"{channel!r} is closed")
     broadcast = isinstance(channel, Broadcast)
-    fixed = {"name": None, "broadcast": broadcast, "create": {}, "channel": channel}
+    fixed: dict[str, Any] = {"name": None, "broadcast": broadcast, "create": {}, "channel": channel}
     source = options_for(ChannelSource, options, "a channel", **fixed)
     if isinstance(channel, Subscriber) and source.group is not None:
         raise PipelineBuildError(f"{channel!r} receives for its own group; leave group={source.group!r} out")
-    schema = source.schema or channel.spec
+    schema: Schema = source.schema or channel.spec
     return dataclasses.replace(source, start_at=_check_start(source.start_at), schema=schema)
 
 
@@ -1077,7 +1128,8 @@ def living_spec(name: str) -> Schema:
         if not report.alive or report.shut_down:
             return None
         with (ShmChannel if report.default_group else Broadcast).open(name) as channel:
-            return channel.spec
+            spec: Schema = channel.spec
+            return spec
     except (DslineError, OSError):
         return None
 

@@ -12,9 +12,21 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 
 from dsline.dataflow.callables import reference, resolve
+from dsline.dataflow.policies import DeadLetterPolicy, parse_policy
 from dsline.errors import OperatorError, PipelineBuildError
 
-__all__ = ["HIGHEST", "INT64", "LOWEST", "Clock", "Length", "WindowSpec", "parse_duration", "session", "sliding", "tumbling"]
+__all__ = [
+    "HIGHEST",
+    "INT64",
+    "LOWEST",
+    "Clock",
+    "Length",
+    "WindowSpec",
+    "parse_duration",
+    "session",
+    "sliding",
+    "tumbling",
+]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 DType: TypeAlias = np.dtype[Any]
@@ -56,7 +68,7 @@ class WindowSpec:
         Column of times; None: rows are counted.
     lateness : int or str
         How much older than the newest row a row may be without being late.
-    late : str or object
+    late : str, DeadLetterPolicy or callable
         "drop", "update", or where late rows go.
     keep : int, str or None
         How long closed windows can still be updated.
@@ -94,18 +106,19 @@ class WindowSpec:
             value = getattr(self, field.name)
             if value != field.default:
                 data[field.name] = value
-        if not isinstance(self.late, str):
-            to_json = getattr(self.late, "to_json", None)
-            data["late"] = to_json() if to_json is not None else {"function": reference(self.late)}
+        if isinstance(self.late, DeadLetterPolicy):
+            data["late"] = self.late.to_json()
+        elif callable(self.late):
+            data["late"] = {"function": reference(self.late)}
         return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> WindowSpec:
-        """Return the spec that `to_json` wrote. Where late rows go, unless to a function, is given by the plan."""
+        """Return the spec that `to_json` wrote."""
         given = {name: value for name, value in data.items() if name != "window"}
         late = given.get("late")
-        if isinstance(late, Mapping) and "function" in late:
-            given["late"] = resolve(late["function"])
+        if isinstance(late, Mapping):
+            given["late"] = resolve(late["function"]) if "function" in late else parse_policy(dict(late))
         return make_spec(data.get("window"), **given)
 
 
@@ -131,10 +144,10 @@ def tumbling(
         `size` since the epoch, or since 0.
     lateness : like size
         The watermark is the newest time so far minus this. A window closes when the watermark reaches its end.
-    late : "drop", "update", or a destination
-        What is done with rows whose window has closed: "drop" counts them; "update" gives the corrected window out again, with the
-        number of the correction in the column `revision`; a callable, or a dead-letter destination, gets them as an item of the
-        input's kind. All are counted.
+    late : "drop", "update", dead_letter(...) or callable
+        What is done with rows whose windows have closed: "drop" leaves them out; "update" gives the corrected window out again,
+        with the number of the correction in the column `revision`; dead letters, or a function, get them as an item of the input's
+        kind. All are counted, as "late".
     keep : like size
         For "update": how long a closed window can be corrected; its size by default. Rows that come later are dropped.
     unit : str
@@ -189,7 +202,9 @@ def sliding(
     )
 
 
-def session(gap: Any, *, time: str, lateness: Any = 0, late: Any = "drop", unit: str | None = None) -> WindowSpec:
+def session(
+    gap: Any, *, time: str, lateness: Any = 0, late: Any = "drop", unit: str | None = None
+) -> WindowSpec:
     """Windows without a silence of `gap` in them: [first row, last row + gap).
 
     A row joins the sessions that [its time, its time + gap) overlaps, and may make one of two. Parameters are those of
@@ -218,16 +233,25 @@ def make_spec(kind: Any, **given: Any) -> WindowSpec:
         given["keep"] = _length(kind, "keep", given["keep"], time, zero=True)
         if late != "update":
             raise PipelineBuildError(f"{kind}: keep is for late='update', and late is {late!r}")
+    size, every = given["size"], given["every"]
+    if isinstance(size, int) and isinstance(every, int) and every > size:
+        raise PipelineBuildError(
+            f"{kind}: every {every} is larger than size {size}: rows between would be in no window; drop them by a filter before"
+        )
     if time is None and (given["lateness"] != 0 or late != "drop"):
-        raise PipelineBuildError(f"{kind}: rows that are counted are never late; lateness and late need time=")
+        raise PipelineBuildError(
+            f"{kind}: rows that are counted are never late; lateness and late need time="
+        )
     if time is not None and given.get("drop_last"):
         raise PipelineBuildError(f"{kind}: drop_last is for windows of rows, and this one is over {time!r}")
     if late == "update" and kind == "session":
         raise PipelineBuildError(
             "session: late='update' is not possible: a late row may join two sessions that are out"
         )
-    if isinstance(late, str) and late not in ("drop", "update"):
-        raise PipelineBuildError(f"{kind}: late is {late!r}, must be 'drop', 'update' or a destination")
+    if late not in ("drop", "update") and not isinstance(late, DeadLetterPolicy) and not callable(late):
+        raise PipelineBuildError(
+            f"{kind}: late is {late!r}, must be 'drop', 'update', dsline.dead_letter('file://...') or a function"
+        )
     return WindowSpec(kind, **given)
 
 
@@ -240,7 +264,9 @@ def _length(kind: str, what: str, value: Any, time: str | None, zero: bool = Fal
         number = nanoseconds(f"{kind}: {what}", value)
         result = value.strip() if isinstance(value, str) else f"{number}ns"
         if time is None:
-            raise PipelineBuildError(f"{kind}: {what} is {value!r}, and time= does not say which column has the times")
+            raise PipelineBuildError(
+                f"{kind}: {what} is {value!r}, and time= does not say which column has the times"
+            )
     if number < 0 or (number == 0 and not zero):
         raise PipelineBuildError(f"{kind}: {what} is {value!r}, must be larger than 0")
     if number > HIGHEST // 4:
@@ -301,9 +327,13 @@ class Clock:
         if dtype.kind == "M":
             letters, count = np.datetime_data(dtype)
             if unit is not None:
-                raise PipelineBuildError(f"time column {name!r} is {dtype}, which has its unit; leave unit={unit!r} out")
+                raise PipelineBuildError(
+                    f"time column {name!r} is {dtype}, which has its unit; leave unit={unit!r} out"
+                )
             if letters not in _DATETIME_NS:
-                raise PipelineBuildError(f"time column {name!r} is {dtype}, must have a unit from weeks to ns")
+                raise PipelineBuildError(
+                    f"time column {name!r} is {dtype}, must have a unit from weeks to ns"
+                )
             self.tick_ns = _DATETIME_NS[letters] * count
             self.out = dtype.newbyteorder("=")
         elif dtype.kind in "iu":
@@ -314,7 +344,9 @@ class Clock:
             self._one = _NS[unit or "s"]
             self.out = np.dtype(np.float64)
         else:
-            raise PipelineBuildError(f"time column {name!r} is {dtype}, must be datetime64, integers or floats")
+            raise PipelineBuildError(
+                f"time column {name!r} is {dtype}, must be datetime64, integers or floats"
+            )
 
     def length(self, what: str, value: Length) -> int:
         """Ticks of a length."""

@@ -15,8 +15,9 @@ import numpy as np
 
 from dsline.dataflow import aggregates as agg
 from dsline.dataflow.aggregates import ROW_COUNT, Accumulator, Aggregate, Bound, Groups, Rows, Values
-from dsline.dataflow.grouping import group, is_sorted, pick, starts_of
+from dsline.dataflow.grouping import counts_of, extremes, group, is_sorted, pick, starts_of
 from dsline.dataflow.operator import Context, Emit, Schema, Step
+from dsline.dataflow.policies import DeadLetterPolicy
 from dsline.dataflow.window_specs import HIGHEST, INT64, LOWEST, Clock, WindowSpec
 from dsline.errors import OperatorError, PipelineBuildError
 from dsline.expressions import Expression
@@ -58,14 +59,18 @@ class Layout:
         for name in window.key:
             kind = self._need(name, known, "key column").kind
             if kind not in "biufmMSU":
-                raise PipelineBuildError(f"key column {name!r} is {known[name]}, must be numbers, times or texts")
+                raise PipelineBuildError(
+                    f"key column {name!r} is {known[name]}, must be numbers, times or texts"
+                )
         self.size, self.every, self.lateness, self.keep = self._lengths(spec)
         self.bounds = {name: self._bind(aggregate, known) for name, aggregate in window.aggregates.items()}
         self.accumulators: list[Accumulator] = list(
             dict.fromkeys([ROW_COUNT, *(need for bound in self.bounds.values() for need in bound.needs)])
         )
         self.kept = list(
-            dict.fromkeys(text for bound in self.bounds.values() if bound.keeps for text in bound.aggregate.columns)
+            dict.fromkeys(
+                text for bound in self.bounds.values() if bound.keeps for text in bound.aggregate.columns
+            )
         )
         edge = self.clock.out if self.clock is not None else INT64
         self.fields: dict[str, DType] = {"window_start": edge, "window_end": edge}
@@ -104,7 +109,9 @@ class Layout:
             if text in known:
                 dtypes.append(self._need(text, known, "column"))
                 continue
-            numbers = {name: dtype for name, dtype in known.items() if dtype.kind in "biuf" and name.isidentifier()}
+            numbers = {
+                name: dtype for name, dtype in known.items() if dtype.kind in "biuf" and name.isidentifier()
+            }
             expression = Expression(text, numbers)
             for name in expression.names:
                 self._need(name, known, "column")
@@ -181,7 +188,7 @@ class WindowStep(Step):
     Attributes
     ----------
     on_late : callable or None
-        Gets late rows as an item of the input's kind, where `late` is a destination.
+        Gets late rows as an item of the input's kind.
     """
 
     def __init__(self, window: Window, context: Context) -> None:
@@ -194,6 +201,8 @@ class WindowStep(Step):
         self._lost: bool | int = False  # or: windows that start up to this tick may lack rows
         late = window.spec.late
         self.on_late: Callable[[Any], None] | None = late if callable(late) else None
+        if isinstance(late, DeadLetterPolicy):
+            self.on_late = self._bury
 
     # --- what the runtime calls ---
 
@@ -206,7 +215,9 @@ class WindowStep(Step):
         for name in self._window.key:
             column = columns[name]
             if column.dtype.kind in "fmM" and agg.missing_in(column) is not None:
-                raise OperatorError(f"an item has missing values in key column {name!r}; filter such rows before the window")
+                raise OperatorError(
+                    f"an item has missing values in key column {name!r}; filter such rows before the window"
+                )
         self._add(item, columns, rows, emit)
         if self._entries.rows > self._compact_at:
             self._compact()
@@ -265,13 +276,15 @@ class WindowStep(Step):
             first = next(iter(item.values()), None)
             if first is not None and np.ndim(first) == 0:
                 item = {name: np.asarray([value]) for name, value in item.items()}
-                form, make, rows = "row", dict, 1
+                form, rows = "row", 1
             else:
-                form, make, rows = "columns", type(item), -1 if first is None else len(first)
+                form, rows = "columns", -1 if first is None else len(first)
             if rows >= 0:
                 if self._layout is None:
                     self._set_layout(
-                        form, make, {name: column.dtype for name, column in item.items() if np.ndim(column) == 1}
+                        form,
+                        type(item),
+                        {name: column.dtype for name, column in item.items() if np.ndim(column) == 1},
                     )
                 return self._checked(item, rows)
         raise OperatorError(
@@ -292,9 +305,13 @@ class WindowStep(Step):
             try:
                 column = item[name]
             except (KeyError, ValueError):
-                raise OperatorError(f"there is no column {name!r} in {text_of(item)}, and the first item had it") from None
+                raise OperatorError(
+                    f"there is no column {name!r} in {text_of(item)}, and the first item had it"
+                ) from None
             if not isinstance(column, np.ndarray) or column.ndim != 1 or len(column) != rows:
-                raise OperatorError(f"column {name!r} is {text_of(column)}, must be an array of one dimension and {rows} rows")
+                raise OperatorError(
+                    f"column {name!r} is {text_of(column)}, must be an array of one dimension and {rows} rows"
+                )
             if column.dtype != dtype and not (column.dtype.kind in "SU" and column.dtype.kind == dtype.kind):
                 column = self._as_before(name, column, dtype, layout.form)
             columns[name] = column
@@ -309,6 +326,21 @@ class WindowStep(Step):
 
     def _add(self, item: Any, columns: dict[str, Array], rows: int, emit: Emit) -> None:
         raise NotImplementedError
+
+    def _bury(self, item: Any) -> None:
+        """Write late rows to the dead letters."""
+        from dsline.dataflow.dead_letters import write_dead_letter  # only where there are any
+
+        late = self._window.spec.late
+        write_dead_letter(
+            late.uri,
+            stage=self._context.stage,
+            worker=self._context.worker,
+            sequence=None,
+            deliveries=self._context.attempt + 1,
+            error=OperatorError("rows came after their windows had closed"),
+            item=item,
+        )
 
     def _late(self, batch: _Batch, rows: Array) -> None:
         """Count rows that are in no window any more, and pass them on."""
@@ -405,7 +437,14 @@ class WindowStep(Step):
     # --- the output ---
 
     def _give(
-        self, emit: Emit, start: Array, end: Array, keys: list[Array], parts: list[Array], values: Values | None, **more: Array
+        self,
+        emit: Emit,
+        start: Array,
+        end: Array,
+        keys: list[Array],
+        parts: list[Array],
+        values: Values | None,
+        **more: Array,
     ) -> None:
         """Emit windows. `start` and `end` in ticks."""
         layout = self._layout
@@ -425,7 +464,11 @@ class WindowStep(Step):
             found["partial"] = start <= until if self._lost is not False else np.zeros(len(start), bool)
         if layout.form == "records":
             records = np.empty(
-                len(start), [(name, found[name].dtype if name in self._window.key else dtype) for name, dtype in layout.fields.items()]
+                len(start),
+                [
+                    (name, found[name].dtype if name in self._window.key else dtype)
+                    for name, dtype in layout.fields.items()
+                ],
             )
             for name, column in found.items():
                 records[name] = column
@@ -471,7 +514,7 @@ class PaneStep(WindowStep):
             found = np.flatnonzero((panes > after) & (panes <= until))
             return found, panes[found], len(found)
         first, last = self._numbers(panes, after, until)
-        each = np.maximum(last - first + 1, 0)
+        each = np.where(last >= first, last - first + 1, 0)
         total = int(each.sum())
         if total > _MOST_EXPANDED:
             return panes[:0], panes[:0], total
@@ -484,7 +527,13 @@ class PaneStep(WindowStep):
         return first, np.minimum(panes // self._step, until)
 
     def _give_windows(
-        self, emit: Emit, after: Any, until: Any, kept_after: Any = None, kept_until: Any = None, only: Any = None
+        self,
+        emit: Emit,
+        after: Any,
+        until: Any,
+        kept_after: Any = None,
+        kept_until: Any = None,
+        only: Any = None,
     ) -> None:
         """Emit the windows after < number <= until: numbers, or one per entry (and per kept row)."""
         if self._entries.rows == 0:
@@ -495,7 +544,9 @@ class PaneStep(WindowStep):
             kept_after, kept_until = after, until
         kept_index, kept_numbers, kept_total = index, numbers, 0
         if self._kept.rows:
-            kept_index, kept_numbers, kept_total = self._expand(self._kept.arrays()[0], kept_after, kept_until)
+            kept_index, kept_numbers, kept_total = self._expand(
+                self._kept.arrays()[0], kept_after, kept_until
+            )
         if max(total, kept_total) > _MOST_EXPANDED and self._panes > 1:
             first, last = self._numbers(arrays[0], after, until)
             some = first <= last
@@ -542,11 +593,19 @@ class PaneStep(WindowStep):
         groups = Groups(starts, len(order))
         if not is_sorted(times):
             order = order[np.lexsort((times, groups.ids))]
-        columns = {text: array.take(order) for text, array in zip(layout.kept, arrays[2 + lead :], strict=True)}
+        columns = {
+            text: array.take(order) for text, array in zip(layout.kept, arrays[2 + lead :], strict=True)
+        }
         return Values(starts, len(order), columns)
 
     def _give_numbered(
-        self, emit: Emit, number: Array, keys: list[Array], parts: list[Array], values: Values | None, only: Any
+        self,
+        emit: Emit,
+        number: Array,
+        keys: list[Array],
+        parts: list[Array],
+        values: Values | None,
+        only: Any,
     ) -> None:
         start = number * self._every
         self._give(emit, start, start + self._size, keys, parts, values)
@@ -562,7 +621,9 @@ class TimeStep(PaneStep):
         self._top: int | None = None  # newest time
         self._closed = LOWEST
         self._dead = LOWEST
-        self._revisions: dict[tuple[Any, ...], int] = {}  # how often windows that are not dead were emitted; for updates
+        self._revisions: dict[
+            tuple[Any, ...], int
+        ] = {}  # how often windows that are not dead were emitted; for updates
 
     def _closing(self, top: Any, keep: int = 0) -> Any:
         """Number of the last window that is closed (and not to be updated any more) when `top` is the newest time."""
@@ -574,7 +635,8 @@ class TimeStep(PaneStep):
         layout = self._layout
         assert layout is not None and layout.clock is not None and self._window.spec.time is not None
         ticks = layout.clock.ticks(columns[self._window.spec.time])
-        lowest, highest = int(ticks.min()), int(ticks.max())
+        in_order = is_sorted(ticks)
+        lowest, highest = (int(ticks[0]), int(ticks[-1])) if in_order else extremes(ticks)
         room = 2 * self._size + layout.lateness + layout.keep
         if lowest < LOWEST + room or highest > HIGHEST - room:
             raise OperatorError(
@@ -584,7 +646,6 @@ class TimeStep(PaneStep):
         if self._lost is True:
             self._lost = int(ticks[0]) + layout.lateness
         batch = _Batch(item, columns, ticks)
-        in_order = is_sorted(ticks)
         top = highest if self._top is None else max(self._top, highest)
         earliest = (lowest - self._size) // self._every + 1  # number of the first window that a row is in
         if earliest > (self._dead if in_order else self._closing(top, layout.keep)):
@@ -629,10 +690,10 @@ class TimeStep(PaneStep):
         """Aggregate rows into panes; emit again what was emitted before (of updates only)."""
         ticks = batch.ticks
         keys = [batch.columns[name] for name in self._window.key]
-        if in_order and not keys and not self._window.spec.late == "update" and self._cut(batch):
+        if in_order and not keys and self._window.spec.late != "update" and self._cut(batch):
             return
         panes = ticks // self._pane
-        order, starts = group([panes, *keys])
+        order, starts = group([panes, *keys], by_value=False)
         heads = starts if order is None else order[starts]
         self._aggregate(batch, [panes[heads]], order, starts, in_order, panes)
         if self._window.spec.late == "update":
@@ -644,9 +705,13 @@ class TimeStep(PaneStep):
         first, last = int(ticks[0]) // self._pane, int(ticks[-1]) // self._pane
         if (last - first) * 16 > len(ticks):
             return False
+        if first == last:
+            same: Array = np.broadcast_to(np.int64(first), len(ticks))
+            self._aggregate(batch, [same[:1]], None, np.zeros(1, np.int64), True, same)
+            return True
         panes = np.arange(first, last + 1, dtype=np.int64)
         starts = np.searchsorted(ticks, panes * self._pane)
-        counts = np.diff(starts, append=len(ticks))
+        counts = counts_of(starts, len(ticks))
         layout = self._layout
         assert layout is not None
         place = np.repeat(panes, counts) if layout.kept else None
@@ -682,7 +747,13 @@ class TimeStep(PaneStep):
             self._revisions = {place: number for place, number in self._revisions.items() if place[0] > dead}
 
     def _give_numbered(
-        self, emit: Emit, number: Array, keys: list[Array], parts: list[Array], values: Values | None, only: Any
+        self,
+        emit: Emit,
+        number: Array,
+        keys: list[Array],
+        parts: list[Array],
+        values: Values | None,
+        only: Any,
     ) -> None:
         start = number * self._every
         if self._window.spec.late != "update":
@@ -694,10 +765,17 @@ class TimeStep(PaneStep):
             if values is not None:
                 values = _some_values(values, wanted)
             places = [places[row] for row in wanted]
-            start, keys, parts = start[wanted], [key[wanted] for key in keys], [part[wanted] for part in parts]
-            self._context.count("updated", len(wanted))
+            start, keys, parts = (
+                start[wanted],
+                [key[wanted] for key in keys],
+                [part[wanted] for part in parts],
+            )
         revisions = [self._revisions.get(place, 0) for place in places]
-        self._revisions.update((place, revision + 1) for place, revision in zip(places, revisions, strict=True))
+        if only is not None:
+            self._context.count("updated", sum(revision > 0 for revision in revisions))
+        self._revisions.update(
+            (place, revision + 1) for place, revision in zip(places, revisions, strict=True)
+        )
         self._give(
             emit, start, start + self._size, keys, parts, values, revision=np.array(revisions, np.int64)
         )
@@ -732,7 +810,7 @@ class CountStep(PaneStep):
 
     def _add(self, item: Any, columns: dict[str, Array], rows: int, emit: Emit) -> None:
         keys = [columns[name] for name in self._window.key]
-        order, starts = group(keys) if keys else (None, np.zeros(1, np.int64))
+        order, starts = group(keys, by_value=False) if keys else (None, np.zeros(1, np.int64))
         groups = Groups(starts, rows)
         heads = starts if order is None else order[starts]
         places = _places(keys, heads)
@@ -757,13 +835,14 @@ class CountStep(PaneStep):
 
     def _closed_by(self, seen: Array) -> Array:
         """Number of the last window that is full after so many rows."""
-        return np.maximum((seen - self._size) // self._every, -1)
+        return cast(Array, np.maximum((seen - self._size) // self._every, -1))
 
     def _close(self, keys: list[Array], closed: Array, closing: Array, emit: Emit) -> None:
         """Emit the windows closed < number <= closing of some keys."""
         lead = len(keys)
         limits = [
-            _limits(keys, (closed, closing), log.arrays()[1 : 1 + lead], log.rows) for log in (self._entries, self._kept)
+            _limits(keys, (closed, closing), log.arrays()[1 : 1 + lead], log.rows)
+            for log in (self._entries, self._kept)
         ]
         (after, until), (kept_after, kept_until) = limits
         self._give_windows(emit, after, until, kept_after, kept_until)
@@ -776,10 +855,12 @@ class CountStep(PaneStep):
             return
         if not self._window.spec.drop_last:
             keys = self._entries.arrays()[1 : self._leading]
-            order, starts = group(keys) if keys else (None, np.zeros(1, np.int64))
+            order, starts = group(keys, by_value=False) if keys else (None, np.zeros(1, np.int64))
             heads = starts if order is None else order[starts]
             seen = np.array([self._seen[place] for place in _places(keys, heads)], np.int64)
-            self._close([key[heads] for key in keys], self._closed_by(seen), np.full(len(seen), HIGHEST), emit)
+            self._close(
+                [key[heads] for key in keys], self._closed_by(seen), np.full(len(seen), HIGHEST), emit
+            )
         self._entries.replace([])
         self._kept.replace([])
 
@@ -797,7 +878,7 @@ def _limits(
         return int(limits[0][0]), int(limits[1][0])
     if rows == 0:
         return LOWEST, LOWEST
-    order, starts = group([np.concatenate(both) for both in zip(keys, all_keys, strict=True)])
+    order, starts = group([np.concatenate(both) for both in zip(keys, all_keys, strict=True)], by_value=False)
     some = len(keys[0])
     groups = Groups(starts, some + rows)
     ids = groups.ids
@@ -830,7 +911,7 @@ class SessionStep(WindowStep):
         layout = self._layout
         assert layout is not None and layout.clock is not None and self._window.spec.time is not None
         ticks = layout.clock.ticks(columns[self._window.spec.time])
-        lowest, highest = int(ticks.min()), int(ticks.max())
+        lowest, highest = extremes(ticks)
         if max(-lowest, highest) >= 1 << 62:
             raise OperatorError(
                 f"the times {lowest} to {highest} of column {self._window.spec.time!r} are more than 62 bits hold"
@@ -878,10 +959,11 @@ class SessionStep(WindowStep):
         keys = [batch.columns[name] for name in self._window.key]
         order, ids = _by_key_and(ticks, keys)
         ordered = pick(ticks, order)
-        starts = np.flatnonzero(np.diff(ordered) >= layout.size) + 1
+        is_new = np.ones(len(ticks), bool)
+        is_new[1:] = ordered[1:] - ordered[:-1] >= layout.size
         if keys:
-            starts = np.union1d(starts, np.flatnonzero(np.diff(ids)) + 1)
-        starts = np.concatenate([np.zeros(1, np.int64), starts])
+            is_new[1:] |= ids[1:] != ids[:-1]
+        starts = np.flatnonzero(is_new)
         lasts = ordered[np.append(starts[1:], len(ticks)) - 1]
         self._aggregate(batch, [ordered[starts], lasts], order, starts, True, ticks)
         self._earliest = min(self._earliest, int(lasts.min()) + layout.size)
@@ -974,7 +1056,7 @@ def _by_key_and(ticks: Array, keys: list[Array]) -> tuple[Array | None, Array]:
     by_time = None if is_sorted(ticks) else np.argsort(ticks, kind="stable")
     if not keys:
         return by_time, np.zeros(len(ticks), np.int64)
-    by_key, starts = group([pick(key, by_time) for key in keys])
+    by_key, starts = group([pick(key, by_time) for key in keys], by_value=False)
     ids = Groups(starts, len(ticks)).ids
     if by_key is None or by_time is None:
         return by_time if by_key is None else by_key, ids

@@ -1,7 +1,7 @@
 """Windows over time, over rows and over sessions, and the router that splits a stream by key.
 
-    spec = sliding("10s", every="1s", time="ts", lateness="200ms")
-    Window(spec, key="sensor", mean=agg.mean("temperature"), n=agg.count())
+spec = sliding("10s", every="1s", time="ts", lateness="200ms")
+Window(spec, key="sensor", mean=agg.mean("temperature"), n=agg.count())
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dsline.dataflow.aggregates import Aggregate
 from dsline.dataflow.callables import function_name, reference, resolve
 from dsline.dataflow.grouping import hash_keys, mix, starts_of
 from dsline.dataflow.operator import Context, Operator, Router, Schema
+from dsline.dataflow.operators import register
 from dsline.dataflow.window_specs import WindowSpec, parse_duration, session, sliding, tumbling
 from dsline.dataflow.window_steps import (
     CountStep,
@@ -47,6 +48,19 @@ Array: TypeAlias = np.ndarray[Any, Any]
 _OPTIONS: Final = ("key", "max_open", "flag_partial")
 
 
+def names_of(key: Any, what: str) -> tuple[str, ...]:
+    """The names of key columns."""
+    names = (key,) if isinstance(key, str) else key
+    if (
+        isinstance(names, list | tuple)
+        and all(isinstance(name, str) for name in names)
+        and len(set(names)) == len(names)
+    ):
+        return tuple(names)
+    raise PipelineBuildError(f"{what} is {key!r}, must be the name of a column, or several names")
+
+
+@register
 class Window(Operator):
     """Aggregates over windows of rows.
 
@@ -81,7 +95,7 @@ class Window(Operator):
         /,
         *,
         key: Any = (),
-        max_open: int = 100_000,
+        max_open: Any = 100_000,
         flag_partial: bool = False,
         **aggregates: Aggregate,
     ) -> None:
@@ -91,12 +105,10 @@ class Window(Operator):
             if isinstance(value, Aggregate):
                 raise PipelineBuildError(f"window: {name!r} is an option, so no result can have that name")
         self.spec = spec
-        self.key: tuple[str, ...] = (key,) if isinstance(key, str) else tuple(key or ())
+        self.key = names_of(key, "window: key")
         self.max_open = max_open
         self.flag_partial = flag_partial
         self.aggregates = aggregates
-        if not all(isinstance(name, str) for name in self.key) or len(set(self.key)) < len(self.key):
-            raise PipelineBuildError(f"window: key is {key!r}, must be the name of a column, or several names")
         if isinstance(max_open, bool) or not isinstance(max_open, int) or max_open < 1:
             raise PipelineBuildError(f"window: max_open is {max_open!r}, must be an int of 1 or more")
         if not aggregates:
@@ -110,7 +122,9 @@ class Window(Operator):
                     f"window: {name} is {aggregate!r}, must be an aggregate like agg.mean('column')"
                 )
             if name in taken:
-                raise PipelineBuildError(f"window: the result has a column {name!r} already; use another name")
+                raise PipelineBuildError(
+                    f"window: the result has a column {name!r} already; use another name"
+                )
 
     def start(self, context: Context) -> WindowStep:
         if self.spec.kind == "session":
@@ -154,6 +168,7 @@ class Window(Operator):
         )
 
 
+@register
 class KeyBy(Router):
     """Splits a stream into partitions by a key: all rows of a key go to the same one, in their order.
 
@@ -180,13 +195,13 @@ class KeyBy(Router):
     kind: ClassVar[str] = "key_by"
 
     def __init__(self, key: Any, partitions: int | None = None) -> None:
-        self.key = key if callable(key) else (key,) if isinstance(key, str) else tuple(key or ())
-        count = 1 if partitions is None else partitions
+        self.key = key if callable(key) else names_of(key, "key_by: key")
+        count: Any = 1 if partitions is None else partitions
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 4096:
             raise PipelineBuildError(f"key_by: partitions is {partitions!r}, must be an int from 1 to 4096")
-        if not callable(key) and (not self.key or not all(isinstance(name, str) for name in self.key)):
+        if not self.key:
             raise PipelineBuildError(
-                f"key_by: key is {key!r}, must be the name of a column, several names, or a function"
+                f"key_by: key is {key!r}, must be a column, several columns, or a function"
             )
         self.partitions = count
         self.outputs = tuple(map(str, range(count)))
@@ -230,7 +245,9 @@ class KeyBy(Router):
                 return [key]
             return [np.asarray([part]) for part in (key if isinstance(key, tuple) else (key,))]
         if not isinstance(item, Mapping) and getattr(getattr(item, "dtype", None), "names", None) is None:
-            raise OperatorError(f"key_by {self._name()} takes records, columns or dicts, not {text_of(item)}; use a function")
+            raise OperatorError(
+                f"key_by {self._name()} takes records, columns or dicts, not {text_of(item)}; use a function"
+            )
         columns = []
         for name in self.key:
             try:
@@ -248,9 +265,13 @@ class KeyBy(Router):
         _, dtypes = dtypes_of_schema(schema)
         for name in self.key:
             if name not in dtypes:
-                raise PipelineBuildError(f"there is no key column {name!r}; there are: {', '.join(dtypes) or 'none'}")
+                raise PipelineBuildError(
+                    f"there is no key column {name!r}; there are: {', '.join(dtypes) or 'none'}"
+                )
             if dtypes[name].kind not in "biufmMSU":
-                raise PipelineBuildError(f"key column {name!r} is {dtypes[name]}, must be numbers, times or texts")
+                raise PipelineBuildError(
+                    f"key column {name!r} is {dtypes[name]}, must be numbers, times or texts"
+                )
         return schema
 
     def describe(self) -> str:

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -39,6 +40,25 @@ def environment(tmp_path):
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
 
 
+@pytest.fixture
+def stations(tmp_path):
+    """Variables with which `vega_datasets` has the two tables of the sensors example, of its form, with other numbers."""
+    folder = tmp_path / "vega_datasets" / "_data"
+    folder.mkdir(parents=True)
+    (tmp_path / "vega_datasets" / "__init__.py").write_text("")
+    rng = np.random.default_rng(5)
+    hours = np.datetime64("2010-01-01T00") + np.arange(24 * 40)
+    dates = [str(hour).replace("-", "/").replace("T", " ") + ":00" for hour in hours]
+    for name, order, ending in (("seattle-temps", "date,temp", ""), ("sf-temps", "temp,date", ":00")):
+        temperatures = 60 + 20 * np.sin(np.arange(len(hours)) / 24 * 2 * np.pi) + rng.normal(0, 4, len(hours))
+        rows = [
+            (f"{date}{ending}", f"{number:.1f}") for date, number in zip(dates, temperatures, strict=True)
+        ]
+        lines = [",".join(row if order.startswith("date") else row[::-1]) for row in rows]
+        (folder / f"{name}.csv").write_text("\n".join([order, *lines, ""]))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+
+
 def run(script, *arguments, environment):
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / script), *arguments],
@@ -56,6 +76,15 @@ def test_images(environment):
     assert "all results are equal" in run(
         "images/images.py", "--frames", "21", "--rounds", "1", environment=environment
     )
+
+
+@pytest.mark.parametrize("partitions", [1, 2])
+def test_sensors(stations, partitions):
+    """The windows of tables that arrive in pieces are those of pandas."""
+    out = run("sensors/sensors.py", "--rows", "77", "--partitions", str(partitions), environment=stations)
+    assert "1920 readings" in out and "days: 80 windows" in out
+    assert int(re.search(r"warm spells: (\d+) windows", out)[1]) >= 20
+    assert "all windows are equal to those of pandas" in out
 
 
 def test_two_terminals(environment):

@@ -8,7 +8,9 @@ import sys
 import threading
 import time
 
+import numpy as np
 import threadpoolctl
+from support import check_proof, proof
 
 import dsline
 
@@ -127,3 +129,114 @@ def descriptors():
 
 def anonymous(**options):
     return dsline.ShmChannel(capacity=4, slot_size=256, **options)
+
+
+# --- tasks of pools -----------------------------------------------------------------------------------------------------
+
+
+def pid_of(_=None):
+    return os.getpid()
+
+
+def slowly(seconds, value=None):
+    time.sleep(seconds)
+    return value
+
+
+def describe(array):
+    return array.sum().item(), array.flags.writeable, array.shape, array.dtype.str
+
+
+def twice(thing):
+    """Doubles every array in dicts, lists and tuples."""
+    if isinstance(thing, dict):
+        return {key: twice(value) for key, value in thing.items()}
+    if isinstance(thing, list | tuple):
+        return type(thing)(map(twice, thing))
+    return thing * 2
+
+
+def add_in_place(array):
+    array += 1
+    return array
+
+
+def ones(size):
+    return np.ones(size, np.uint8)
+
+
+def same(thing):
+    return thing
+
+
+def divide(a, b):
+    return a / b
+
+
+def lock():
+    return threading.Lock()
+
+
+class LockedError(Exception):
+    """Cannot be pickled."""
+
+    def __init__(self, text):
+        super().__init__(text)
+        self.lock = threading.Lock()
+
+
+def fail_with(kind, text):
+    raise kind(text)
+
+
+_kept = []
+
+
+def keep(array):
+    """The views stay in the worker."""
+    _kept.append(array)
+    return len(_kept), int(_kept[0][0])
+
+
+def count_calls(path):
+    """How often it has been called, in all processes: one byte each."""
+    with open(path, "ab") as file:
+        file.write(b".")
+    return os.path.getsize(path)
+
+
+def die_at_first(path, value, number=signal.SIGKILL):
+    if count_calls(path) == 1:
+        os.kill(os.getpid(), number)
+    return value
+
+
+def die(_=None):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_for_file(path):
+    while not os.path.exists(path):
+        time.sleep(0.001)
+
+
+def prove(payload, producer):
+    """Check what came, and answer with something that proves itself."""
+    number = check_proof(payload)[1]
+    return proof(producer, number, len(payload))
+
+
+_greeting = None
+
+
+def greet(text):
+    global _greeting
+    _greeting = text
+
+
+def greeting():
+    return _greeting
+
+
+def inner_threads():
+    return {one["num_threads"] for one in threadpoolctl.threadpool_info()}, sorted(os.sched_getaffinity(0))

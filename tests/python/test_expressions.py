@@ -332,6 +332,74 @@ def test_filter_keeps_the_rows(rows, text, backend):
     assert got.tobytes() == records[mask].tobytes()
 
 
+def test_records_of_any_layout():
+    text, wanted = Expression("a > 1 and not ok", {"a": "f4", "ok": "?"}), [False, False, True, False]
+    values = {"a": np.float32([1, 0, 2, 3]), "ok": np.array([False, False, False, True]), "n": np.arange(4)}
+    layouts = [
+        [("a", "f4"), ("ok", "?"), ("n", "i8")],
+        [("n", "i8"), ("ok", "?"), ("a", "f4")],
+        {"names": ["a", "ok", "n"], "formats": ["f4", "?", "i8"], "offsets": [7, 3, 16], "itemsize": 50},
+        np.dtype([("ok", "?"), ("a", "f4"), ("n", "i8")], align=True),
+    ]
+    for layout in [*layouts, *layouts]:
+        records = np.zeros(4, layout)
+        for name, column in values.items():
+            records[name] = column
+        spread = np.zeros(12, layout)
+        spread[::3] = records
+        for given in (records, spread[::3], records[::-1]):
+            mask = np.array(wanted)[:: -1 if given.base is records else 1]
+            same(text(given), mask)
+            kept = text.filter(given)
+            assert kept.dtype == records.dtype
+            assert [row.tolist() for row in kept] == [records[2].tolist()]
+            out = np.zeros(4, layout)
+            kept = text.filter(given, out=out)
+            assert kept.base is out
+            assert len(kept) == 1
+        assert text.filter(records[:0]).shape == (0,)
+
+
+def test_records_whose_fields_are_renamed():
+    dtype = np.dtype([("a", "f4"), ("b", "f4")])
+    records = np.zeros(3, dtype)
+    records["b"] = 1
+    positive = Expression("a > 0", {"a": "f4"})
+    assert len(positive.filter(records)) == 0
+    records.dtype.names = ("b", "a")
+    assert len(positive.filter(records)) == 3
+    records.dtype.names = ("b", "c")
+    with pytest.raises(ExpressionError, match="has b, c"):
+        positive.filter(records)
+
+
+def test_records_that_do_not_fit():
+    positive = Expression("a > 0", {"a": "f4"})
+    good = np.ones(3, [("a", "f4"), ("n", "i8")])
+    assert len(positive.filter(good)) == 3
+    with pytest.raises(ExpressionError, match="a.*float64.*float32"):
+        positive.filter(np.ones(3, [("a", "f8")]))
+    with pytest.raises(ExpressionError, match="'a'.*which has n"):
+        positive.filter(np.ones(3, [("n", "f4")]))
+    with pytest.raises(ValueError, match="dimensions"):
+        positive.filter(np.ones((3, 2), good.dtype))
+    with pytest.raises(ValueError, match="dimensions"):
+        positive(np.ones((3, 2), good.dtype))
+    for bad in (good, np.ones(2, good.dtype), np.ones(3, [("a", "f4")]), np.ones(6, good.dtype)[::2], {}):
+        with pytest.raises((ValueError, TypeError)):
+            positive.filter(good, out=bad)
+    frozen = np.ones(3, good.dtype)
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match="writable"):
+        positive.filter(good, out=frozen)
+    assert len(positive.filter(frozen)) == 3
+    with_objects = np.ones(3, [("a", "f4"), ("o", "O")])
+    with pytest.raises(ValueError, match="Python objects"):
+        positive.filter(with_objects)
+    assert Expression("True", good.dtype).filter(good).tolist() == good.tolist()
+    assert Expression("2.5", good.dtype)(good).tolist() == [2.5] * 3
+
+
 def test_filter_refuses():
     numbers = {"f4": np.zeros(3, "f4")}
     with pytest.raises(ExpressionError, match="needs a truth value"):

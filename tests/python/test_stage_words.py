@@ -1,6 +1,9 @@
 """The words by which the workers of a stage agree whose turn it is. The deaths are in tests/cpp/channel/stage_words_test.cpp."""
 
 import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.resource_sharer
+import multiprocessing.resource_tracker
 import os
 import pickle
 import signal
@@ -11,6 +14,20 @@ import pytest
 
 import dsline
 from dsline._core import StageWords
+
+
+@pytest.fixture(scope="module", autouse=True)
+def helpers():
+    """The helper processes of multiprocessing live as long as pytest: their pipes are nobody's leak."""
+    multiprocessing.resource_tracker.ensure_running()
+    multiprocessing.forkserver.ensure_running()
+
+
+@pytest.fixture(autouse=True)
+def sharing_ends():
+    """The thread and the socket by which multiprocessing passes descriptors on end with the test."""
+    yield
+    multiprocessing.resource_sharer.stop(timeout=30)
 
 
 @pytest.fixture
@@ -171,8 +188,9 @@ def test_the_words_go_to_a_process_that_is_being_started(method):
 def test_the_words_cross_a_connection_but_no_plain_pickle():
     words = StageWords.create(3, 2)
     here, there = multiprocessing.Pipe()
-    here.send(words)
-    there.recv().commit(2, 9)
+    with here, there:
+        here.send(words)
+        there.recv().commit(2, 9)
     assert words.done(2) == 9
     with pytest.raises(dsline.FeatureUnavailableError, match="being started"):
         pickle.dumps(words)
@@ -197,6 +215,6 @@ def test_bad_words_are_refused():
         words.intend(0, 0, 0, 1, 2)
     with pytest.raises(dsline.InvalidArgumentError, match="no tickets"):
         words.find_ticket(0)
-    memory = os.memfd_create("other")
+    memory = os.memfd_create("other")  # taken over
     with pytest.raises(dsline.ChannelLayoutError):
         StageWords.adopt(memory)

@@ -24,10 +24,14 @@ enum class Ending { Died, Finished, Failed };
 
 class CrashPoint {
  public:
-  /// From here on the calling process dies before its `store`-th store (from 1) into the region behind `fd`.
-  void arm(int fd) {
-    struct stat info {};
-    if (fstat(fd, &info) != 0 || (range_count_ = find_ranges(info.st_ino)) == 0) _exit(3);
+  /// From here on the calling process dies before its `store`-th store (from 1) into the regions behind these descriptors.
+  template <class... Fd>
+  void arm(Fd... fds) {
+    range_count_ = 0;
+    for (const int fd : {fds...}) {
+      struct stat info {};
+      if (fstat(fd, &info) != 0 || !find_ranges(info.st_ino)) _exit(3);
+    }
     struct sigaction action {};
     action.sa_flags = SA_SIGINFO | SA_NODEFER;
     action.sa_sigaction = on_store;
@@ -66,12 +70,13 @@ class CrashPoint {
     std::size_t bytes;
   };
 
-  static int find_ranges(ino_t wanted) {
+  /// Adds them; false when there are none.
+  static bool find_ranges(ino_t wanted) {
     FILE* maps = fopen("/proc/self/maps", "re");
-    if (maps == nullptr) return 0;
-    int count = 0;
+    if (maps == nullptr) return false;
+    const int before = range_count_;
     char line[512];
-    while (fgets(line, sizeof line, maps) != nullptr && count < kMostRanges) {
+    while (fgets(line, sizeof line, maps) != nullptr && range_count_ < kMostRanges) {
       std::uintptr_t begin = 0, end = 0;
       std::uint64_t offset = 0, inode = 0;
       char access[5] = {};
@@ -80,10 +85,10 @@ class CrashPoint {
         continue;
       }
       if (inode != wanted || offset != 0 || access[1] != 'w' || access[3] != 's') continue;
-      ranges_[count++] = {reinterpret_cast<char*>(begin), end - begin};
+      ranges_[range_count_++] = {reinterpret_cast<char*>(begin), end - begin};
     }
     fclose(maps);
-    return count;
+    return range_count_ > before;
   }
 
   static void protect(int access) {
@@ -109,7 +114,7 @@ class CrashPoint {
     static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_EFL] &= ~kTrapFlag;
   }
 
-  static constexpr int kMostRanges = 8;
+  static constexpr int kMostRanges = 16;
   static constexpr greg_t kTrapFlag = 0x100;
   static inline Range ranges_[kMostRanges];
   static inline int range_count_ = 0;
