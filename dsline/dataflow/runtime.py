@@ -286,8 +286,8 @@ class _Chain:
             emit = self._step(stage, step, counts)
         self.process: Callable[[Any], None] = emit
         self._timed = [
-            (stage, step, emit)
-            for (stage, step), emit in zip(self.steps, self.emits, strict=True)
+            (stage, step, counts)
+            for (stage, step), counts in zip(self.steps, self.counts, strict=True)
             if type(step).deadline is not Step.deadline
         ]
         self.holder = next((step for stage, step in self.steps if stage.part.holds), None)  # type: ignore[union-attr]
@@ -355,18 +355,20 @@ class _Chain:
 
     def tick(self) -> None:
         now = time.monotonic()
-        for stage, step, emit in self._timed:
+        for stage, step, counts in self._timed:
             moment = step.deadline()
             if moment is not None and moment <= now:
-                emit.number = 0
-                self.call(stage, "it failed at a deadline", lambda s=step, e=emit: s.tick(e))
-                self._loop.page(stage).add("out", emit.number)
+                self._outside(stage, counts, "it failed at a deadline", step.tick)
 
     def finish(self) -> None:
-        for (stage, step), emit in zip(self.steps, self.emits, strict=True):
-            emit.number = 0
-            self.call(stage, "it failed at the end of its input", lambda s=step, e=emit: s.finish(e))
-            self._loop.page(stage).add("out", emit.number)
+        for (stage, step), counts in zip(self.steps, self.counts, strict=True):
+            self._outside(stage, counts, "it failed at the end of its input", step.finish)
+
+    def _outside(self, stage: Stage, counts: _Counted, what: str, function: Callable[[Callable[[Any], None]], None]) -> None:
+        """Let a step emit while no item is processed."""
+        counts.number = 0
+        self.call(stage, what, lambda: function(counts.emit))
+        self._loop.page(stage).add("out", counts.number)
 
     def end_sink(self, stage: Stage) -> None:
         self.call(stage, "the sink failed at the end", self.sink.finish)
