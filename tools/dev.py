@@ -68,12 +68,7 @@ SANITIZERS = {"cpp": "none", "asan": "address,undefined", "tsan": "thread"}
 GROUPS = (*SANITIZERS, "verify", "python", "processes", "source", "lint", "sdist", "downstream")
 PIP = ("-m", "pip", "--disable-pip-version-check")
 INSTALLING: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
-EXAMPLES = {
-    "images": "examples/images/images.py",
-    "workers": "examples/workers/workers.py",
-    "sensors": "examples/sensors/sensors.py",
-}
-EXAMPLES = {name: f"examples/{name}/{name}.py" for name in ("images", "video", "workers")}
+EXAMPLES = {name: f"examples/{name}/{name}.py" for name in ("images", "sensors", "video", "workers")}
 IN_EVERY_WHEEL = ("py.typed", "_core.pyi", "_core.pxd", "include/dsline/error.hpp")
 
 
