@@ -533,6 +533,8 @@ def bench_shm(
 
 
 cli.add_command(dead_group)
+
+
 @bench_group.command(name="pipeline")
 @click.option(
     "--count", type=click.IntRange(10, 10**8), default=50_000, show_default=True, help="Items of each run."
