@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from dsline.dataflow import ops
 from dsline.dataflow.operator import Operator, Router, Sink, Source
-from dsline.dataflow.operators import Merge, parse_seconds
+from dsline.dataflow.descriptions import parse_seconds
+from dsline.dataflow.operators import Merge
 from dsline.dataflow.options import StageOptions, parse_bytes
 from dsline.dataflow.plan import CheckpointOptions, Part, Plan, Stage
 from dsline.dataflow.sinks import CollectSink, SinkOptions, parse_sink

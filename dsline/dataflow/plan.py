@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 
 from dsline.dataflow.drawing import mermaid, svg
 from dsline.dataflow.operator import Operator, Router, Schema, Sink, Source
-from dsline.dataflow.operators import Merge, operator_from_json
+from dsline.dataflow.descriptions import operator_from_json
+from dsline.dataflow.operators import Merge
 from dsline.dataflow.options import StageOptions, parse_bytes
 from dsline.dataflow.sinks import sink_from_json
 from dsline.dataflow.sources import ChannelSource, source_from_json

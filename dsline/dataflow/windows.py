@@ -15,7 +15,6 @@ from dsline.dataflow.aggregates import Aggregate
 from dsline.dataflow.callables import function_name, reference, resolve
 from dsline.dataflow.grouping import hash_keys, mix, starts_of
 from dsline.dataflow.operator import Context, Operator, Router, Schema
-from dsline.dataflow.operators import register
 from dsline.dataflow.window_specs import WindowSpec, parse_duration, session, sliding, tumbling
 from dsline.dataflow.window_steps import (
     CountStep,
@@ -60,7 +59,6 @@ def names_of(key: Any, what: str) -> tuple[str, ...]:
     raise PipelineBuildError(f"{what} is {key!r}, must be the name of a column, or several names")
 
 
-@register
 class Window(Operator):
     """Aggregates over windows of rows.
 
@@ -168,7 +166,6 @@ class Window(Operator):
         )
 
 
-@register
 class KeyBy(Router):
     """Splits a stream into partitions by a key: all rows of a key go to the same one, in their order.
 
