@@ -99,3 +99,8 @@ class HangsAtTwo:
 
 def answers(connection):
     """Of a worker process that ends at once."""
+
+
+def slowly(item):
+    time.sleep(0.005)
+    return item

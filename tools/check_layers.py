@@ -99,7 +99,8 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "status": frozenset({"_core", "errors", "report"}),
     "testing": frozenset({"dsline", "_core", "errors"}),
     "bench": frozenset({"dsline", "errors"}),
-    "cli": frozenset({"dsline", "bench", "dataflow", "errors", "status"}),
+    "dead_cli": frozenset({"cli", "dataflow", "errors"}),
+    "cli": frozenset({"dsline", "bench", "dataflow", "dead_cli", "errors", "status"}),
     "__main__": frozenset({"cli"}),
 }
 PACKAGES: dict[str, frozenset[str]] = {
@@ -117,9 +118,10 @@ PACKAGES: dict[str, frozenset[str]] = {
             "bench",
             "testing",
             "cli",
+            "dead_cli",
         }
     ),
-    "click": frozenset({"cli"}),
+    "click": frozenset({"cli", "dead_cli"}),
     "tqdm": frozenset({"cli", "bench"}),
     # Never needed: only looked for, or loaded by the user already.
     "torch": frozenset({"objects"}),

@@ -600,15 +600,6 @@ class LogWriter:
             finally:
                 fcntl.flock(self._lock, fcntl.LOCK_UN)
 
-    def in_place(self) -> bool:
-        """Whether the writer is open and its log still in its folder, and not removed or replaced."""
-        try:
-            there = os.stat(os.path.join(self._path, "writer.lock"))
-        except FileNotFoundError:
-            return False
-        with self._mutex:
-            return self._lock >= 0 and self._failure is None and os.path.samestat(there, os.fstat(self._lock))
-
     # --- the end of the log ---
 
     def _catch_up(self) -> None:

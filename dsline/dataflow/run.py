@@ -615,6 +615,8 @@ class _Execution:
             self._manifest = self._store.newest(self.plan.fingerprint)
             if self._manifest is not None:
                 self._next_marker = self._manifest.number + 1
+        else:
+            self._store.clear()
 
     def _begin_checkpoint(self) -> int:
         with self._lock:

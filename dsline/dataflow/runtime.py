@@ -29,6 +29,7 @@ from dsline.dataflow.operator import Context, MergeStep, Operator, Router, Sink,
 from dsline.dataflow.plan import AHEAD, Edge, Stage
 from dsline.dataflow.policies import DeadLetterPolicy, Retry, Skip, parse_policy
 from dsline.dataflow.sinks import CollectSink
+from dsline.dataflow.sources import SHUT_DOWN_AT_END
 from dsline.errors import BufferEmptyError, BufferFullError, ChannelClosedError, DslineError, OperatorError, PipelineRuntimeError
 from dsline.waiting import wait
 
@@ -728,6 +729,7 @@ class SegmentLoop:
                 kind = message._core_kind
                 if kind == END:
                     ended[index] = True
+                    self._end_for_all(index, message)
                     self._ended(index)
                     if not all(ended):
                         _done(message)
@@ -759,6 +761,11 @@ class SegmentLoop:
             _done(self._last)
 
     _last: Any = None
+
+    def _end_for_all(self, index: int, message: Any) -> None:
+        """The end of a channel from outside may be one that all its receivers shall see."""
+        if self.job.inputs[index].external is not None and bytes(message.payload) == SHUT_DOWN_AT_END:
+            self._inputs[index].shutdown()
 
     def _ended(self, index: int) -> None:
         if self.chain.merge is not None:
@@ -1139,6 +1146,7 @@ class _TurnTaking:
             if loop.job.inputs[0].external is None:
                 self._channel.shutdown()  # wakes the others: nothing comes any more
             else:
+                loop._end_for_all(0, finished.message)
                 loop.control.event("ended", segment=loop.job.number)
 
     def _already_out(self, turn: int) -> list[int]:

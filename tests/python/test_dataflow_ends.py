@@ -601,7 +601,8 @@ def test_all_receivers_see_the_end(name, early):
         put(uri, range(50))
         with dsline.ShmChannel.open(name):
             threads = [receiver(uri, each) for each in got]
-            wait_until(lambda: not all(map(threading.Thread.is_alive, threads)))
+            for thread in threads:
+                thread.join(TIMEOUT)  # the channel is there until the last of them has come
     for thread in threads:
         thread.join(TIMEOUT)
         assert not thread.is_alive()
