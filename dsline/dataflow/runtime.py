@@ -359,15 +359,18 @@ class _Chain:
         if place == 0:
             return guarded
         page = loop.counters.stages[place]
+        begin, end = page.begin, page.end
 
         def counted(item: Any) -> None:
-            page.begin(loop.sequence)
+            begin(0)
             if counts is not None:
                 counts.number = 0
             try:
-                guarded(item)
+                call(item)
+            except Exception as error:
+                loop.failed(stage, item, error, call)
             finally:
-                page.end(1 if counts is None else counts.number)
+                end(1 if counts is None else counts.number)
 
         return counted
 
