@@ -1151,17 +1151,20 @@ class _TurnTaking:
         return False
 
     def _skip_lost(self) -> None:
-        """The input whose turn it is may be gone: dropped while it waited, or buried by the channel."""
-        done = self._words.done(0)
-        sequence = done if self._loop.job.ordered else self._words.sequence_of(done)
-        if sequence is None or self._channel._core_is_outstanding(sequence):
-            return
-        # Gone, and not committed: unless a worker died after it had published all of it.
-        outputs = [out.published_last() for out in self._loop._outputs]
-        if any(input == done for _, input in outputs):
-            self._words.commit(0, done + 1)
-        elif self._words.skip_lost(0, done):
-            self._loop.counters.add("lost", 1)
+        """The inputs whose turn it is may be gone: dropped while they waited, or buried by the channel."""
+        while True:
+            done = self._words.done(0)
+            if done >= _OVER:
+                return
+            sequence = done if self._loop.job.ordered else self._words.sequence_of(done)
+            if sequence is None or self._channel._core_is_outstanding(sequence):
+                return
+            # Gone, and not committed: unless a worker died after it had published all of it.
+            outputs = [out.published_last() for out in self._loop._outputs]
+            if any(input == done for _, input in outputs):
+                self._words.commit(0, done + 1)
+            elif self._words.skip_lost(0, done):
+                self._loop.counters.add("lost", 1)
 
     def _process(self, message: Any) -> None:
         loop, sequence = self._loop, message.sequence
