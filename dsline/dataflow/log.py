@@ -72,7 +72,7 @@ _RECORD_MAGIC: Final = b"DSLR"
 _PART: Final = struct.Struct(
     "<QBBBBHHI"
 )  # bytes, type, Fortran order, dimensions, 0, lengths of name and code, 0
-_COUNT: Final = struct.Struct("<I")
+_WORD: Final = struct.Struct("<I")
 _HEADER_BYTES: Final = 64
 _SUFFIX: Final = ".dsl"
 _NAME: Final = re.compile(r"([0-9]{20})\.dsl")
@@ -132,6 +132,19 @@ def _describe_part(code: bytes, shape: tuple[int, ...], fortran: bool, nbytes: i
     return lead + struct.pack(f"<{len(shape)}Q", *shape) + name + code
 
 
+@lru_cache(maxsize=512)
+def _describe_alone(code: bytes, shape: tuple[int, ...], fortran: bool, nbytes: int) -> bytes:
+    """The description of an item of one part."""
+    return _WORD.pack(1) + _describe_part(code, shape, fortran, nbytes, b"")
+
+
+def _alone(kind: int, description: bytes, data: memoryview) -> _Encoded:
+    size = data.nbytes
+    return _Encoded(
+        kind, description, [data], size, _WIDE_ALIGNMENT if size >= OUT_OF_BAND_BYTES else _ALIGNMENT
+    )
+
+
 def _joined(kind: int, described: list[bytes], buffers: list[memoryview]) -> _Encoded:
     alignment = _WIDE_ALIGNMENT if any(each.nbytes >= OUT_OF_BAND_BYTES for each in buffers) else _ALIGNMENT
     pieces: list[Any] = []
@@ -142,14 +155,16 @@ def _joined(kind: int, described: list[bytes], buffers: list[memoryview]) -> _En
             pieces.append(bytes(gap))
         pieces.append(each)
         size += gap + each.nbytes
-    return _Encoded(kind, _COUNT.pack(len(described)) + b"".join(described), pieces, size, alignment)
+    return _Encoded(kind, _WORD.pack(len(described)) + b"".join(described), pieces, size, alignment)
 
 
 def _encode(item: Any) -> _Encoded:
     if isinstance(item, np.ndarray) and not item.dtype.hasobject:
         fortran = item.flags.f_contiguous and not item.flags.c_contiguous
         data = raw_bytes(item.T if fortran else item)
-        return _joined(ARRAY, [_describe_array(item.dtype, item.shape, fortran, data.nbytes)], [data])
+        return _alone(
+            ARRAY, _describe_alone(encode_dtype(item.dtype), item.shape, fortran, data.nbytes), data
+        )
     if isinstance(item, Batch):
         columns = [raw_bytes(column) for column in item.values()]
         described = [
@@ -159,7 +174,7 @@ def _encode(item: Any) -> _Encoded:
         return _joined(COLUMNS, described, columns)
     if isinstance(item, bytes | bytearray | memoryview):
         data = memoryview(item).cast("B") if memoryview(item).c_contiguous else memoryview(bytes(item))
-        return _joined(BYTES, [_describe_part(b"", (), False, data.nbytes, b"")], [data])
+        return _alone(BYTES, _describe_alone(b"", (), False, data.nbytes), data)
     return _encode_object(item)
 
 
@@ -269,10 +284,10 @@ class _PlainUnpickler(pickle.Unpickler):
 @lru_cache(maxsize=512)
 def _parts_of(description: bytes) -> tuple[int, tuple[_Part, ...]]:
     """Read a description. Returns alignment and parts; ValueError where it is malformed."""
-    (count,) = _COUNT.unpack_from(description)
+    (count,) = _WORD.unpack_from(description)
     if count > _MOST_PARTS:
         raise ValueError(f"{count} parts")
-    at = _COUNT.size
+    at = _WORD.size
     sizes: list[int] = []
     found: list[tuple[np.dtype[Any] | None, tuple[int, ...], bool, str]] = []
     for _ in range(count):
@@ -463,7 +478,7 @@ def _segments(folder: str) -> list[int]:
 
 def _segment_header(first: int, uuid: bytes) -> bytes:
     head = _SEGMENT.pack(_SEGMENT_MAGIC, _VERSION, _HEADER_BYTES, first, time.time_ns(), uuid, 0)
-    return head[:60] + struct.pack("<I", _crc32c(head[:60]))
+    return head[:60] + _WORD.pack(_crc32c(head[:60]))
 
 
 def _segment_uuid(raw: bytes, first: int) -> bytes | None:
@@ -812,33 +827,34 @@ class LogWriter:
             self._sync()
 
     def _write(self, encoded: _Encoded, timestamp_ns: int) -> None:
-        if self._at > _HEADER_BYTES and self._at + self._record_size(encoded)[1] > self._segment_bytes:
+        kind, description, pieces, nbytes, alignment = encoded
+        offset, size = _record_size(self._at, len(description), nbytes, alignment)
+        if self._at + size > self._segment_bytes and self._at > _HEADER_BYTES:
             self._rotate()
-        offset, size = self._record_size(encoded)
-        crc = _crc32c(encoded.description)
-        for piece in encoded.pieces:
+            offset, size = _record_size(self._at, len(description), nbytes, alignment)
+        crc = _crc32c(description)
+        for piece in pieces:
             crc = _crc32c(piece, crc)
         head = _RECORD.pack(
-            _RECORD_MAGIC, encoded.kind, 0, 0, self.next_sequence, timestamp_ns, encoded.nbytes, offset, crc, size, 0,
-            len(encoded.description), 0,
-        )  # fmt: skip
-        lead = b"".join(
-            (
-                head[:60],
-                struct.pack("<I", _crc32c(head[:60])),
-                encoded.description,
-                bytes(offset - _HEADER_BYTES - len(encoded.description)),
-            )
-        )
-        tail = bytes(size - offset - encoded.nbytes)
-        self._write_all([lead, *encoded.pieces, tail], size)
+            _RECORD_MAGIC,
+            kind,
+            0,
+            0,
+            self.next_sequence,
+            timestamp_ns,
+            nbytes,
+            offset,
+            crc,
+            size,
+            0,
+            len(description),
+            0,
+        )[:60]
+        check = _WORD.pack(_crc32c(head))
+        gap = bytes(offset - _HEADER_BYTES - len(description))
+        lead = b"".join((head, check, description, gap))
+        self._write_all([lead, *pieces, bytes(size - offset - nbytes)], size)
         self._at += size
-
-    def _record_size(self, encoded: _Encoded) -> tuple[int, int]:
-        """Offset of the payload in a record that begins here, and the length of the record."""
-        lead = self._at + _HEADER_BYTES + len(encoded.description)
-        offset = _aligned(lead, encoded.alignment) - self._at
-        return offset, _aligned(offset + encoded.nbytes, _ALIGNMENT)
 
     def _write_all(self, pieces: list[Any], size: int) -> None:
         done = 0
@@ -846,7 +862,8 @@ class LogWriter:
             while done < size:
                 count = os.pwritev(self._file, pieces[:_MOST_BUFFERS], self._at + done)
                 done += count
-                pieces = _behind(pieces, count)
+                if done < size:
+                    pieces = _behind(pieces, count)
         except BaseException as error:
             # What is there of the record goes; nobody has taken it for one.
             try:
@@ -999,6 +1016,12 @@ class LogWriter:
     def __del__(self) -> None:
         if getattr(self, "_lock", -1) >= 0:
             self.close()
+
+
+def _record_size(at: int, described: int, nbytes: int, alignment: int) -> tuple[int, int]:
+    """Offset of the payload in a record that begins at `at`, and the length of the record."""
+    offset = -(-(at + _HEADER_BYTES + described) // alignment) * alignment - at
+    return offset, -(-(offset + nbytes) // _ALIGNMENT) * _ALIGNMENT
 
 
 def _behind(pieces: list[Any], count: int) -> list[Any]:
@@ -1269,17 +1292,13 @@ class LogReader:
             )
         return window
 
-    def _raw(self, at: int) -> bytes:
-        window = self._map(at, at + _HEADER_BYTES)
-        first = at - self._window_start
-        return window[first : first + _HEADER_BYTES]
-
     def _header(self, at: int) -> _Header | None:
-        if self._size - at < _HEADER_BYTES:
-            self._size = os.fstat(self._file).st_size
-            if self._size - at < _HEADER_BYTES:
-                return None
-        return _read_header(self._raw(at))
+        # Not through the mapping: what is not a whole record yet may be cut off at any time, and a page behind the end of a
+        # file must not be touched.
+        raw = os.pread(self._file, _HEADER_BYTES, at)
+        # As the file is with this header in it: a length seen before may be that of a record that was given up.
+        self._size = os.fstat(self._file).st_size
+        return _read_header(raw) if len(raw) == _HEADER_BYTES else None
 
     def _zeros(self, at: int) -> bool:
         """Whether nothing but zeros follow: a file whose length came to the disk before its contents."""
@@ -1343,9 +1362,7 @@ class LogReader:
                 self._pass_over("has no header", self._size - self._at, 0)
                 continue
             if header.record_bytes > self._size - self._at:
-                self._size = os.fstat(self._file).st_size
-                if header.record_bytes > self._size - self._at:
-                    return None  # being written, or torn
+                return None  # being written, or torn
             problem = "" if header.sequence == self.sequence else f"says that it is {header.sequence}"
             record = None if problem else self._record(header)
             if record is None and header.kind == END and not problem:
@@ -1404,8 +1421,7 @@ class LogReader:
             return False
         # The next segment is made when nothing more comes into this one: what has come meanwhile is read first.
         header = self._header(self._at)
-        if header is not None and header.record_bytes <= os.fstat(self._file).st_size - self._at:
-            self._size = os.fstat(self._file).st_size
+        if header is not None and header.record_bytes <= self._size - self._at:
             return True
         if following[0] != self.sequence:
             if not self._skips:
