@@ -1,6 +1,5 @@
 """Functions for pipelines in tests: of a module, so that plans can name them and workers can import them."""
 
-
 import os
 import signal
 import time
@@ -99,3 +98,8 @@ class HangsAtTwo:
 
 def answers(connection):
     """Of a worker process that ends at once."""
+
+
+def slowly(item):
+    time.sleep(0.005)
+    return item

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import threading
 import time
 import traceback as _traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ __all__ = ["FailedItem", "Replayed", "failed_items", "replay", "write_dead_lette
 
 _LONGEST_TEXT: Final = 100_000  # characters of a traceback
 _LONGEST_DESCRIPTION: Final = 300
+_SEGMENT_BYTES: Final = 4 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +98,6 @@ class FailedItem:
 
 # --- writing ------------------------------------------------------------------------------------------------------------
 
-_writers: dict[str, LogWriter] = {}
-_writers_pid = 0
-_mutex = threading.Lock()
-
 
 def write_dead_letter(
     uri: str,
@@ -137,7 +133,7 @@ def write_dead_letter(
         "pid": os.getpid(),
         **_packed(item),
     }
-    _writer(_log_path(uri)).append(record)
+    _append(_log_path(uri), record)
 
 
 def _packed(item: Any) -> dict[str, Any]:
@@ -169,17 +165,10 @@ def _log_path(uri: str) -> str:
     return os.path.realpath(path)
 
 
-def _writer(path: str) -> LogWriter:
-    """The writer of this process for a log, which stays open."""
-    global _writers_pid
-    with _mutex:
-        if _writers_pid != os.getpid():  # a forked child shares its parent's locks
-            _writers.clear()
-            _writers_pid = os.getpid()
-        writer = _writers.get(path)
-        if writer is None or not writer.in_place():
-            writer = _writers[path] = LogWriter(path, shared=True)
-        return writer
+def _append(path: str, record: dict[str, Any]) -> None:
+    # Nothing stays open: letters are few, and the end of a small segment is soon found.
+    with LogWriter(path, shared=True, segment_bytes=_SEGMENT_BYTES) as writer:
+        writer.append(record)
 
 
 # --- reading ------------------------------------------------------------------------------------------------------------
@@ -428,7 +417,7 @@ def _replay_log(
             done.skipped[letter.number] = str(error)
             continue
         send(item)
-        _writer(path).append({"replayed": letter.number, "to": to, "timestamp_ns": time.time_ns()})
+        _append(path, {"replayed": letter.number, "to": to, "timestamp_ns": time.time_ns()})
         done.sent.append(letter.number)
     return done
 

@@ -615,6 +615,8 @@ class _Execution:
             self._manifest = self._store.newest(self.plan.fingerprint)
             if self._manifest is not None:
                 self._next_marker = self._manifest.number + 1
+        else:
+            self._store.clear()
 
     def _begin_checkpoint(self) -> int:
         with self._lock:
@@ -783,7 +785,7 @@ class Run:
                 f"unknown option {unknown[0]!r}; there are resume and the hooks {', '.join(HOOKS)}"
             )
         self.plan = plan
-        self.hooks = {name: hook for name, hook in hooks.items() if hook is not None}
+        self.hooks = dict(hooks)
         self.collects = collect
         self.total = _total(plan)
         self._began = time.monotonic()
