@@ -430,7 +430,7 @@ class WindowStep(Step):
             starts,
             len(batch.ticks),
             lambda text: pick(layout.values(columns, text), order),
-            pick(batch.ticks, order),
+            lambda: pick(batch.ticks, order),
             in_order,
         )
         heads = starts if order is None else order[starts]
