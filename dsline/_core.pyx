@@ -1143,7 +1143,7 @@ cdef class Receiver:
             self._cpp.release(message.slot, message.process, message.group)
             if message.kind == kEndMessage:
                 raise ChannelClosedError(
-                    f"the stream in channel '{self._label()}' has ended: whoever sent it has sent its end; what others send can "
+                    f"the stream in channel '{self._label()}' has ended: its sender has sent its end; what others send can "
                     "still be received")
             self._receive_any(message, timeout)
         return 0

@@ -1,6 +1,5 @@
 """Functions for pipelines in tests: of a module, so that plans can name them and workers can import them."""
 
-
 import os
 import signal
 import time
