@@ -1051,6 +1051,7 @@ class _TurnTaking:
         self._words = loop._words
         self._channel = loop._inputs[0]
         self._waiting: list[_Finished] = []  # a heap, by turn
+        self._lossy = loop.job.inputs[0].full in ("drop_oldest", "latest")
         self._ended = False
 
     def steps(self) -> Iterator[None]:
@@ -1106,23 +1107,30 @@ class _TurnTaking:
 
     def _wait_turn(self, timeout: float) -> bool:
         turn = self._waiting[0].turn
+        if self._lossy:
+            self._skip_lost()
         if self._words.wait_turn(0, turn, timeout):
             return True
         self._skip_lost()
-        return False
+        return bool(self._words.done(0) >= turn)
 
     def _skip_lost(self) -> None:
-        """The input whose turn it is may be gone: dropped while it waited, or buried by the channel."""
+        """Pass over inputs whose turn it is and that are gone: dropped while they waited, or buried by the channel."""
+        while self._skip_one_lost():
+            pass
+
+    def _skip_one_lost(self) -> bool:
         done = self._words.done(0)
         sequence = done if self._loop.job.ordered else self._words.sequence_of(done)
         if sequence is None or self._channel._core_is_outstanding(sequence):
-            return
+            return False
         # Gone, and not committed: unless a worker died after it had published all of it.
         outputs = [out.published_last() for out in self._loop._outputs]
         if any(input == done for _, input in outputs):
             self._words.commit(0, done + 1)
         elif self._words.skip_lost(0, done):
             self._loop.counters.add("lost", 1)
+        return True
 
     def _process(self, message: Any) -> None:
         loop, sequence = self._loop, message.sequence

@@ -1,5 +1,6 @@
 """Runs of pipelines: ends, stops, errors, hooks, full queues, channels from outside, and what is left behind."""
 
+import functools
 import os
 import signal
 import sys
@@ -62,8 +63,9 @@ def test_out_writes_into_the_slot():
         assert found.collect() == [4096.0 * (n + 1) for n in range(10)]
 
 
-def test_unordered_results_leave_as_they_are_completed():
-    found = Pipeline().source(range(12)).map(plan_functions.first_is_slow, workers=2, ordered=False).collect()
+def test_unordered_results_leave_as_they_are_completed(tmp_path):
+    function = functools.partial(plan_functions.first_waits, str(tmp_path / "others"))
+    found = Pipeline().source(range(12)).map(function, workers=2, ordered=False).collect()
     assert sorted(found) == list(range(12))
     assert found[0] != 0
 
