@@ -43,7 +43,7 @@ from dsline.errors import (
 )
 from dsline.rpc import RemoteTraceback
 
-__all__ = ["WorkerPool"]
+__all__ = ["WorkerDiedError", "WorkerPool"]
 
 T = TypeVar("T")
 Copy: TypeAlias = bool | Literal["arguments", "results"]
@@ -139,7 +139,12 @@ def _serve(
             if orders.announce:
                 connection.send(("begun", number, 1))
         if wanted:
-            _execute(message, number, tasks, results, orders, functions)
+            try:
+                _execute(message, number, tasks, results, orders, functions)
+            except BaseException:
+                # A message that an orderly end lets go of is acknowledged; that of a dead process comes again.
+                traceback.print_exc()
+                os._exit(1)
             done += 1
         # The result is out: from here on the task does not come again.
         with contextlib.suppress(
@@ -163,7 +168,8 @@ def _execute(
         packed, arguments, keywords = message.object(copy=copy)
         function = _function(bytes(packed), functions)
     except BaseException as error:
-        text = f"a task cannot be unpickled by the worker: {type(error).__name__}: {error.__cause__ or error}"
+        cause = error.__cause__ or error
+        text = f"a task cannot be unpickled by the worker: {type(cause).__name__}: {cause}"
         _send_error(results, number, SerializationError(text), "")
         return
     try:
@@ -211,7 +217,7 @@ def _send(results: ShmChannel, number: int, kind: str, value: Any, text: str = "
     """Send a result; the error to send instead, if it cannot be sent as it is."""
     try:
         stream, buffers = _pickled((value,), by_value=False)
-    except Exception as error:
+    except BaseException as error:
         return SerializationError(
             f"the result, a {type(value).__qualname__}, cannot be pickled: {type(error).__name__}: {error}"
         )
@@ -230,6 +236,10 @@ def _send_error(results: ShmChannel, number: int, error: BaseException, text: st
 
 
 # --- in the parent ------------------------------------------------------------------------------------------------------
+
+
+class WorkerDiedError(PeerDiedError, concurrent.futures.BrokenExecutor):
+    """Workers died over this task, or too often for the pool to go on."""
 
 
 class _Work:
@@ -339,7 +349,7 @@ class _Engine:
         if self.pid != os.getpid():
             raise RuntimeError("this pool belongs to the parent of this process; make another one here")
         if self._broken is not None:
-            raise PeerDiedError(self._broken)
+            raise WorkerDiedError(self._broken)
         if self._closing:
             raise RuntimeError("cannot schedule new futures after shutdown")
 
@@ -397,6 +407,11 @@ class _Engine:
                 self._in_flight += 1
             self._send(work)
 
+    def _nudge(self) -> None:
+        """Have the other thread refill: sending may wait for a slot, and this one must be there for the workers."""
+        with contextlib.suppress(BufferFullError):  # it has something to do, and refills after it
+            self.results.send(b"", timeout=0, meta={"id": 0})
+
     # --- results: in a thread of their own ---
 
     def _collect(self) -> None:
@@ -413,15 +428,17 @@ class _Engine:
     def _take(self, message: _core.Message) -> None:
         meta = message.meta
         work = self._works.get(meta["id"])
-        if work is None:  # a second result of a task whose worker died, or one that came too late
+        if work is None:  # a second result of a task whose worker died, one that came too late, or a nudge
             message.release()
+            self._refill()
             return
         value, error = None, None
         copy = self._copy_results or _held(self.results) > self._kept_results
         try:
             (value,) = message.object(copy=copy)
-        except Exception as problem:
-            text = f"the result of {work.name} cannot be unpickled: {problem}"
+        except BaseException as problem:
+            cause = problem.__cause__ or problem
+            text = f"the result of {work.name} cannot be unpickled: {type(cause).__name__}: {cause}"
             error = _caused(SerializationError(text), problem)
         else:
             if meta["k"] == "error":
@@ -500,12 +517,12 @@ class _Engine:
         if attempt <= self._max_deliveries:
             return True
         died = f"{attempt - 1} workers" if attempt > 2 else "the worker"
-        error = PeerDiedError(
+        error = WorkerDiedError(
             f"{died} died over this task, {work.name}, the last one: {self._last_death}; max_deliveries="
             f"{self._max_deliveries} allows no more"
         )
         self._fail(work, error)
-        self._refill()
+        self._nudge()
         return False
 
     def _reap(self) -> None:
@@ -555,7 +572,7 @@ class _Engine:
             worker.process.kill()
             error = TimeoutError(f"{work.name} was not done after {self._timeout:g} s; its worker was killed")
             self._fail(work, error)
-            self._refill()
+            self._nudge()
 
     def _start_again(self) -> None:
         now = time.monotonic()
@@ -578,7 +595,7 @@ class _Engine:
         for work in works:
             with contextlib.suppress(concurrent.futures.InvalidStateError):
                 if work.future.running() or work.future.set_running_or_notify_cancel():
-                    work.future.set_exception(PeerDiedError(why))
+                    work.future.set_exception(WorkerDiedError(why))
 
     def shut_down(self, wait: bool, cancel: bool) -> None:
         if self.pid != os.getpid():
@@ -651,7 +668,7 @@ class WorkerPool(concurrent.futures.Executor):
         Seconds for a task; then its worker is killed, and its future fails with TimeoutError.
     max_deliveries : int
         How often a task is given to a worker at most, 1 to 14. When the last one dies over it, its future fails with
-        PeerDiedError, and the pool goes on.
+        WorkerDiedError, and the pool goes on.
     restart : Restart
         How often workers that died are started again. Past it the pool is broken.
     threads : int or None
@@ -774,13 +791,14 @@ class WorkerPool(concurrent.futures.Executor):
         concurrent.futures.Future
             Its `cancel` works as long as the task has not been sent to the workers. What the function raised comes with the
             traceback of the worker as its cause. SerializationError when arguments or result cannot be pickled,
-            MessageTooLargeError and SharedMemoryFullError when there is no room for them, PeerDiedError when workers died.
+            MessageTooLargeError and SharedMemoryFullError when there is no room for them, WorkerDiedError
+            (a PeerDiedError and a BrokenExecutor) when workers died over it.
 
         Raises
         ------
         RuntimeError
             The pool was shut down.
-        PeerDiedError
+        WorkerDiedError
             The pool is broken.
         PipelineBuildError
             The function cannot be pickled.

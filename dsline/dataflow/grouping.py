@@ -11,6 +11,11 @@ __all__ = ["counts_of", "extremes", "group", "hash_keys", "is_sorted", "mix", "p
 Array: TypeAlias = np.ndarray[Any, Any]
 
 _MOST_CODES: Final = int(np.iinfo(np.int64).max)
+_BLOCK: Final = 4096
+_SPLITMIX: Final = (
+    (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
+    (np.uint64(27), np.uint64(0x94D049BB133111EB)),
+)
 _FEW: Final = 64  # values that are sorted as fast as hashed
 
 
@@ -132,11 +137,16 @@ def pick(column: Array, order: Array | None) -> Array:
 
 def mix(words: Array) -> Array:
     """The finalizer of splitmix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014). In place."""
-    words ^= words >> np.uint64(30)
-    words *= np.uint64(0xBF58476D1CE4E5B9)
-    words ^= words >> np.uint64(27)
-    words *= np.uint64(0x94D049BB133111EB)
-    words ^= words >> np.uint64(31)
+    shifted = np.empty(min(len(words), _BLOCK), np.uint64)
+    for start in range(0, len(words), _BLOCK):  # which stays in the cache
+        block = words[start : start + _BLOCK]
+        temporary = shifted[: len(block)]
+        for shift, factor in _SPLITMIX:
+            np.right_shift(block, shift, out=temporary)
+            np.bitwise_xor(block, temporary, out=block)
+            np.multiply(block, factor, out=block)
+        np.right_shift(block, np.uint64(31), out=temporary)
+        np.bitwise_xor(block, temporary, out=block)
     return words
 
 
@@ -153,13 +163,13 @@ def hash_keys(values: Array) -> Array:
     """
     kind = values.dtype.kind
     if kind in "iub":
-        words = values.astype(np.int64 if kind == "i" else np.uint64).view(np.uint64)
+        words = values.astype(np.int64 if kind == "i" else np.uint64, copy=False).view(np.uint64)
     elif kind == "f":
         doubles = values.astype(np.float64) + 0.0
         doubles[np.isnan(doubles)] = np.nan
         words = doubles.view(np.uint64)
     elif kind in "mM":
-        words = values.astype(values.dtype.newbyteorder("="), copy=True).view(np.uint64)
+        words = values.astype(values.dtype.newbyteorder("="), copy=False).view(np.uint64)
     elif kind in "SU":
         return _hash_texts(values)
     else:

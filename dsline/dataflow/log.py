@@ -51,6 +51,7 @@ __all__ = [
     "LogWriter",
     "check_reader",
     "check_writer",
+    "commit_group",
     "log_schema",
     "pack",
     "parse_interval",
@@ -81,6 +82,7 @@ _WIDE_ALIGNMENT: Final = 64  # of arrays from OUT_OF_BAND_BYTES on
 _MOST_BYTES: Final = 1 << 46
 _MOST_PARTS: Final = 1 << 20
 _WINDOW_BYTES: Final = 64 << 20  # mapped at a time
+_COPIED_BYTES: Final = 1 << 20
 _MOST_BUFFERS: Final = 512  # per call of writev
 _POLLS: Final = (
     0.002,
@@ -445,6 +447,14 @@ def _segment_path(folder: str, first: int) -> str:
     return os.path.join(folder, f"{first:020}{_SUFFIX}")
 
 
+def _sync_file(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _segments(folder: str) -> list[int]:
     """First sequences of the segments, sorted."""
     matches = (_NAME.fullmatch(name) for name in os.listdir(folder))
@@ -548,6 +558,8 @@ class LogWriter:
         self._inode = -1
         self._at = 0
         self._uuid = bytes(16)
+        self._unsynced: list[int] = []  # segments before the open one that may not be on the disk
+        self._folder_unsynced = False
         self._failure: OSError | None = None
         self._syncer: _Syncer | None = None
         self.next_sequence = 0
@@ -606,6 +618,10 @@ class LogWriter:
         """Find the end; cut off what is torn behind it."""
         try:
             segments = _segments(self._path)
+            if self._segment is None:
+                self._unsynced = segments[:-1]  # whoever wrote them may not have done it
+            elif segments and segments[-1] != self._segment:
+                self._unsynced += [first for first in segments[:-1] if first >= self._segment]
             while segments and not self._follow(segments[-1]):
                 # Made shortly before a loss of power: its name came to the disk, its header did not.
                 os.unlink(_segment_path(self._path, segments.pop()))
@@ -707,10 +723,10 @@ class LogWriter:
             try:
                 done = 0
                 while done < self._at:
-                    count = os.copy_file_range(self._file, copy, self._at - done, done, done)
-                    if count == 0:
+                    piece = os.pread(self._file, min(_COPIED_BYTES, self._at - done), done)
+                    if not piece:
                         raise OSError(errno.EIO, "the file is shorter than it was")
-                    done += count
+                    done += os.pwrite(copy, piece, done)
                 os.fsync(copy)
                 os.replace(temporary, path)
             except BaseException:
@@ -738,6 +754,8 @@ class LogWriter:
             os.replace(temporary, path)  # never a name without a header, but after a loss of power
             if self._syncs:
                 sync_folder(self._path)
+            else:
+                self._folder_unsynced = True
         except BaseException:
             os.close(file)
             raise
@@ -847,6 +865,8 @@ class LogWriter:
         try:
             if self._syncs:
                 self._sync()
+            elif self._segment is not None:
+                self._unsynced.append(self._segment)
             self._begin_segment(self.next_sequence)
         except OSError as error:
             raise (
@@ -863,7 +883,14 @@ class LogWriter:
 
     def _sync(self) -> None:
         try:
+            while self._unsynced:
+                with contextlib.suppress(FileNotFoundError):  # cut off meanwhile
+                    _sync_file(_segment_path(self._path, self._unsynced[-1]))
+                self._unsynced.pop()
             os.fdatasync(self._file)
+            if self._folder_unsynced:
+                sync_folder(self._path)
+                self._folder_unsynced = False
         except OSError as error:
             # The kernel has dropped the pages that it could not write: nothing can be promised any more.
             self._failure = _failed(self._path, "writing through to the disk", error)
@@ -1464,18 +1491,39 @@ class _Group:
             ) from error
 
     def commit(self, position: dict[str, int]) -> None:
-        temporary = f"{self._file}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(position, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._file)
-        sync_folder(os.path.dirname(self._file))
+        _write_position(self._file, position)
 
     def close(self) -> None:
         if self._lock >= 0:
             lock, self._lock = self._lock, -1
             os.close(lock)
+
+
+def _write_position(path: str, position: Mapping[str, int]) -> None:
+    """Replace the file of a group, at once and on the disk."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(dict(position), file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(os.path.dirname(path))
+
+
+def commit_group(path: str | os.PathLike[str], group: str, position: Mapping[str, int]) -> None:
+    """Keep a position for a group: for whoever knows that its reader's items are done, in the reader's process or another.
+
+    Raises
+    ------
+    LogError
+        The disk refuses.
+    """
+    folder = os.path.join(os.path.abspath(os.fspath(path)), "groups")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        _write_position(os.path.join(folder, group), position)
+    except OSError as error:
+        raise _failed(os.fspath(path), f"keeping the position of group {group!r}", error) from error
 
 
 class _Pace:

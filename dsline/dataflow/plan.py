@@ -12,9 +12,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from dsline.dataflow.descriptions import operator_from_json
 from dsline.dataflow.drawing import mermaid, svg
 from dsline.dataflow.operator import Operator, Router, Schema, Sink, Source
-from dsline.dataflow.descriptions import operator_from_json
 from dsline.dataflow.operators import Merge
 from dsline.dataflow.options import StageOptions, parse_bytes
 from dsline.dataflow.sinks import sink_from_json
@@ -71,7 +71,11 @@ class Stage:
         if isinstance(self.part, Sink):
             return 0
         # The partitions of keys go to one stage, which runs once for each.
-        return len(self.part.outputs) if isinstance(self.part, Router) and not isinstance(self.part, KeyBy) else 1
+        return (
+            len(self.part.outputs)
+            if isinstance(self.part, Router) and not isinstance(self.part, KeyBy)
+            else 1
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,7 +334,9 @@ class Plan:
                 None if plain.get("checkpoint") is None else CheckpointOptions(**plain["checkpoint"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise PipelineBuildError(f"the plan is incomplete or has a value of a wrong type: {error!r}") from error
+            raise PipelineBuildError(
+                f"the plan is incomplete or has a value of a wrong type: {error!r}"
+            ) from error
 
 
 def _stages_from_json(entries: list[dict[str, Any]]) -> list[Stage]:
@@ -395,7 +401,9 @@ def _with_names(stages: Sequence[Stage]) -> list[Stage]:
                 number += 1
                 name = f"{stage.name}-{number}"
             taken.add(name)
-            stage = dataclasses.replace(stage, name=name, options=dataclasses.replace(stage.options, name=name))
+            stage = dataclasses.replace(
+                stage, name=name, options=dataclasses.replace(stage.options, name=name)
+            )
         named.append(stage)
     return named
 
@@ -454,7 +462,13 @@ def _with_schemas(stages: list[Stage]) -> tuple[Stage, ...]:
 def _check_ends(stages: tuple[Stage, ...]) -> None:
     takers: dict[tuple[int, int], list[str]] = {}
     for number, stage in enumerate(stages):
-        wanted = "none" if isinstance(stage.part, Source) else "1 or more" if isinstance(stage.part, Merge) else "1"
+        wanted = (
+            "none"
+            if isinstance(stage.part, Source)
+            else "1 or more"
+            if isinstance(stage.part, Merge)
+            else "1"
+        )
         has = len(stage.inputs)
         if (wanted == "none") != (has == 0) or (wanted == "1" and has != 1):
             raise PipelineBuildError(f"stage {stage.name!r} has {has} inputs, needs {wanted}")
@@ -470,7 +484,11 @@ def _check_ends(stages: tuple[Stage, ...]) -> None:
                     "every item to several stages"
                 )
             if not found:
-                which = f"output {stage.part.outputs[output]!r}" if isinstance(stage.part, Router) else "what it puts out"
+                which = (
+                    f"output {stage.part.outputs[output]!r}"
+                    if isinstance(stage.part, Router)
+                    else "what it puts out"
+                )
                 raise PipelineBuildError(
                     f"stage {stage.name!r}: {which} goes nowhere; give it a sink, and join branches with .merge() or "
                     "Pipeline.together()"
@@ -502,7 +520,9 @@ def _check_places(stages: tuple[Stage, ...], checkpoint: CheckpointOptions | Non
         if options.workers > 0 and isinstance(part, Merge | KeyBy):
             why = "it only hands items on, in the caller's process; leave workers= away"
         if why is not None:
-            raise PipelineBuildError(f"stage {stage.name!r}: workers={options.workers} is not possible: {why}")
+            raise PipelineBuildError(
+                f"stage {stage.name!r}: workers={options.workers} is not possible: {why}"
+            )
         if checkpoint is None:
             continue
         if isinstance(part, Source) and not part.replayable:
@@ -513,7 +533,9 @@ def _check_places(stages: tuple[Stage, ...], checkpoint: CheckpointOptions | Non
         if options.workers > 1 and not options.ordered:
             raise PipelineBuildError(f"stage {stage.name!r}: ordered=False is not possible with a checkpoint")
         if options.full != "block":
-            raise PipelineBuildError(f"stage {stage.name!r}: full={options.full!r} is not possible with a checkpoint")
+            raise PipelineBuildError(
+                f"stage {stage.name!r}: full={options.full!r} is not possible with a checkpoint"
+            )
 
 
 def _size(count: int) -> str:
@@ -617,7 +639,13 @@ class _Compiler:
             if len(draft["inputs"]) > 1 and draft["workers"]:
                 for edge in draft["inputs"]:
                     edges[edge]["target"] = len(drafts)
-                edges.append({"origin": edges[draft["inputs"][0]]["origin"], "head": draft["numbers"][0], "target": number})
+                edges.append(
+                    {
+                        "origin": edges[draft["inputs"][0]]["origin"],
+                        "head": draft["numbers"][0],
+                        "target": number,
+                    }
+                )
                 drafts.append(
                     {
                         "chain": -1,
@@ -652,7 +680,9 @@ class _Compiler:
         kept = [number for number, draft in enumerate(drafts) if not draft.get("gone")]
         place = {old: new for new, old in enumerate(kept)}
         own = sum(1 for edge in edges if "external" not in edge)
-        producers = {edge: number for number, draft in enumerate(drafts) for edge in draft["outputs"].values()}
+        producers = {
+            edge: number for number, draft in enumerate(drafts) for edge in draft["outputs"].values()
+        }
         made = tuple(
             self._edge(edge, drafts, producers.get(number), place[edge["target"]], own)
             for number, edge in enumerate(edges)

@@ -346,13 +346,13 @@ def _run_worker(setup: _Setup, payload: _Payload) -> None:
     _end_with_parent(setup.alive)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    if setup.stderr is not None:
+    if setup.stderr is not None:  # the server's child: it has the server's surroundings
         os.dup2(setup.stderr.fileno(), 2)
         setup.stderr.close()
-    os.environ.clear()
-    os.environ.update(setup.environment)
-    if setup.cpus is not None:
-        os.sched_setaffinity(0, setup.cpus)
+        os.environ.clear()
+        os.environ.update(setup.environment)
+        if setup.cpus is not None:
+            os.sched_setaffinity(0, setup.cpus)
     with contextlib.suppress(ValueError, OSError, AttributeError, io.UnsupportedOperation):
         faulthandler.enable()
     started = False
@@ -412,7 +412,18 @@ class _StderrTail:
         self._stop_read, self._stop_write = os.pipe()
         os.set_blocking(fd, False)
         self._thread = threading.Thread(target=self._pump, name=f"{name}-stderr", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self._close_descriptors()
+            raise
+
+    def _close_descriptors(self) -> None:
+        with self._lock:
+            self._ended = True
+            for fd in (self._fd, self._stop_read, self._stop_write):
+                os.close(fd)
+            self._fd = -1
 
     def _pump(self) -> None:
         poll = select.poll()
@@ -451,11 +462,7 @@ class _StderrTail:
         self._drain()
         os.write(self._stop_write, b"x")
         self._thread.join()
-        with self._lock:
-            self._ended = True
-            for fd in (self._fd, self._stop_read, self._stop_write):
-                os.close(fd)
-            self._fd = -1
+        self._close_descriptors()
 
 
 _open_processes: set[WorkerProcess] = set()
@@ -572,8 +579,17 @@ class WorkerProcess:
         finally:
             for one in (theirs, alive_read, words, stderr):
                 one.close()
-        self._stderr = _StderrTail(os.dup(stderr_read.fileno()), self.name)
-        stderr_read.close()
+        try:
+            self._stderr = _StderrTail(os.dup(stderr_read.fileno()), self.name)
+        except BaseException:  # no more threads, as at the end of the interpreter
+            self._popen._send_signal(signal.SIGKILL)
+            self._popen.poll(0)
+            self._popen.release()
+            for one in (self.connection, self._alive, self._words_read):
+                one.close()
+            raise
+        finally:
+            stderr_read.close()
 
     def _not_started(self, error: BaseException) -> BaseException:
         if isinstance(error, RuntimeError) and "bootstrapping" in str(error):

@@ -785,7 +785,7 @@ class Run:
                 f"unknown option {unknown[0]!r}; there are resume and the hooks {', '.join(HOOKS)}"
             )
         self.plan = plan
-        self.hooks = {name: hook for name, hook in hooks.items() if hook is not None}
+        self.hooks = dict(hooks)
         self.collects = collect
         self.total = _total(plan)
         self._began = time.monotonic()

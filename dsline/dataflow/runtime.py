@@ -12,6 +12,7 @@ One `SegmentLoop` belongs to one thread: of the caller's process, or the only on
 from __future__ import annotations
 
 import dataclasses
+import functools
 import heapq
 import pickle
 import time
@@ -25,12 +26,19 @@ import numpy as np
 from dsline._core import CounterPage
 from dsline.dataflow.counters import WorkerCounters
 from dsline.dataflow.items import Batch, nbytes_of, rows_of
-from dsline.dataflow.operator import Context, MergeStep, Operator, Router, Sink, Source, Step
+from dsline.dataflow.operator import Context, Emit, MergeStep, Operator, Router, Sink, Source, Step
 from dsline.dataflow.plan import AHEAD, MAX_HELD, Edge, Stage
 from dsline.dataflow.policies import DeadLetterPolicy, Retry, Skip, parse_policy
 from dsline.dataflow.sinks import CollectSink
 from dsline.dataflow.sources import SHUT_DOWN_AT_END
-from dsline.errors import BufferEmptyError, BufferFullError, ChannelClosedError, DslineError, OperatorError, PipelineRuntimeError
+from dsline.errors import (
+    BufferEmptyError,
+    BufferFullError,
+    ChannelClosedError,
+    DslineError,
+    OperatorError,
+    PipelineRuntimeError,
+)
 from dsline.waiting import wait
 
 __all__ = ["Control", "Job", "SegmentLoop", "StageFailed", "Stopped"]
@@ -64,12 +72,14 @@ class Control(Protocol):
     def ask(self, kind: str, **data: Any) -> Any: ...
     def marker(self, last: bool = False) -> int | None:
         """Number of a checkpoint that a source shall begin now; `last`: it is at its end."""
+
     def report_state(self, number: int, segment: int, state: bytes) -> None: ...
     @property
     def aborting(self) -> bool: ...
     @property
     def stopping(self) -> bool:
         """Whether sources shall give nothing more."""
+
     @property
     def ended(self) -> bool:
         """Whether another worker of the segment has found the end of the input."""
@@ -96,7 +106,15 @@ class _Output:
     """The sending side of an edge."""
 
     def __init__(
-        self, number: int, edge: Edge, channel: Any, words: Any, counters: WorkerCounters, control: Control, stage: str, workers: int
+        self,
+        number: int,
+        edge: Edge,
+        channel: Any,
+        words: Any,
+        counters: WorkerCounters,
+        control: Control,
+        stage: str,
+        workers: int,
     ) -> None:
         self.edge = edge
         self.channel = channel
@@ -159,10 +177,16 @@ class _Output:
             try:
                 loan.publish()
                 return
-            except BufferError:  # the function kept a reference that could write later: it gets a copy out of here
+            except (
+                BufferError
+            ):  # the function kept a reference that could write later: it gets a copy out of here
                 item = item.copy()
                 loan.abort()
-        send = self.channel.send if isinstance(item, np.ndarray) and item.dtype.kind != "O" else self.channel.send_object
+        send = (
+            self.channel.send
+            if isinstance(item, np.ndarray) and item.dtype.kind != "O"
+            else self.channel.send_object
+        )
         if not self._blocks:
             self._send_or_drop(send, item)
             return
@@ -283,27 +307,32 @@ def _operator_error(stage: str, error: BaseException, what: str) -> OperatorErro
 class _Chain:
     """The operators of a segment, each calling the next."""
 
-    def __init__(self, job: Job, loop: SegmentLoop, emit: Callable[[Any], None], allocate: Callable[..., Any] | None) -> None:
+    def __init__(
+        self, job: Job, loop: SegmentLoop, emit: Callable[[Any], None], allocate: Callable[..., Any] | None
+    ) -> None:
         self._loop = loop
         self.steps: list[tuple[Stage, Step]] = []
         self.contexts: list[Context] = []
         self.merge: MergeStep | None = None
         self.sink: Any = None
-        operators = [stage for stage in job.stages if isinstance(stage.part, Operator) and not isinstance(stage.part, Router)]
+        operators = [
+            stage
+            for stage in job.stages
+            if isinstance(stage.part, Operator) and not isinstance(stage.part, Router)
+        ]
         for stage in operators:
             context = Context(stage.name, job.worker, job.workers, count=loop.page(stage).add)
             if stage is operators[-1] and stage is job.stages[-1]:
                 context.allocate = allocate
             self.contexts.append(context)
-            self.steps.append((stage, _starting(stage, lambda s=stage, c=context: s.part.start(c))))
+            self.steps.append((stage, _started(stage, context)))
         last = job.stages[-1] if job.stages else None
         if last is not None and isinstance(last.part, Sink) and not _goes_to_caller(last.part):
             self.contexts.append(Context(last.name, job.worker, job.workers, count=loop.page(last).add))
-            self.sink = _starting(last, lambda: last.part.start(self.contexts[-1]))
+            self.sink = _started(last, self.contexts[-1])
             emit = self._guard(last, self.sink.write, None)
         elif last is not None and isinstance(last.part, Router):
-            route = _starting(last, lambda: last.part.route(Context(last.name, job.worker, job.workers)))
-            emit = self._routing(last, route, loop)
+            emit = self._routing(last, _started(last, Context(last.name, job.worker, job.workers)), loop)
         self.emits: list[Callable[[Any], None]] = []
         self.counts: list[_Counted] = []
         for stage, step in reversed(self.steps):
@@ -343,7 +372,9 @@ class _Chain:
         for result in results:
             emit(result)
 
-    def _guard(self, stage: Stage, call: Callable[[Any], None], counts: _Counted | None) -> Callable[[Any], None]:
+    def _guard(
+        self, stage: Stage, call: Callable[[Any], None], counts: _Counted | None
+    ) -> Callable[[Any], None]:
         """Errors of a stage are handled where they happen; those of the stages after it pass, as they are no Exception."""
         loop = self._loop
         place = loop.job.stages.index(stage)
@@ -390,16 +421,16 @@ class _Chain:
         for stage, step, counts in self._timed:
             moment = step.deadline()
             if moment is not None and moment <= now:
-                self._outside(stage, counts, "it failed at a deadline", step.tick)
+                self._late_results(stage, counts, "it failed at a deadline", step.tick)
 
     def finish(self) -> None:
         for (stage, step), counts in zip(self.steps, self.counts, strict=True):
-            self._outside(stage, counts, "it failed at the end of its input", step.finish)
+            self._late_results(stage, counts, "it failed at the end of its input", step.finish)
 
-    def _outside(self, stage: Stage, counts: _Counted, what: str, function: Callable[[Callable[[Any], None]], None]) -> None:
-        """Let a step emit while no item is processed."""
+    def _late_results(self, stage: Stage, counts: _Counted, what: str, give: Callable[[Emit], None]) -> None:
+        """Results that belong to no item."""
         counts.number = 0
-        self.call(stage, what, lambda: function(counts.emit))
+        self.call(stage, what, lambda: give(counts.emit))
         self._loop.page(stage).add("out", counts.number)
 
     def end_sink(self, stage: Stage) -> None:
@@ -412,8 +443,9 @@ class _Chain:
 
     def load(self, state: dict[str, Any]) -> None:
         for stage, step in self.steps:
-            if state.get(stage.name) is not None:
-                self.call(stage, "load_state_dict failed", lambda st=step, n=stage.name: st.load_state_dict(state[n]))
+            saved = state.get(stage.name)
+            if saved is not None:
+                self.call(stage, "load_state_dict failed", functools.partial(step.load_state_dict, saved))
 
     def close(self) -> None:
         for _, step in self.steps:
@@ -448,9 +480,10 @@ class _Counted:
         self.emit = counted
 
 
-def _starting(stage: Stage, start: Callable[[], Any]) -> Any:
+def _started(stage: Stage, context: Context) -> Any:
+    """Return the running step, source or sink of a stage; of a router its function."""
     try:
-        return start()
+        return stage.part.route(context) if isinstance(stage.part, Router) else stage.part.start(context)
     except Exception as error:
         raise StageFailed(_operator_error(stage.name, error, "it could not be started")) from error
 
@@ -504,7 +537,11 @@ class SegmentLoop:
             for number, (edge, channel) in enumerate(zip(job.outputs, outputs, strict=True))
         ]
         self._parallel = job.workers > 1
-        self._is_operator = bool(job.stages) and isinstance(job.stages[0].part, Operator) and not isinstance(job.stages[0].part, Router)
+        self._is_operator = (
+            bool(job.stages)
+            and isinstance(job.stages[0].part, Operator)
+            and not isinstance(job.stages[0].part, Router)
+        )
         self._out_rows = self._out_bytes = 0  # of the results of the item at work
         self._alone = len(job.stages) == 1
         self._results: list[tuple[int, Any]] | None = None  # of the item at work, where they have to wait
@@ -651,7 +688,9 @@ class SegmentLoop:
                 item=item,
             )
         except Exception as why:
-            raise StageFailed(_operator_error(stage.name, why, "its dead letter could not be written")) from error
+            raise StageFailed(
+                _operator_error(stage.name, why, "its dead letter could not be written")
+            ) from error
         self.page(stage).add("dead_letters", 1)
         self.control.event("dead_letter", stage=stage.name, sequence=self._at(), error=repr(error))
 
@@ -693,7 +732,7 @@ class SegmentLoop:
         stage = self.job.stages[0]
         part = stage.part
         assert isinstance(part, Source)
-        step = _starting(stage, lambda: part.start(Context(stage.name, self.job.worker, self.job.workers)))
+        step = _started(stage, Context(stage.name, self.job.worker, self.job.workers))
         self.source = step
         try:
             sequence, passed = self._resume_source(stage, step)
@@ -733,7 +772,9 @@ class SegmentLoop:
     def _resume_source(self, stage: Stage, step: Any) -> tuple[int, int]:
         """Go on where a checkpoint or a dead process left off: (sequence, items to pass over)."""
         if self._state.get("source") is not None:
-            self.chain.call(stage, "the source cannot go on from the checkpoint", lambda: step.seek(self._state["source"]))
+            self.chain.call(
+                stage, "the source cannot go on from the checkpoint", lambda: step.seek(self._state["source"])
+            )
         if self._words is None or self.job.incarnation == 0:
             return 0, 0
         done = self._recover()
@@ -749,7 +790,9 @@ class SegmentLoop:
         if self._words is not None:
             self._behind = self._recover()
         while not all(ended) and not self._stopped:
-            index, message = self._receive([n for n, over in enumerate(ended) if not over and n not in marked])
+            index, message = self._receive(
+                [n for n, over in enumerate(ended) if not over and n not in marked]
+            )
             if index < 0:
                 self._tick()
                 yield
@@ -759,9 +802,10 @@ class SegmentLoop:
                 self._ended(index)
             else:
                 sequence = message.sequence
-                if expected[index] is not None and sequence > expected[index]:  # type: ignore[operator]
-                    self.counters.add("lost", sequence - expected[index])  # type: ignore[operator]
-                if expected[index] is None or sequence >= expected[index]:  # type: ignore[operator]
+                next_one = expected[index]
+                if next_one is not None and sequence > next_one:
+                    self.counters.add("lost", sequence - next_one)
+                if next_one is None or sequence >= next_one:
                     expected[index] = sequence + 1
                 kind = message._core_kind
                 if kind == END:
@@ -863,17 +907,28 @@ class SegmentLoop:
             return
         self._attempt = message.attempt
         item = item_of(message)
-        if self.chain.merge is not None:
-            stage, step = self.chain.steps[0]
+        merge = self.chain.merge
+        if merge is not None:
             emit = self.chain.emits[0]
-            self._work(index, message.sequence, item, lambda value: step.process_from(index, value, emit), stage)  # type: ignore[attr-defined]
+            self._work(
+                index,
+                message.sequence,
+                item,
+                lambda value: merge.process_from(index, value, emit),
+                self.chain.steps[0][0],
+            )
         else:
             self._work(index, message.sequence, item)
         del item
         self._finished_with(message, index)
 
     def _work(
-        self, index: int, sequence: int, item: Any, process: Callable[[Any], None] | None = None, stage: Stage | None = None
+        self,
+        index: int,
+        sequence: int,
+        item: Any,
+        process: Callable[[Any], None] | None = None,
+        stage: Stage | None = None,
     ) -> None:
         """Push one item through the chain."""
         self._item = (index, sequence)
@@ -1020,7 +1075,9 @@ class SegmentLoop:
         if self.chain.sink is not None and self._state.get("sink") is not None:
             stage = self.job.stages[-1]
             self.chain.call(
-                stage, "the sink cannot go back to the checkpoint", lambda: self.chain.sink.restore(self._state["sink"])
+                stage,
+                "the sink cannot go back to the checkpoint",
+                lambda: self.chain.sink.restore(self._state["sink"]),
             )
 
 
@@ -1032,6 +1089,7 @@ class _TurnTaking:
         self._words = loop._words
         self._channel = loop._inputs[0]
         self._waiting = loop.waiting
+        self._lossy = loop.job.inputs[0].full in ("drop_oldest", "latest")
         self._ended = False
 
     def steps(self) -> Iterator[None]:
@@ -1078,30 +1136,39 @@ class _TurnTaking:
             self._ended = True
             return None
         finally:
-            if self._loop.control.ended or (self._loop.control.stopping and self._loop.job.inputs[0].external is not None):
+            if self._loop.control.ended or (
+                self._loop.control.stopping and self._loop.job.inputs[0].external is not None
+            ):
                 self._ended = True
             if self._loop.control.aborting:
                 raise Stopped
 
     def _wait_turn(self, timeout: float) -> bool:
         turn = self._waiting[0].turn
+        if self._lossy:
+            self._skip_lost()
         if self._words.wait_turn(0, turn, timeout):
             return True
         self._skip_lost()
-        return False
+        return bool(self._words.done(0) >= turn)
 
     def _skip_lost(self) -> None:
-        """The input whose turn it is may be gone: dropped while it waited, or buried by the channel."""
+        """Pass over inputs whose turn it is and that are gone: dropped while they waited, or buried by the channel."""
+        while self._skip_one_lost():
+            pass
+
+    def _skip_one_lost(self) -> bool:
         done = self._words.done(0)
         sequence = done if self._loop.job.ordered else self._words.sequence_of(done)
         if sequence is None or self._channel._core_is_outstanding(sequence):
-            return
+            return False
         # Gone, and not committed: unless a worker died after it had published all of it.
         outputs = [out.published_last() for out in self._loop._outputs]
         if any(input == done for _, input in outputs):
             self._words.commit(0, done + 1)
         elif self._words.skip_lost(0, done):
             self._loop.counters.add("lost", 1)
+        return True
 
     def _process(self, message: Any) -> None:
         loop, sequence = self._loop, message.sequence

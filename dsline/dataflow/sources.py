@@ -903,6 +903,13 @@ class LogSource(Source):
     def start(self, context: Context) -> SourceStep:
         return _LogStep(self)
 
+    def commit(self, position: Any) -> None:
+        """Let the group begin at a position of the step the next time: all before it is done. Nothing without a group."""
+        from dsline.dataflow.log import commit_group
+
+        if self.group is not None:
+            commit_group(self.path, self.group, position)
+
     def describe(self) -> str:
         group = f", group {self.group!r}" if self.group is not None else ""
         return f"file://{self.path}{group}{', followed' if self.follow else ''}"
@@ -945,10 +952,6 @@ class _LogStep(_Step):
 
     def seek(self, position: Any) -> None:
         self._reader.seek(position)
-
-    def commit(self, position: Any) -> None:
-        """Let the group begin there the next time; nothing without a group."""
-        self._reader.commit(position)
 
     def close(self) -> None:
         self._reader.close()

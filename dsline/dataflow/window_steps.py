@@ -260,7 +260,10 @@ class WindowStep(Step):
     _scalars: ClassVar[tuple[str, ...]] = ()
 
     def _signature(self) -> str:
-        return self._window.describe()
+        spec = self._window.spec
+        unit = f", unit {spec.unit}" if spec.unit is not None else ""
+        update = f", updated for {spec.keep or spec.size}" if spec.late == "update" else ""
+        return f"{self._window.describe()}{unit}{update}"
 
     # --- the input ---
 
@@ -322,7 +325,8 @@ class WindowStep(Step):
         # Python's numbers have no dtype: 20 may follow 20.5.
         if form == "row" and column.dtype.kind in "iu" and dtype.kind == "f":
             return column.astype(dtype)
-        raise OperatorError(f"column {name!r} is {column.dtype}, and was {dtype} in the first item")
+        way = "; give floats from the first row on" if form == "row" and dtype.kind in "iu" else ""
+        raise OperatorError(f"column {name!r} is {column.dtype}, and was {dtype} in the first item{way}")
 
     def _add(self, item: Any, columns: dict[str, Array], rows: int, emit: Emit) -> None:
         raise NotImplementedError
@@ -354,7 +358,7 @@ class WindowStep(Step):
         elif self._layout is not None and self._layout.form == "row":
             self.on_late(dict(item))
         else:
-            self.on_late(type(item)({name: column.take(index) for name, column in item.items()}))
+            self.on_late(type(item)({name: column.take(index, axis=0) for name, column in item.items()}))
 
     # --- entries ---
 

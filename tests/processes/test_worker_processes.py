@@ -418,3 +418,17 @@ def test_workers_may_have_processes_of_multiprocessing(method):
     with WorkerProcess(worker_functions.with_pool, start_method=method) as worker:
         assert receive(worker.connection) == [1, 4, 9]
         assert worker.join(TIMEOUT) and worker.exitcode == 0
+
+
+def test_no_thread_to_be_had(method, monkeypatch):
+    """As at the end of an interpreter: nothing is left of the worker."""
+
+    def refuse(thread):
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    before = worker_functions.descriptors()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            WorkerProcess(worker_functions.sleep, start_method=method)
+    assert worker_functions.descriptors() == before

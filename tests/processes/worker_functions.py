@@ -134,6 +134,20 @@ def anonymous(**options):
 # --- tasks of pools -----------------------------------------------------------------------------------------------------
 
 
+class ExitsWhenPickled:
+    def __reduce__(self):
+        sys.exit(3)
+
+
+class ExitsInTheParent:
+    def __reduce__(self):
+        return sys.exit, (4,)
+
+
+def make(kind):
+    return kind()
+
+
 def pid_of(_=None):
     return os.getpid()
 

@@ -559,6 +559,24 @@ def test_records_are_written_through(tmp_path, monkeypatch, sync):
     assert synced[-1] == last_segment(tmp_path / "log").stat().st_size
 
 
+def test_a_flush_is_for_all_files(tmp_path, monkeypatch):
+    synced = set()
+    real = os.fdatasync
+    monkeypatch.setattr(os, "fdatasync", lambda file: (real(file), synced.add(os.fstat(file).st_ino)))
+    with LogWriter(tmp_path / "log", segment_bytes=4096) as writer:
+        for _ in range(10):
+            writer.append(np.arange(400))
+        assert not synced
+        writer.flush()
+        assert synced == {each.stat().st_ino for each in segments(tmp_path / "log")}
+        writer.append(np.arange(400))
+    synced.clear()
+    with LogWriter(tmp_path / "log", segment_bytes=4096) as writer:  # somebody else's records, as well
+        writer.flush()
+    assert synced == {each.stat().st_ino for each in segments(tmp_path / "log")}
+    assert len(synced) > 5
+
+
 def test_a_disk_that_does_not_write_through_is_an_error(tmp_path, monkeypatch):
     def broken(file):
         raise OSError(errno.EIO, "Input/output error")
@@ -629,7 +647,7 @@ while True:
 def test_what_was_appended_survives_a_kill(tmp_path, how):
     path = tmp_path / "log"
     told = 0
-    for round_number in range(6):
+    for round_number in range(4):
         child = subprocess.Popen([sys.executable, "-c", KILLED, path, how], stdout=subprocess.PIPE, text=True)
         try:
             assert child.stdout.readline() == "open\n"
