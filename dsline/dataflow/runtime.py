@@ -27,7 +27,7 @@ from dsline._core import CounterPage
 from dsline.dataflow.counters import WorkerCounters
 from dsline.dataflow.items import Batch, nbytes_of, rows_of
 from dsline.dataflow.operator import Context, Emit, MergeStep, Operator, Router, Sink, Source, Step
-from dsline.dataflow.plan import AHEAD, Edge, Stage
+from dsline.dataflow.plan import AHEAD, MAX_HELD, Edge, Stage
 from dsline.dataflow.policies import DeadLetterPolicy, Retry, Skip, parse_policy
 from dsline.dataflow.sinks import CollectSink
 from dsline.dataflow.sources import SHUT_DOWN_AT_END
@@ -52,7 +52,6 @@ _SHORT: Final = 0.002  # seconds between looks at two things that cannot be wait
 _NOTHING: Final = 50_000  # ns that sending a control frame may take without having waited
 _WHOLE: Final = 1 << 40  # offset of an input whose results are all out, and its control frame
 _OVER: Final = 1 << 62  # `done` of a segment whose end is out: a worker that is started again has nothing to do
-_MAX_HELD: Final = 0.75  # of the slots of an edge, for an operator that keeps inputs
 
 
 class Stopped(BaseException):
@@ -116,6 +115,7 @@ class _Output:
         counters: WorkerCounters,
         control: Control,
         stage: str,
+        workers: int,
     ) -> None:
         self.edge = edge
         self.channel = channel
@@ -128,13 +128,42 @@ class _Output:
         self._dropped = 0  # since the last gap frame
         self._loans: dict[int, Any] = {}
         self._blocks = edge.full == "block"
+        self._lends = True
+        self._allocated = 0
+        self._look_every = max(2, edge.slots // (4 * workers))
 
     def allocate(self, shape: Any, dtype: Any) -> Any:
-        """Return a writable array in a slot of the channel; `send` of that very array publishes it."""
+        """Return a writable array in a slot of the channel, or None; `send` of that very array publishes it."""
         for loan in self._loans.values():
             loan.abort()  # its array was not emitted: a function failed, or gave something else
         self._loans.clear()
+        if not self._may_lend():
+            return None
         loan = self._wait_for_room(lambda timeout: self.channel.alloc(shape, dtype, timeout=timeout))
+        array = loan.array
+        self._loans[id(array)] = loan
+        return array
+
+    def _may_lend(self) -> bool:
+        """Not where a function keeps the arrays that it wrote to, and with them the slots, until nobody finds one."""
+        self._allocated += 1
+        if self._lends and self._allocated % self._look_every == 0:
+            self._lends = self.channel.stats().kept_slots <= self.edge.slots // 4
+        return self._lends
+
+    def allocate_ahead(self, shape: Any, dtype: Any, waits: Callable[[Any], bool]) -> Any:
+        """Like `allocate`, for a result that may have to wait for its turn: None where that could keep a slot from whoever has
+        the turn, or there is none now."""
+        for key, loan in list(self._loans.items()):
+            if not waits(loan.array):
+                loan.abort()  # as above
+                del self._loans[key]
+        if len(self._loans) >= self.edge.ahead or not self._may_lend():
+            return None
+        try:
+            loan = self._checked(lambda timeout: self.channel.alloc(shape, dtype, timeout=timeout), 0)
+        except BufferFullError:
+            return None
         array = loan.array
         self._loans[id(array)] = loan
         return array
@@ -505,7 +534,7 @@ class SegmentLoop:
         self._words = words
         last = job.stages[-1].name if job.stages else job.name
         self._outputs = [
-            _Output(number, edge, channel, words, counters, control, last)
+            _Output(number, edge, channel, words, counters, control, last, max(1, job.workers))
             for number, (edge, channel) in enumerate(zip(job.outputs, outputs, strict=True))
         ]
         self._parallel = job.workers > 1
@@ -524,8 +553,9 @@ class SegmentLoop:
         self._early: list[tuple[int, Any]] = []  # a heap of (sequence, message): they came before their turn
         self._retained: deque[tuple[int, Any]] = deque()  # (sequence, message) of inputs that a holder keeps
         self._passed: list[int] = []
-        allocate = self._allocate if len(outputs) == 1 and not self._parallel else None
+        allocate = self._allocate if len(outputs) == 1 else None
         self.chain = _Chain(job, self, lambda item: self.publish(0, item), allocate)
+        self.waiting: list[_Finished] = []  # processed, but not their turn: a heap, by turn
         self.collected: deque[Any] | None = None
         if job.state is not None:
             self._state = pickle.loads(job.state)
@@ -546,9 +576,17 @@ class SegmentLoop:
     # --- results ---
 
     def _allocate(self, shape: Any, dtype: Any) -> Any:
-        if self._skip[0]:
-            return np.empty(shape, dtype)  # its result is out already
-        return self._outputs[0].allocate(shape, dtype)
+        output, array = self._outputs[0], None
+        if self._parallel:
+            array = output.allocate_ahead(shape, dtype, self._waits)
+        elif not self._skip[0]:  # else its result is out already
+            array = output.allocate(shape, dtype)
+        return np.empty(shape, dtype) if array is None else array
+
+    def _waits(self, array: Any) -> bool:
+        """Whether an array is a result that waits for its turn."""
+        results = [each.results for each in self.waiting]
+        return any(item is array for found in (*results, self._results or ()) for _, item in found)
 
     def publish(self, output: int, item: Any) -> None:
         """Send a result, or keep it until its turn."""
@@ -981,7 +1019,7 @@ class SegmentLoop:
             self._words.commit(0, sequence)
             self._release_all()
         self._retained.append((sequence, message))
-        if len(self._retained) > _MAX_HELD * self.job.inputs[index].slots:
+        if len(self._retained) > MAX_HELD * self.job.inputs[index].slots:
             raise StageFailed(
                 PipelineRuntimeError(
                     f"stage {self.job.name!r}: it keeps {len(self._retained)} items for one result, and its queue has "
@@ -1087,7 +1125,7 @@ class _TurnTaking:
         self._loop = loop
         self._words = loop._words
         self._channel = loop._inputs[0]
-        self._waiting: list[_Finished] = []  # a heap, by turn
+        self._waiting = loop.waiting
         self._lossy = loop.job.inputs[0].full in ("drop_oldest", "latest")
         self._ended = False
 
