@@ -120,7 +120,9 @@ def test_killed_workers():
     over = threading.Event()
 
     def kill(run):
-        while not over.wait(0.15):
+        for _ in range(20):
+            if over.wait(0.15):
+                return
             for pid in run.pids().get("negate", [])[:1]:
                 os.kill(pid, signal.SIGKILL)
 
