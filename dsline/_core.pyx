@@ -14,10 +14,11 @@ from cpython.buffer cimport (
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.long cimport PyLong_AsLongLongAndOverflow
 from cpython.memoryview cimport PyMemoryView_FromObject, PyMemoryView_GET_BUFFER
 from cpython.ref cimport Py_INCREF, PyTypeObject
 from libc.stddef cimport ptrdiff_t
-from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
+from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 from libcpp.memory cimport unique_ptr
 from libcpp.string cimport string
@@ -1142,7 +1143,7 @@ cdef class Receiver:
             self._cpp.release(message.slot, message.process, message.group)
             if message.kind == kEndMessage:
                 raise ChannelClosedError(
-                    f"the stream in channel '{self._label()}' has ended: whoever sent it has sent its end; what others send can "
+                    f"the stream in channel '{self._label()}' has ended: its sender has sent its end; what others send can "
                     "still be received")
             self._receive_any(message, timeout)
         return 0
@@ -1369,6 +1370,11 @@ cdef class Receiver:
         """Whether the group has not finished with a message, or it is not sent yet."""
         require_open(self)
         return self._cpp.is_outstanding(sequence)
+
+    def _core_anything_before(self, uint64_t sequence):
+        """Whether the group has not finished with some message before `sequence`."""
+        require_open(self)
+        return self._cpp.anything_outstanding_before(sequence)
 
     def _core_take_between(self, uint64_t first, uint64_t last):
         """Take the oldest message that nobody holds with first <= sequence < last, as a `Message`; None where there is none.

@@ -533,6 +533,8 @@ def bench_shm(
 
 
 cli.add_command(dead_group)
+
+
 @bench_group.command(name="pipeline")
 @click.option(
     "--count", type=click.IntRange(10, 10**8), default=50_000, show_default=True, help="Items of each run."
@@ -548,13 +550,16 @@ cli.add_command(dead_group)
     metavar="MICROSECONDS",
     help="How long the workers of the scaling part work on an item.",
 )
+@click.option(
+    "--repeats", type=click.IntRange(1, 1000), default=3, show_default=True, help="The best of so many runs."
+)
 @_as_json
-def bench_pipeline(count: int, batch: int, work: float, as_json: bool) -> None:
+def bench_pipeline(count: int, batch: int, work: float, repeats: int, as_json: bool) -> None:
     """Measure empty stages of a pipeline, and two workers against one."""
     from dsline.dataflow import bench
 
     with _progress_bar() as progress:
-        result = bench.pipeline(count, batch=batch, work_us=work, progress=progress)
+        result = bench.pipeline(count, batch=batch, work_us=work, repeats=repeats, progress=progress)
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=2))
         return

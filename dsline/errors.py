@@ -215,7 +215,18 @@ class PipelineRuntimeError(PipelineError):
 
 
 class OperatorError(PipelineError):
-    """A user's function failed."""
+    """A user's function failed, or gave something that its stage cannot give.
+
+    Attributes
+    ----------
+    stage : str or None
+        Name of the stage.
+    traceback : str or None
+        Where it failed, as text; of a worker's error this is also the cause.
+    """
+
+    stage: str | None = None
+    traceback: str | None = None
 
 
 class LogError(DslineError, OSError):

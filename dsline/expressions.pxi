@@ -3,6 +3,8 @@
 # Fewer rows than this cost less than letting go of the GIL.
 cdef enum:
     NOGIL_ROWS = 8192
+    # A row of more numbers than this is computed by NumPy.
+    ROW_COLUMNS = 32
 
 
 cdef uint64_t constant_bits(object value, object dtype):
@@ -23,6 +25,7 @@ cdef class ExpressionKernel:
     cdef tuple _dtypes
     cdef object _result
     cdef Py_ssize_t _columns
+    cdef vector[char] _kinds  # of the columns: one of "?iuf"
     cdef tuple _layout  # of the last records: (their dtype, its names, offsets of the fields that are read)
 
     def __init__(self, list steps not None, tuple dtypes not None, result):
@@ -42,6 +45,8 @@ cdef class ExpressionKernel:
         self._dtypes = dtypes
         self._result = result
         self._columns = len(dtypes)
+        for dtype in dtypes:
+            self._kinds.push_back(<char> ord("?" if dtype.kind == "b" else dtype.kind))
         self._layout = (None, None, ())
 
     cdef Py_ssize_t _views(self, tuple arrays, vector[CppColumnView]& views) except? -2:
@@ -177,14 +182,36 @@ cdef class ExpressionKernel:
             found = self._program.get().filter(views.data(), rows, kept.data(), kept.size())
         return found
 
+    cdef object _evaluate_row(self, dict row, tuple names):
+        """The result for Python numbers; None where one is something else, or does not fit."""
+        cdef uint64_t values[ROW_COLUMNS]
+        cdef uint64_t result = 0
+        cdef CppColumnView views[ROW_COLUMNS]
+        cdef int i
+        if len(names) != self._columns or not 0 < self._columns <= ROW_COLUMNS:
+            return None
+        for i in range(self._columns):
+            value = row.get(names[i])
+            if not put_number(value, self._kinds[i], (<cnp.dtype> self._dtypes[i]).itemsize, &values[i]):
+                return None
+            views[i].data = <const byte*> &values[i]
+            views[i].stride = 0
+        self._program.get().evaluate(views, 1, <byte*> &result)
+        return number_of(&result, <char> ord((<str> self._result.kind)), (<cnp.dtype> self._result).itemsize)
+
     def evaluate_data(self, data not None, tuple names not None):
-        """The results for a dict of whole columns, or for records; None where something is not as it must be."""
+        """The results for a dict of whole columns or of Python numbers, or for records.
+
+        None where something is not as it must be: the caller finds out what.
+        """
         cdef vector[CppColumnView] views
         cdef list sources = []
         cdef Py_ssize_t rows = -1
         cdef cnp.ndarray target
         if type(data) is dict:
             rows = self._columns_of(data, names, views, sources)
+            if rows < 0 and not sources:
+                return self._evaluate_row(data, names)
         elif type(data) is np.ndarray:
             rows = self._fields_of(data, names, views)
         if rows < 0:
@@ -268,6 +295,74 @@ cdef class ExpressionKernel:
             return None
         found = self._filter(views, rows, kept)
         return {name: target[:found] for name, target in targets.items()}
+
+
+cdef bint put_number(object value, char kind, Py_ssize_t nbytes, void* to) except -1:
+    """Write a Python number as an element of a column; False where it is none that fits."""
+    cdef long long whole
+    cdef unsigned long long natural
+    cdef double real
+    cdef float narrow
+    cdef int overflow = 0
+    if kind == c"f":
+        if type(value) is not float and type(value) is not int:
+            return False
+        if type(value) is int:
+            PyLong_AsLongLongAndOverflow(value, &overflow)
+            if overflow != 0:
+                return False
+        real = value
+        if nbytes == 8:
+            memcpy(to, &real, 8)
+        else:
+            narrow = <float> real
+            memcpy(to, &narrow, 4)
+        return True
+    if kind == c"?":
+        if type(value) is not bool:
+            return False
+        (<uint8_t*> to)[0] = value is True
+        return True
+    if type(value) is not int:
+        return False
+    if kind == c"u" and nbytes == 8:
+        if value < 0 or value >> 64:
+            return False
+        natural = value
+        memcpy(to, &natural, 8)
+        return True
+    whole = PyLong_AsLongLongAndOverflow(value, &overflow)
+    if overflow != 0:
+        return False
+    if nbytes < 8:
+        if kind == c"u":
+            if whole < 0 or whole >> (8 * nbytes) != 0:
+                return False
+        elif whole >> (8 * nbytes - 1) not in (0, -1):
+            return False
+    memcpy(to, &whole, nbytes)  # the low bytes come first
+    return True
+
+
+cdef object number_of(const void* at, char kind, Py_ssize_t nbytes):
+    """An element as a Python number."""
+    cdef double real
+    cdef float narrow
+    cdef uint64_t natural = 0
+    cdef int64_t whole
+    if kind == c"f":
+        if nbytes == 8:
+            memcpy(&real, at, 8)
+            return real
+        memcpy(&narrow, at, 4)
+        return <double> narrow
+    memcpy(&natural, at, nbytes)
+    if kind == c"b":
+        return natural != 0
+    if kind == c"u":
+        return natural
+    whole = <int64_t> (natural << (64 - 8 * nbytes)) >> (64 - 8 * nbytes)
+    return whole
 
 
 cdef cnp.ndarray new_array(object dtype, Py_ssize_t rows):

@@ -1,6 +1,5 @@
 """Functions for pipelines in tests: of a module, so that plans can name them and workers can import them."""
 
-
 import os
 import signal
 import time
@@ -45,8 +44,12 @@ def total(array):
     return float(array.sum())
 
 
-def first_is_slow(value):
-    time.sleep(0.5 if value == 0 else 0.01)
+def first_waits(path, value):
+    """Item 0 takes until another one has been processed."""
+    if value:
+        open(path, "w").close()
+    while not os.path.exists(path):
+        time.sleep(0.001)
     return value
 
 

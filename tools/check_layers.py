@@ -75,12 +75,54 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "shared_batch": frozenset({"_core", "broadcast", "channel", "dtypes", "errors"}),
     "waiting": frozenset({"_core", "endpoint", "errors"}),
     "latest": frozenset({"_core", "broadcast", "channel", "errors", "options", "report", "specs"}),
+    # fmt: off
+    # dataflow/
+    "dataflow.__init__": frozenset(),
+    "dataflow.callables": frozenset({"errors"}),
+    "dataflow.drawing": frozenset({"errors"}),
+    "dataflow.grouping": frozenset(),
+    "dataflow.media": frozenset({"errors"}),
+    "dataflow.npy_files": frozenset({"errors"}),
+    "dataflow.operator": frozenset({"specs"}),
+    "dataflow.policies": frozenset({"errors"}),
+    "dataflow.restart": frozenset({"errors"}),
+    "dataflow.stats": frozenset(),
+    "dataflow.aggregates": frozenset({"dataflow.callables", "dataflow.grouping", "errors"}),
+    "dataflow.checkpoints": frozenset({"_core", "dataflow.npy_files", "errors"}),
+    "dataflow.counters": frozenset({"_core", "dataflow.stats", "errors"}),
+    "dataflow.items": frozenset({"dataflow.operator", "errors", "specs"}),
+    "dataflow.options": frozenset({"dataflow.policies", "dataflow.restart", "errors"}),
+    "dataflow.processes": frozenset({"dataflow.callables", "dataflow.restart", "errors"}),
+    "dataflow.progress": frozenset({"dataflow.stats", "errors"}),
+    "dataflow.window_specs": frozenset({"dataflow.callables", "dataflow.policies", "errors"}),
+    "dataflow.descriptions": frozenset({"dataflow.callables", "dataflow.items", "dataflow.operator", "errors", "specs"}),
+    "dataflow.records": frozenset({"_core", "dataflow.items", "dataflow.npy_files", "dataflow.operator", "dtypes", "errors", "objects"}),
+    "dataflow.log": frozenset({"_core", "dataflow.npy_files", "dataflow.operator", "dataflow.records", "errors", "specs"}),
+    "dataflow.sources": frozenset({"broadcast", "channel", "dataflow.callables", "dataflow.items", "dataflow.log", "dataflow.media", "dataflow.npy_files", "dataflow.operator", "endpoint", "errors", "groups", "options", "report", "specs", "status"}),
+    "dataflow.sinks": frozenset({"broadcast", "channel", "dataflow.callables", "dataflow.items", "dataflow.log", "dataflow.media", "dataflow.npy_files", "dataflow.operator", "dataflow.sources", "errors", "groups", "options", "specs"}),
+    "dataflow.dead_letters": frozenset({"_core", "broadcast", "channel", "dataflow.items", "dataflow.log", "dataflow.records", "dataflow.sinks", "dataflow.sources", "errors", "status"}),
+    "dataflow.batching": frozenset({"dataflow.callables", "dataflow.descriptions", "dataflow.items", "dataflow.operator", "dataflow.operators", "errors", "specs"}),
+    "dataflow.bench": frozenset({"bench", "dataflow.items", "dataflow.pipeline", "errors"}),
+    "dataflow.merging": frozenset({"dataflow.descriptions", "dataflow.items", "dataflow.operator", "dataflow.operators"}),
+    "dataflow.operators": frozenset({"dataflow.callables", "dataflow.descriptions", "dataflow.items", "dataflow.merging", "dataflow.operator", "errors", "expressions", "specs"}),
+    "dataflow.ops": frozenset({"dataflow.batching", "dataflow.operator", "dataflow.operators", "dataflow.sinks", "dataflow.sources", "dataflow.windows", "errors"}),
+    "dataflow.plan": frozenset({"dataflow.descriptions", "dataflow.drawing", "dataflow.operator", "dataflow.operators", "dataflow.options", "dataflow.sinks", "dataflow.sources", "dataflow.windows", "errors", "specs"}),
+    "dataflow.runtime": frozenset({"_core", "dataflow.counters", "dataflow.dead_letters", "dataflow.items", "dataflow.operator", "dataflow.plan", "dataflow.policies", "dataflow.sinks", "dataflow.sources", "errors", "waiting"}),
+    "dataflow.worker": frozenset({"dataflow.callables", "dataflow.runtime", "errors"}),
+    "dataflow.run": frozenset({"_core", "channel", "dataflow.callables", "dataflow.checkpoints", "dataflow.counters", "dataflow.items", "dataflow.operator", "dataflow.plan", "dataflow.policies", "dataflow.processes", "dataflow.progress", "dataflow.restart", "dataflow.runtime", "dataflow.sinks", "dataflow.worker", "errors"}),
+    "dataflow.pipeline": frozenset({"dataflow.counters", "dataflow.descriptions", "dataflow.operator", "dataflow.operators", "dataflow.ops", "dataflow.options", "dataflow.plan", "dataflow.run", "dataflow.sinks", "dataflow.sources", "errors"}),
+    "dataflow.program": frozenset({"dataflow.pipeline", "dataflow.plan", "errors"}),
+    "dataflow.window_steps": frozenset({"dataflow.aggregates", "dataflow.dead_letters", "dataflow.grouping", "dataflow.operator", "dataflow.policies", "dataflow.window_specs", "dataflow.windows", "errors", "expressions", "specs"}),
+    "dataflow.windows": frozenset({"dataflow.aggregates", "dataflow.callables", "dataflow.grouping", "dataflow.operator", "dataflow.window_specs", "dataflow.window_steps", "errors", "specs"}),
+    # end of dataflow/
+    # fmt: on
     "__init__": frozenset(
         {
             "_interpreter",
             "_core",
             "broadcast",
             "channel",
+            "dataflow",
             "errors",
             "groups",
             "latest",
@@ -93,7 +135,11 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
             "shared_batch",
             "specs",
             "waiting",
+            "worker_pool",
         }
+    ),
+    "worker_pool": frozenset(
+        {"_core", "channel", "dataflow.callables", "dataflow.processes", "dataflow.restart", "errors", "rpc"}
     ),
     "aio": frozenset({"_core", "endpoint", "errors", "waiting"}),
     "status": frozenset({"_core", "errors", "report"}),
@@ -119,14 +165,18 @@ PACKAGES: dict[str, frozenset[str]] = {
             "bench",
             "testing",
             "cli",
+            "dataflow",
             "dead_cli",
         }
     ),
     "click": frozenset({"cli", "dead_cli"}),
-    "tqdm": frozenset({"cli", "bench"}),
+    "cloudpickle": frozenset({"dataflow.callables"}),
+    "threadpoolctl": frozenset({"dataflow.processes"}),
+    "tqdm": frozenset({"cli", "bench", "dataflow.progress"}),
     # Never needed: only looked for, or loaded by the user already.
     "torch": frozenset({"objects"}),
     "polars": frozenset({"objects"}),
+    "pyarrow": frozenset({"dataflow.items"}),
 }
 # Cython declarations come from these, and from dsline._cpp.
 CIMPORTS = frozenset({"libc", "libcpp", "cpython", "cython", "posix", "numpy"})
@@ -169,8 +219,11 @@ def imported(text: str) -> Iterator[tuple[str, str]]:
         parts = (from_module or module).split(".")
         if parts[0] != "dsline":
             yield parts[0], ""
+        elif parts[1:] == ["dataflow"] and from_module:
+            for name in re.findall(r"(\w+)(?:\s+as\s+\w+)?", names):
+                yield "dsline", f"dataflow.{name}"
         elif len(parts) > 1:
-            yield "dsline", parts[1]
+            yield "dsline", ".".join(parts[1:3]) if parts[1] == "dataflow" else parts[1]
         elif from_module:
             for name in re.findall(r"(\w+)(?:\s+as\s+\w+)?", names):
                 yield "dsline", name if name in PYTHON_LAYERS else "dsline"
@@ -195,17 +248,19 @@ def python_imports(path: Path) -> Iterator[tuple[str, str]]:
 
 def python_violations(root: Path) -> Iterator[str]:
     package = root / "dsline"
-    for path in sorted([*package.glob("*.py"), *package.glob("*.pyx")]):
-        where, module = path.relative_to(root), path.stem
+    for path in sorted([*package.glob("*.py"), *package.glob("*.pyx"), *package.glob("dataflow/*.py")]):
+        where = path.relative_to(root)
+        module = ".".join(path.relative_to(package).with_suffix("").parts)
         if module not in PYTHON_LAYERS:
             yield f"{where}: the module {module} is not in the table of tools/check_layers.py"
             continue
         for name, inner in python_imports(path):
             if name == "dsline":
-                if inner != module and inner not in PYTHON_LAYERS[module]:
+                whole = inner.partition(".")[0]  # "dataflow" stands for all of its modules
+                if inner != module and not {inner, whole} & PYTHON_LAYERS[module]:
                     yield f"{where}: imports {inner if inner == 'dsline' else f'dsline.{inner}'}, which {module} may not know"
             elif name in PACKAGES:
-                if module not in PACKAGES[name]:
+                if not {module, module.partition(".")[0]} & PACKAGES[name]:
                     yield f"{where}: imports {name}, which only {', '.join(sorted(PACKAGES[name]))} may"
             elif name not in sys.stdlib_module_names and name != "cython":
                 yield f"{where}: imports {name}, which is not a dependency of dsline"

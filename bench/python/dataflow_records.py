@@ -8,15 +8,18 @@
                   pandas and polars, which combine the partial results of the batches when a second is over. Timed is
                   all of it, from columns (or structured arrays) of NumPy to the windows; the results have to be equal.
 
+    windows       one window operator alone, by kind of window, key and aggregate, and key_by into four partitions.
+
 All libraries with one thread. Rows per second of processor time, so that other programs on the machine matter less; rounds
 interleaved; median, and the range of the rounds.
 
-``python bench/python/dataflow_records.py [--rounds 5] [--seconds 0.2] [--json FILE] [--only expressions|pipeline]``
+``python bench/python/dataflow_records.py [--rounds 5] [--seconds 0.2] [--json FILE] [--only expressions|pipeline|windows]``
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -35,9 +38,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 import dsline
-from dsline import agg, tumbling
+from dsline import agg, session, sliding, tumbling
+from dsline.dataflow.operator import Context
+from dsline.dataflow.windows import KeyBy, Window
 from dsline.expressions import Expression
 
+PARTS = ("expressions", "pipeline", "windows")
 SIZES = (256, 4096, 65536)
 ROWS = 1 << 21  # of the stream
 SENSORS = 16
@@ -234,6 +240,51 @@ def check_windows(found: pd.DataFrame, wanted: pd.DataFrame, way: str) -> None:
             raise RuntimeError(f"{way} computes another {name}")
 
 
+# --- windows alone ------------------------------------------------------------------------------------------------------
+
+
+def window_ways(batches: list[dict[str, np.ndarray]]) -> dict[str, Callable[[], Any]]:
+    rng = np.random.default_rng(2)
+    for batch in batches:
+        batch["many"] = rng.integers(0, 3000, len(batch["ts"]))
+        batch["name"] = np.char.add("sensor-", batch["sensor"].astype("U2"))
+        batch["shuffled"] = batch["ts"] + rng.integers(-50_000_000, 50_000_000, len(batch["ts"]))
+    usual = {"n": agg.count(), "mean": agg.mean("temperature"), "peak": agg.max("temperature")}
+    of_second = tumbling("1s", time="ts")
+    shuffled = tumbling("1s", time="shuffled", lateness="200ms")
+    made = {
+        "tumbling: count, mean, max": Window(of_second, **usual),
+        "tumbling, rows out of order": Window(shuffled, **usual),
+        "tumbling, 16 keys": Window(of_second, key="sensor", **usual),
+        "tumbling, 16 keys as texts": Window(of_second, key="name", **usual),
+        "tumbling, 3,000 keys": Window(of_second, key="many", **usual),
+        "sliding, 10 panes, 16 keys": Window(sliding("1s", every="100ms", time="ts"), key="sensor", **usual),
+        "session": Window(session("39us", time="ts"), **usual),
+        "1,000 rows": Window(tumbling(1000), **usual),
+        "1,000 rows, 16 keys": Window(tumbling(1000), key="sensor", **usual),
+        "tumbling: first, last": Window(of_second, a=agg.first("temperature"), b=agg.last("temperature")),
+        "tumbling: std": Window(of_second, a=agg.std("temperature")),
+        "tumbling: median": Window(of_second, a=agg.median("temperature")),
+        "tumbling: sum of an expression": Window(of_second, a=agg.sum("temperature*2 - humidity")),
+    }
+    ways: dict[str, Callable[[], Any]] = {
+        name: functools.partial(run_window, window, batches) for name, window in made.items()
+    }
+    route = KeyBy("sensor", 4).route(Context("key_by"))
+    ways["key_by, 4 partitions"] = lambda: [list(route(batch)) for batch in batches]
+    return ways
+
+
+def run_window(window: Window, batches: list[dict[str, np.ndarray]]) -> None:
+    found: list[Any] = []
+    step = window.start(Context("window"))
+    for batch in batches:
+        step.process(batch, found.append)
+    step.finish(found.append)
+    if not found:
+        raise RuntimeError("no windows came out")
+
+
 # --- measuring ----------------------------------------------------------------------------------------------------------
 
 
@@ -260,20 +311,24 @@ def measure(only: str | None, rounds: int, seconds: float) -> list[dict[str, Any
     results = []
     table = make_table(ROWS)
     for size in SIZES:
-        if only != "pipeline":
-            ways = expression_ways({name: table[name][:size] for name in ("ts", "temperature", "humidity")})
+        rows = min(ROWS, size * 512)
+        batches = batches_of({name: column[:rows] for name, column in table.items()}, size)
+        if only in (None, "expressions"):
+            ways = expression_ways({name: batches[0][name] for name in ("ts", "temperature", "humidity")})
             wanted = kept_by(ways["NumPy by hand"]())
             for way, call in ways.items():
                 if not np.array_equal(kept_by(call()), wanted):
                     raise RuntimeError(f"{way} keeps other rows")
             results += _rows("expressions", size, rounds_of(ways, size, rounds, seconds))
-        if only != "expressions":
-            rows = min(ROWS, size * 512)
-            ways = pipeline_ways(batches_of({name: column[:rows] for name, column in table.items()}, size))
+        if only in (None, "pipeline"):
+            ways = pipeline_ways(batches)
             windows = ways["pandas, columns"]()
             for way, call in ways.items():
                 check_windows(call(), windows, way)
             results += _rows("pipeline", size, rounds_of(ways, rows, rounds, seconds))
+        if only in (None, "windows"):
+            ways = window_ways(batches)
+            results += _rows("windows", size, rounds_of(ways, rows, rounds, seconds))
     return results
 
 
@@ -307,7 +362,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.2, help="per round and way")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", choices=("expressions", "pipeline"))
+    parser.add_argument("--only", choices=PARTS)
     options = parser.parse_args()
     numexpr.set_num_threads(1)
     pa.set_cpu_count(1)

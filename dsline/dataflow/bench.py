@@ -2,7 +2,7 @@
 
 ``dsline.dataflow.bench.pipeline()`` is what ``dsline bench pipeline`` runs. The cost of an empty stage is the difference
 between pipelines with one and with several of them. Starting processes, and all before the first item has reached the sink,
-is outside the timed parts::
+is outside the timed parts, as is that before the second worker works::
 
     in process      source -> stage (-> stage ...) -> sink               all in the calling process
     across          source -> [channel] -> stage -> [channel] -> sink    the stage in a worker process
@@ -12,7 +12,6 @@ is outside the timed parts::
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -27,7 +26,7 @@ from dsline.errors import InvalidArgumentError
 __all__ = ["PipelineBenchResult", "pipeline"]
 
 _MORE = 8  # stages that the longer pipeline has more
-_REPEATS = 3
+_SETTLED = 0.4  # share of the items of the scaling part by which both workers are there
 
 MAX_COUNT = 10**8
 MAX_BATCH = 10**6
@@ -35,7 +34,7 @@ MAX_BATCH = 10**6
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PipelineBenchResult:
-    """Figures of one run of `pipeline`. Every time is the median of three runs.
+    """Figures of one run of `pipeline`. Every time is the best of `repeats` runs, the least disturbed one.
 
     Attributes
     ----------
@@ -81,6 +80,7 @@ def pipeline(
     *,
     batch: int = 256,
     work_us: float = 200.0,
+    repeats: int = 3,
     progress: Callable[[int, int], None] | None = None,
 ) -> PipelineBenchResult:
     """Measure empty stages in one process and across processes, and two workers against one.
@@ -93,6 +93,8 @@ def pipeline(
         Rows of a batch, of 24 bytes each.
     work_us : float
         Microseconds that the function of the scaling part works on an item.
+    repeats : int
+        Runs of each kind.
     progress : callable, optional
         Called with (runs done, runs in all).
 
@@ -109,6 +111,7 @@ def pipeline(
         ("count", count, MAX_COUNT),
         ("batch", batch, MAX_BATCH),
         ("work_us", work_us, 1e6),
+        ("repeats", repeats, 1000),
     ):
         if not 1 <= value <= most:
             raise InvalidArgumentError(f"{name} is {value!r}; it must be from 1 to {most:,.0f}")
@@ -116,6 +119,7 @@ def pipeline(
     rows = np.zeros(batch, [("time", "i8"), ("temperature", "f8"), ("humidity", "f8")])
     columns = Batch({name: rows[name].copy() for name in rows.dtype.names or ()})
     short = np.zeros(8)
+    enough = max(50, min(20_000, int(1e6 / work_us)))  # a second of work for one
     rounds = _calibrate(work_us)
     runs: dict[str, Callable[[], float]] = {
         "one item": lambda: _seconds(range(count), count, _fused(1)),
@@ -124,16 +128,16 @@ def pipeline(
         "many batch": lambda: _seconds([columns] * few, few, _fused(1 + _MORE)),
         "process item": lambda: _seconds([short] * few, few, _worker),
         "process batch": lambda: _seconds([rows] * few, few, _worker),
-        "1": lambda: _seconds([short] * _enough(work_us), _enough(work_us), _working(rounds, 1)),
-        "2": lambda: _seconds([short] * _enough(work_us), _enough(work_us), _working(rounds, 2)),
+        "1": lambda: _seconds([short] * enough, enough, _working(rounds, 1), _SETTLED),
+        "2": lambda: _seconds([short] * enough, enough, _working(rounds, 2), _SETTLED),
     }
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(_REPEATS):  # one after the other, so that a disturbance does not meet one alone
+    for repeat in range(repeats):  # one after the other, so that a disturbance does not meet one alone
         for done, (name, run) in enumerate(runs.items()):
             samples[name].append(run())
             if progress is not None:
-                progress(repeat * len(runs) + done + 1, _REPEATS * len(runs))
-    ns = {name: 1e9 * statistics.median(found) for name, found in samples.items()}
+                progress(repeat * len(runs) + done + 1, repeats * len(runs))
+    ns = {name: 1e9 * min(found) for name, found in samples.items()}
     rates = {workers: 1e9 / ns[str(workers)] for workers in (1, 2)}
     return PipelineBenchResult(
         count=count,
@@ -180,10 +184,6 @@ def _calibrate(work_us: float) -> int:
     return max(1, round(20_000 * work_us / (1e6 * best)))
 
 
-def _enough(work_us: float) -> int:
-    return max(50, min(4000, int(4e5 / work_us)))  # 0.4 s of work
-
-
 def _fused(stages: int) -> Callable[[Pipeline], Pipeline]:
     def add(made: Pipeline) -> Pipeline:
         for _ in range(stages):
@@ -202,16 +202,17 @@ def _working(rounds: int, workers: int) -> Callable[[Pipeline], Pipeline]:
 
 
 class _Clocked:
-    """A sink that notes when the first and the last item came, and whether they came in order."""
+    """A sink that notes when an item and the last one came, and whether they came in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, from_item: int) -> None:
+        self.from_item = from_item
         self.first = self.last = 0.0
         self.count = 0
         self.ordered = True
 
     def __call__(self, item: Any) -> None:
         now = time.perf_counter()
-        if self.count == 0:
+        if self.count == self.from_item:
             self.first = now
         self.last = now
         if type(item) is int and item != self.count:
@@ -219,11 +220,13 @@ class _Clocked:
         self.count += 1
 
 
-def _seconds(items: Iterable[Any], count: int, stages: Callable[[Pipeline], Pipeline]) -> float:
-    """Seconds per item, from the first item at the sink to the last."""
-    end = _Clocked()
+def _seconds(
+    items: Iterable[Any], count: int, stages: Callable[[Pipeline], Pipeline], settled: float = 0.0
+) -> float:
+    """Seconds per item at the sink, from the first item behind that share of them to the last."""
+    end = _Clocked(int(settled * count))
     stages(Pipeline("bench").source(items)).sink(end).run()
     if end.count != count or not end.ordered:
         order = "" if end.ordered else ", not in order"
         raise RuntimeError(f"{end.count} of {count} items came{order}")
-    return (end.last - end.first) / max(1, count - 1)
+    return (end.last - end.first) / (count - 1 - end.from_item)

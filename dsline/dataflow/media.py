@@ -64,8 +64,7 @@ def write_image(path: str, array: Array) -> None:
     image = needs("PIL.Image", "images", "writing pictures")
     try:
         picture = image.fromarray(np.ascontiguousarray(array))
-        root, suffix = os.path.splitext(path)
-        temporary = f"{root}.tmp{suffix}"
+        temporary = _temporary(path)
         picture.save(temporary)
         os.replace(temporary, path)
     except (TypeError, KeyError, ValueError) as error:
@@ -73,6 +72,13 @@ def write_image(path: str, array: Array) -> None:
             f"an array of {array.dtype} {array.shape} is no picture for {path!r}: {error}; use uint8 or bool of (h, w), or "
             "uint8 of (h, w, 3) or (h, w, 4)"
         ) from error
+
+
+def _temporary(path: str) -> str:
+    """A hidden name of the same suffix in the same folder: no pattern finds it."""
+    folder, name = os.path.split(path)
+    root, suffix = os.path.splitext(name)
+    return os.path.join(folder, f".{root}.tmp{suffix}")
 
 
 class VideoReader:
@@ -120,8 +126,7 @@ class VideoWriter:
     def __init__(self, path: str, fps: float, codec: str | None) -> None:
         self._av = needs("av", "video", "writing films")
         self._path = path
-        root, suffix = os.path.splitext(path)
-        self._temporary = f"{root}.tmp{suffix}"
+        self._temporary = _temporary(path)
         self._fps = Fraction(fps).limit_denominator(1001)
         self._codec = codec
         self._container: Any = None

@@ -59,7 +59,9 @@ class Context:
     workers: int = 0
     attempt: int = 0
     allocate: Callable[[Any, Any], Any] | None = None
-    count: Callable[[str, int], None] = lambda what, number: None  # e.g. count("late", 3): a named counter of the stage
+    count: Callable[[str, int], None] = lambda what, number: (
+        None
+    )  # e.g. count("late", 3): a named counter of the stage
 
 
 class Step:
@@ -170,12 +172,12 @@ class Router(Operator):
         raise NotImplementedError("a router has no step")
 
 
-class SourceStep(abc.ABC):
+class SourceStep:
     """A running source."""
 
-    @abc.abstractmethod
     def __iter__(self) -> Iterator[Any]:
         """Yield the items. May block; `stop` from another thread makes it end soon."""
+        raise NotImplementedError
 
     def position(self) -> Any:
         """Return where the next item stands, for a checkpoint; None: it cannot be resumed."""
@@ -197,7 +199,9 @@ class Source(abc.ABC):
 
     kind: ClassVar[str]
     schema: Schema = None
-    target: str | None = None  # the place it reads, as a URI, so that a plan sees who reads and writes the same one
+    target: str | None = (
+        None  # the place it reads, as a URI, so that a plan sees who reads and writes the same one
+    )
     replayable: ClassVar[bool] = False  # position() and seek() work across processes
 
     @abc.abstractmethod
@@ -210,12 +214,12 @@ class Source(abc.ABC):
     def to_json(self) -> dict[str, Any]: ...
 
 
-class SinkStep(abc.ABC):
+class SinkStep:
     """A running sink."""
 
-    @abc.abstractmethod
     def write(self, item: Any) -> None:
         """Take one item; it must not be kept beyond the call without a copy or a reference of its own."""
+        raise NotImplementedError
 
     def flush(self) -> None:
         """What was written survives the process, as far as the sink promises it."""

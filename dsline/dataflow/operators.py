@@ -165,12 +165,23 @@ class MapStep(FunctionStep):
     def _check(self, result: Any, item: Any) -> None:
         if self._returns is None:
             return
-        declared = items.schema_of(item) if self._returns == SAME else self._returns
-        if not items.matches(declared, result):
+        if not (_is_like(result, item) if self._returns == SAME else items.matches(self._returns, result)):
+            declared = items.schema_of(item) if self._returns == SAME else self._returns
             fail(
                 self.context,
                 f"the function returned {items.item_text(result)}, and returns= declares {items.schema_text(declared)}",
             )
+
+
+def _is_like(result: Any, item: Any) -> bool:
+    """Whether two items have the same schema."""
+    if isinstance(item, np.ndarray):
+        return (
+            isinstance(result, np.ndarray)
+            and bool(result.dtype == item.dtype)
+            and (result.shape == item.shape or (items.is_records(item) and result.ndim == 1))
+        )
+    return not isinstance(item, Batch) or items.matches(items.schema_of(item), result)
 
 
 # --- expressions ------------------------------------------------------------------------------------------------------

@@ -24,13 +24,15 @@ _UNITS: Final = {
 
 def parse_bytes(value: int | str, name: str = "memory") -> int:
     """Read a size like ``512 MiB`` or a number of bytes."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int:
         size = value
     else:
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
         unit = _UNITS.get(found.group(2).upper()) if found else None
         if found is None or unit is None:
-            raise PipelineBuildError(f"{name} is {value!r}, must be a number of bytes or a text like '512MiB'")
+            raise PipelineBuildError(
+                f"{name} is {value!r}, must be a number of bytes or a text like '512MiB'"
+            )
         size = int(float(found.group(1)) * unit)
     if size <= 0:
         raise PipelineBuildError(f"{name} is {value!r}, must be more than 0 bytes")
@@ -101,7 +103,8 @@ class StageOptions:
         _one_of("full", self.full, FULL)
         _one_of("on_crash", self.on_crash, ON_CRASH)
         _one_of("start_method", self.start_method, START_METHODS)
-        if self.name is not None and not (isinstance(self.name, str) and 0 < len(self.name) <= 100):
+        name: Any = self.name
+        if name is not None and not (isinstance(name, str) and 0 < len(name) <= 100):
             raise PipelineBuildError(f"name is {self.name!r}, must be a text of 1 to 100 characters")
         if self.queue_bytes is not None:
             parse_bytes(self.queue_bytes, "queue_bytes")
@@ -109,7 +112,9 @@ class StageOptions:
             raise PipelineBuildError(f"timeout is {self.timeout!r}, must be more than 0 seconds or None")
         if self.cpus is not None and self.cpus != "spread":
             if isinstance(self.cpus, str):
-                raise PipelineBuildError(f"cpus is {self.cpus!r}, must be None, 'spread' or a list of numbers")
+                raise PipelineBuildError(
+                    f"cpus is {self.cpus!r}, must be None, 'spread' or a list of numbers"
+                )
             object.__setattr__(self, "cpus", tuple(int(cpu) for cpu in self.cpus))
         if self.workers == 0 and (self.timeout is not None or self.cpus is not None):
             raise PipelineBuildError("timeout= and cpus= are for worker processes; give workers=1 or more")

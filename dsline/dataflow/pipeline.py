@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from dsline.dataflow import ops
-from dsline.dataflow.operator import Operator, Router, Sink, Source
 from dsline.dataflow.descriptions import parse_seconds
+from dsline.dataflow.operator import Operator, Router, Sink, Source
 from dsline.dataflow.operators import Merge
 from dsline.dataflow.options import StageOptions, parse_bytes
 from dsline.dataflow.plan import CheckpointOptions, Part, Plan, Stage
@@ -63,13 +63,23 @@ class Pipeline:
     [1, 4, 9]
     """
 
-    __slots__ = ("__weakref__", "_checkpoint", "_latest", "_memory", "_name", "_sinks", "_tail", "_windows_key")
+    __slots__ = (
+        "__weakref__",
+        "_checkpoint",
+        "_latest",
+        "_memory",
+        "_name",
+        "_sinks",
+        "_tail",
+        "_windows_key",
+    )
 
     _name: str
     _memory: int
     _tail: tuple[_Node, int] | None
     _sinks: tuple[_Node, ...]
     _checkpoint: CheckpointOptions | None
+    _windows_key: Any
     _latest: list[Run]
 
     def __init__(self, name: str | None = None, *, memory: int | str = "1GiB") -> None:
@@ -119,7 +129,11 @@ class Pipeline:
 
     def _end(self, what: str) -> tuple[_Node, int]:
         if self._tail is None:
-            why = "it ends with a sink already" if self._sinks else "it has no source yet; begin with .source(...)"
+            why = (
+                "it ends with a sink already"
+                if self._sinks
+                else "it has no source yet; begin with .source(...)"
+            )
             raise PipelineBuildError(f"{what} cannot be added to pipeline {self._name!r}: {why}")
         return self._tail
 
@@ -150,7 +164,9 @@ class Pipeline:
             The pipeline has a source, or there is no such source.
         """
         if self._tail is not None or self._sinks:
-            raise PipelineBuildError(f"pipeline {self._name!r} has a source; use .merge() to bring several together")
+            raise PipelineBuildError(
+                f"pipeline {self._name!r} has a source; use .merge() to bring several together"
+            )
         stage, own = _split(options)
         part = source if isinstance(source, Source) and not own else parse_source(source, **own)
         return self._with((_Node(part, stage, ()), 0))
@@ -173,14 +189,18 @@ class Pipeline:
                 "for a function use .map(function)"
             )
         if isinstance(operator, Router | Merge):
-            raise PipelineBuildError(f"{operator.kind} has several outputs or inputs; use the method of that name")
+            raise PipelineBuildError(
+                f"{operator.kind} has several outputs or inputs; use the method of that name"
+            )
         return self._add(operator, StageOptions.parse(options))
 
     def map(self, function: Callable[..., Any], *, returns: Any = None, **stage: Any) -> Pipeline:
         """Call `function` with every item. None drops the item; a generator gives several. See `ops.map`."""
         return self._add(ops.map(function, returns=returns), StageOptions.parse(stage))
 
-    def map_batches(self, function: Callable[..., Any], *, batch: int = 256, linger: Any = "10ms", **options: Any) -> Pipeline:
+    def map_batches(
+        self, function: Callable[..., Any], *, batch: int = 256, linger: Any = "10ms", **options: Any
+    ) -> Pipeline:
         """Gather rows, and call `function` with every batch. See `ops.map_batches`."""
         stage, own = _split(options)
         return self._add(ops.map_batches(function, batch=batch, linger=linger, **own), stage)
@@ -202,9 +222,13 @@ class Pipeline:
         stage, own = _split(options)
         return self._add(ops.select(*columns, **own), stage)
 
-    def batch(self, size: int, *, linger: Any = None, drop_last: bool = False, pad: Any = None, **stage: Any) -> Pipeline:
+    def batch(
+        self, size: int, *, linger: Any = None, drop_last: bool = False, pad: Any = None, **stage: Any
+    ) -> Pipeline:
         """Gather rows or items into batches of `size`. See `ops.batch`."""
-        return self._add(ops.batch(size, linger=linger, drop_last=drop_last, pad=pad), StageOptions.parse(stage))
+        return self._add(
+            ops.batch(size, linger=linger, drop_last=drop_last, pad=pad), StageOptions.parse(stage)
+        )
 
     def unbatch(self, **stage: Any) -> Pipeline:
         """Give the rows of every item one by one. See `ops.unbatch`."""
@@ -219,7 +243,9 @@ class Pipeline:
         if partitions is None:
             return self._with(self._end("key_by"), windows_key=key)
         router = ops.key_by(key, partitions=partitions)
-        return self._with((_Node(router, StageOptions.parse(stage), (self._end("key_by"),)), 0), windows_key=key)
+        return self._with(
+            (_Node(router, StageOptions.parse(stage), (self._end("key_by"),)), 0), windows_key=key
+        )
 
     def window(self, spec: Any, **options: Any) -> Pipeline:
         """Aggregate rows over windows of rows or of time. See `ops.window`.
@@ -317,9 +343,8 @@ class Pipeline:
             Options of the sink and stage options.
         """
         if isinstance(target, SinkOptions):
-            given = {"full": target.full, "queue": target.queue, "name": target.name}
-            options = {**{name: value for name, value in given.items() if value is not None}, **options}
-            target = target.sink
+            options = {**target.options, **options}
+            target = target.target
         stage, own = _split(options)
         part = target if isinstance(target, Sink) and not own else parse_sink(target, **own)
         node = _Node(part, stage, (self._end("a sink"),))
@@ -388,7 +413,9 @@ class Pipeline:
                 )
             sinks = (*sinks, _Node(CollectSink(None), StageOptions(), (self._tail,)))
         elif collect and not any(isinstance(node.part, CollectSink) for node in sinks):
-            raise PipelineBuildError(f"pipeline {self._name!r} ends with a sink: there is nothing to collect; use .run()")
+            raise PipelineBuildError(
+                f"pipeline {self._name!r} ends with a sink: there is nothing to collect; use .run()"
+            )
         nodes: dict[_Node, int] = {}
         for sink in sinks:
             _number(sink, nodes)
@@ -509,5 +536,3 @@ def _name_of(part: Part) -> str:
     function = getattr(part, "function", None)
     name = getattr(function, "__name__", None)
     return name if isinstance(name, str) and name.isidentifier() else part.kind
-
-

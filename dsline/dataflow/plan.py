@@ -12,9 +12,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from dsline.dataflow.descriptions import operator_from_json
 from dsline.dataflow.drawing import mermaid, svg
 from dsline.dataflow.operator import Operator, Router, Schema, Sink, Source
-from dsline.dataflow.descriptions import operator_from_json
 from dsline.dataflow.operators import Merge
 from dsline.dataflow.options import StageOptions, parse_bytes
 from dsline.dataflow.sinks import sink_from_json
@@ -30,6 +30,7 @@ Part: TypeAlias = Source | Operator | Sink
 _FORMAT = 1
 _SLOT_OF_OBJECTS = 1 << 16  # bytes; slots grow with what is sent
 _MOST_SLOTS = 4096
+MAX_HELD = 0.75  # of the slots of an edge, for an operator that keeps inputs
 AHEAD = 4  # finished results that a worker keeps while it waits for its turn
 
 
@@ -70,7 +71,11 @@ class Stage:
         if isinstance(self.part, Sink):
             return 0
         # The partitions of keys go to one stage, which runs once for each.
-        return len(self.part.outputs) if isinstance(self.part, Router) and not isinstance(self.part, KeyBy) else 1
+        return (
+            len(self.part.outputs)
+            if isinstance(self.part, Router) and not isinstance(self.part, KeyBy)
+            else 1
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +92,8 @@ class Edge:
         Geometry of the channel.
     full : str
         What happens when it is full.
+    ahead : int
+        Slots that each of several workers before it may write results into that wait for their turn.
     external : ChannelSource or None
         The channel that the caller named, for an edge that is not the pipeline's own.
     """
@@ -100,6 +107,7 @@ class Edge:
     full: str
     guarantee: str
     external: ChannelSource | None = None
+    ahead: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,7 +334,9 @@ class Plan:
                 None if plain.get("checkpoint") is None else CheckpointOptions(**plain["checkpoint"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise PipelineBuildError(f"the plan is incomplete or has a value of a wrong type: {error!r}") from error
+            raise PipelineBuildError(
+                f"the plan is incomplete or has a value of a wrong type: {error!r}"
+            ) from error
 
 
 def _stages_from_json(entries: list[dict[str, Any]]) -> list[Stage]:
@@ -391,7 +401,9 @@ def _with_names(stages: Sequence[Stage]) -> list[Stage]:
                 number += 1
                 name = f"{stage.name}-{number}"
             taken.add(name)
-            stage = dataclasses.replace(stage, name=name, options=dataclasses.replace(stage.options, name=name))
+            stage = dataclasses.replace(
+                stage, name=name, options=dataclasses.replace(stage.options, name=name)
+            )
         named.append(stage)
     return named
 
@@ -450,7 +462,13 @@ def _with_schemas(stages: list[Stage]) -> tuple[Stage, ...]:
 def _check_ends(stages: tuple[Stage, ...]) -> None:
     takers: dict[tuple[int, int], list[str]] = {}
     for number, stage in enumerate(stages):
-        wanted = "none" if isinstance(stage.part, Source) else "1 or more" if isinstance(stage.part, Merge) else "1"
+        wanted = (
+            "none"
+            if isinstance(stage.part, Source)
+            else "1 or more"
+            if isinstance(stage.part, Merge)
+            else "1"
+        )
         has = len(stage.inputs)
         if (wanted == "none") != (has == 0) or (wanted == "1" and has != 1):
             raise PipelineBuildError(f"stage {stage.name!r} has {has} inputs, needs {wanted}")
@@ -466,7 +484,11 @@ def _check_ends(stages: tuple[Stage, ...]) -> None:
                     "every item to several stages"
                 )
             if not found:
-                which = f"output {stage.part.outputs[output]!r}" if isinstance(stage.part, Router) else "what it puts out"
+                which = (
+                    f"output {stage.part.outputs[output]!r}"
+                    if isinstance(stage.part, Router)
+                    else "what it puts out"
+                )
                 raise PipelineBuildError(
                     f"stage {stage.name!r}: {which} goes nowhere; give it a sink, and join branches with .merge() or "
                     "Pipeline.together()"
@@ -498,7 +520,9 @@ def _check_places(stages: tuple[Stage, ...], checkpoint: CheckpointOptions | Non
         if options.workers > 0 and isinstance(part, Merge | KeyBy):
             why = "it only hands items on, in the caller's process; leave workers= away"
         if why is not None:
-            raise PipelineBuildError(f"stage {stage.name!r}: workers={options.workers} is not possible: {why}")
+            raise PipelineBuildError(
+                f"stage {stage.name!r}: workers={options.workers} is not possible: {why}"
+            )
         if checkpoint is None:
             continue
         if isinstance(part, Source) and not part.replayable:
@@ -509,7 +533,9 @@ def _check_places(stages: tuple[Stage, ...], checkpoint: CheckpointOptions | Non
         if options.workers > 1 and not options.ordered:
             raise PipelineBuildError(f"stage {stage.name!r}: ordered=False is not possible with a checkpoint")
         if options.full != "block":
-            raise PipelineBuildError(f"stage {stage.name!r}: full={options.full!r} is not possible with a checkpoint")
+            raise PipelineBuildError(
+                f"stage {stage.name!r}: full={options.full!r} is not possible with a checkpoint"
+            )
 
 
 def _size(count: int) -> str:
@@ -613,7 +639,13 @@ class _Compiler:
             if len(draft["inputs"]) > 1 and draft["workers"]:
                 for edge in draft["inputs"]:
                     edges[edge]["target"] = len(drafts)
-                edges.append({"origin": edges[draft["inputs"][0]]["origin"], "head": draft["numbers"][0], "target": number})
+                edges.append(
+                    {
+                        "origin": edges[draft["inputs"][0]]["origin"],
+                        "head": draft["numbers"][0],
+                        "target": number,
+                    }
+                )
                 drafts.append(
                     {
                         "chain": -1,
@@ -648,7 +680,9 @@ class _Compiler:
         kept = [number for number, draft in enumerate(drafts) if not draft.get("gone")]
         place = {old: new for new, old in enumerate(kept)}
         own = sum(1 for edge in edges if "external" not in edge)
-        producers = {edge: number for number, draft in enumerate(drafts) for edge in draft["outputs"].values()}
+        producers = {
+            edge: number for number, draft in enumerate(drafts) for edge in draft["outputs"].values()
+        }
         made = tuple(
             self._edge(edge, drafts, producers.get(number), place[edge["target"]], own)
             for number, edge in enumerate(edges)
@@ -710,7 +744,19 @@ class _Compiler:
             full=options.full,
             guarantee=self._guarantee(head, drafts[producer] if producer is not None else None),
             external=edge.get("external"),
+            ahead=self._ahead(slots, consumers, makers, [self._stages[n] for n in drafts[edge["target"]]["numbers"]])
+            if options.full == "block"
+            else 0,
         )
+
+    @staticmethod
+    def _ahead(slots: int, consumers: int, makers: int, takers: list[Stage]) -> int:
+        """Whoever has the turn must find a slot: those behind hold some, and the others before it what they wrote ahead."""
+        if any(isinstance(stage.part, Operator) and stage.part.holds for stage in takers):
+            held = int(MAX_HELD * slots)
+        else:
+            held = max(consumers * (1 + AHEAD), slots // 2)  # or views that a user keeps
+        return max(0, slots - held - 1) // makers
 
     def _guarantee(self, head: Stage, producer: dict[str, Any] | None) -> str:
         full = head.options.full

@@ -8,7 +8,17 @@ from typing import Any, TypeAlias
 
 from dsline.errors import PipelineBuildError
 
-__all__ = ["DeadLetterPolicy", "ErrorBudget", "Policy", "Raise", "Retry", "Skip", "dead_letter", "parse_policy", "retry"]
+__all__ = [
+    "DeadLetterPolicy",
+    "ErrorBudget",
+    "Policy",
+    "Raise",
+    "Retry",
+    "Skip",
+    "dead_letter",
+    "parse_policy",
+    "retry",
+]
 
 _LEAST_ITEMS = 20  # before a share of them says anything
 
@@ -65,7 +75,7 @@ Policy: TypeAlias = Raise | Skip | DeadLetterPolicy | Retry
 _WORDS: dict[str, Policy] = {"raise": Raise(), "skip": Skip()}
 
 
-def retry(times: int, *, backoff: float = 0.1, then: Any = "raise") -> Retry:
+def retry(times: Any, *, backoff: Any = 0.1, then: Any = "raise") -> Retry:
     """Return the policy to try an item again.
 
     Parameters
@@ -86,7 +96,7 @@ def retry(times: int, *, backoff: float = 0.1, then: Any = "raise") -> Retry:
     return Retry(times, float(backoff), then)
 
 
-def dead_letter(uri: str) -> DeadLetterPolicy:
+def dead_letter(uri: Any) -> DeadLetterPolicy:
     """Return the policy to write items that fail to the log at `uri`, ``file://path``.
 
     See docs/dataflow/dead-letters.md; ``dsline dead`` lists, shows and replays them.
@@ -126,13 +136,18 @@ class ErrorBudget:
         An int is a number of errors; a float between 0 and 1 is a share of the items, looked at from 20 items on.
     """
 
-    def __init__(self, limit: int | float) -> None:
+    def __init__(self, limit: Any) -> None:
         share = isinstance(limit, float)
-        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit or (share and limit >= 1):
+        if (
+            isinstance(limit, bool)
+            or not isinstance(limit, int | float)
+            or not limit >= 0
+            or (share and limit >= 1)
+        ):
             raise PipelineBuildError(
                 f"max_errors is {limit!r}, must be a number of errors like 100, or a share of the items like 0.01"
             )
-        self._limit = limit
+        self._limit: int | float = limit
 
     def is_exceeded(self, errors: int, items: int) -> bool:
         """Whether `errors` in `items` items are too many."""

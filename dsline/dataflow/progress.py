@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TextIO
 
-from dsline.dataflow.counters import PipelineStats
+from dsline.dataflow.stats import PipelineStats
 from dsline.errors import InvalidArgumentError
 
 __all__ = ["Progress", "summary"]

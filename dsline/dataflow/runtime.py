@@ -12,6 +12,7 @@ One `SegmentLoop` belongs to one thread: of the caller's process, or the only on
 from __future__ import annotations
 
 import dataclasses
+import functools
 import heapq
 import pickle
 import time
@@ -25,12 +26,19 @@ import numpy as np
 from dsline._core import CounterPage
 from dsline.dataflow.counters import WorkerCounters
 from dsline.dataflow.items import Batch, nbytes_of, rows_of
-from dsline.dataflow.operator import Context, MergeStep, Operator, Router, Sink, Source, Step
-from dsline.dataflow.plan import AHEAD, Edge, Stage
+from dsline.dataflow.operator import Context, Emit, MergeStep, Operator, Router, Sink, Source, Step
+from dsline.dataflow.plan import AHEAD, MAX_HELD, Edge, Stage
 from dsline.dataflow.policies import DeadLetterPolicy, Retry, Skip, parse_policy
 from dsline.dataflow.sinks import CollectSink
 from dsline.dataflow.sources import SHUT_DOWN_AT_END
-from dsline.errors import BufferEmptyError, BufferFullError, ChannelClosedError, DslineError, OperatorError, PipelineRuntimeError
+from dsline.errors import (
+    BufferEmptyError,
+    BufferFullError,
+    ChannelClosedError,
+    DslineError,
+    OperatorError,
+    PipelineRuntimeError,
+)
 from dsline.waiting import wait
 
 __all__ = ["Control", "Job", "SegmentLoop", "StageFailed", "Stopped"]
@@ -43,7 +51,7 @@ _TURN: Final = 0.05  # seconds to wait for a turn before looking why it does not
 _SHORT: Final = 0.002  # seconds between looks at two things that cannot be waited for together
 _NOTHING: Final = 50_000  # ns that sending a control frame may take without having waited
 _WHOLE: Final = 1 << 40  # offset of an input whose results are all out, and its control frame
-_MAX_HELD: Final = 0.75  # of the slots of an edge, for an operator that keeps inputs
+_OVER: Final = 1 << 62  # `done` of a segment whose end is out: a worker that is started again has nothing to do
 
 
 class Stopped(BaseException):
@@ -65,12 +73,14 @@ class Control(Protocol):
     def ask(self, kind: str, **data: Any) -> Any: ...
     def marker(self, last: bool = False) -> int | None:
         """Number of a checkpoint that a source shall begin now; `last`: it is at its end."""
+
     def report_state(self, number: int, segment: int, state: bytes) -> None: ...
     @property
     def aborting(self) -> bool: ...
     @property
     def stopping(self) -> bool:
         """Whether sources shall give nothing more."""
+
     @property
     def ended(self) -> bool:
         """Whether another worker of the segment has found the end of the input."""
@@ -97,7 +107,15 @@ class _Output:
     """The sending side of an edge."""
 
     def __init__(
-        self, number: int, edge: Edge, channel: Any, words: Any, counters: WorkerCounters, control: Control, stage: str
+        self,
+        number: int,
+        edge: Edge,
+        channel: Any,
+        words: Any,
+        counters: WorkerCounters,
+        control: Control,
+        stage: str,
+        workers: int,
     ) -> None:
         self.edge = edge
         self.channel = channel
@@ -110,13 +128,42 @@ class _Output:
         self._dropped = 0  # since the last gap frame
         self._loans: dict[int, Any] = {}
         self._blocks = edge.full == "block"
+        self._lends = True
+        self._allocated = 0
+        self._look_every = max(2, edge.slots // (4 * workers))
 
     def allocate(self, shape: Any, dtype: Any) -> Any:
-        """Return a writable array in a slot of the channel; `send` of that very array publishes it."""
+        """Return a writable array in a slot of the channel, or None; `send` of that very array publishes it."""
         for loan in self._loans.values():
             loan.abort()  # its array was not emitted: a function failed, or gave something else
         self._loans.clear()
+        if not self._may_lend():
+            return None
         loan = self._wait_for_room(lambda timeout: self.channel.alloc(shape, dtype, timeout=timeout))
+        array = loan.array
+        self._loans[id(array)] = loan
+        return array
+
+    def _may_lend(self) -> bool:
+        """Not where a function keeps the arrays that it wrote to, and with them the slots, until nobody finds one."""
+        self._allocated += 1
+        if self._lends and self._allocated % self._look_every == 0:
+            self._lends = self.channel.stats().kept_slots <= self.edge.slots // 4
+        return self._lends
+
+    def allocate_ahead(self, shape: Any, dtype: Any, waits: Callable[[Any], bool]) -> Any:
+        """Like `allocate`, for a result that may have to wait for its turn: None where that could keep a slot from whoever has
+        the turn, or there is none now."""
+        for key, loan in list(self._loans.items()):
+            if not waits(loan.array):
+                loan.abort()  # as above
+                del self._loans[key]
+        if len(self._loans) >= self.edge.ahead or not self._may_lend():
+            return None
+        try:
+            loan = self._checked(lambda timeout: self.channel.alloc(shape, dtype, timeout=timeout), 0)
+        except BufferFullError:
+            return None
         array = loan.array
         self._loans[id(array)] = loan
         return array
@@ -131,10 +178,16 @@ class _Output:
             try:
                 loan.publish()
                 return
-            except BufferError:  # the function kept a reference that could write later: it gets a copy out of here
+            except (
+                BufferError
+            ):  # the function kept a reference that could write later: it gets a copy out of here
                 item = item.copy()
                 loan.abort()
-        send = self.channel.send if isinstance(item, np.ndarray) and item.dtype.kind != "O" else self.channel.send_object
+        send = (
+            self.channel.send
+            if isinstance(item, np.ndarray) and item.dtype.kind != "O"
+            else self.channel.send_object
+        )
         if not self._blocks:
             self._send_or_drop(send, item)
             return
@@ -255,27 +308,32 @@ def _operator_error(stage: str, error: BaseException, what: str) -> OperatorErro
 class _Chain:
     """The operators of a segment, each calling the next."""
 
-    def __init__(self, job: Job, loop: SegmentLoop, emit: Callable[[Any], None], allocate: Callable[..., Any] | None) -> None:
+    def __init__(
+        self, job: Job, loop: SegmentLoop, emit: Callable[[Any], None], allocate: Callable[..., Any] | None
+    ) -> None:
         self._loop = loop
         self.steps: list[tuple[Stage, Step]] = []
         self.contexts: list[Context] = []
         self.merge: MergeStep | None = None
         self.sink: Any = None
-        operators = [stage for stage in job.stages if isinstance(stage.part, Operator) and not isinstance(stage.part, Router)]
+        operators = [
+            stage
+            for stage in job.stages
+            if isinstance(stage.part, Operator) and not isinstance(stage.part, Router)
+        ]
         for stage in operators:
             context = Context(stage.name, job.worker, job.workers, count=loop.page(stage).add)
             if stage is operators[-1] and stage is job.stages[-1]:
                 context.allocate = allocate
             self.contexts.append(context)
-            self.steps.append((stage, _starting(stage, lambda s=stage, c=context: s.part.start(c))))
+            self.steps.append((stage, _started(stage, context)))
         last = job.stages[-1] if job.stages else None
         if last is not None and isinstance(last.part, Sink) and not _goes_to_caller(last.part):
             self.contexts.append(Context(last.name, job.worker, job.workers, count=loop.page(last).add))
-            self.sink = _starting(last, lambda: last.part.start(self.contexts[-1]))
+            self.sink = _started(last, self.contexts[-1])
             emit = self._guard(last, self.sink.write, None)
         elif last is not None and isinstance(last.part, Router):
-            route = _starting(last, lambda: last.part.route(Context(last.name, job.worker, job.workers)))
-            emit = self._routing(last, route, loop)
+            emit = self._routing(last, _started(last, Context(last.name, job.worker, job.workers)), loop)
         self.emits: list[Callable[[Any], None]] = []
         self.counts: list[_Counted] = []
         for stage, step in reversed(self.steps):
@@ -287,8 +345,8 @@ class _Chain:
             emit = self._step(stage, step, counts)
         self.process: Callable[[Any], None] = emit
         self._timed = [
-            (stage, step, emit)
-            for (stage, step), emit in zip(self.steps, self.emits, strict=True)
+            (stage, step, counts)
+            for (stage, step), counts in zip(self.steps, self.counts, strict=True)
             if type(step).deadline is not Step.deadline
         ]
         self.holder = next((step for stage, step in self.steps if stage.part.holds), None)  # type: ignore[union-attr]
@@ -315,7 +373,9 @@ class _Chain:
         for result in results:
             emit(result)
 
-    def _guard(self, stage: Stage, call: Callable[[Any], None], counts: _Counted | None) -> Callable[[Any], None]:
+    def _guard(
+        self, stage: Stage, call: Callable[[Any], None], counts: _Counted | None
+    ) -> Callable[[Any], None]:
         """Errors of a stage are handled where they happen; those of the stages after it pass, as they are no Exception."""
         loop = self._loop
         place = loop.job.stages.index(stage)
@@ -329,15 +389,18 @@ class _Chain:
         if place == 0:
             return guarded
         page = loop.counters.stages[place]
+        begin, end = page.begin, page.end
 
         def counted(item: Any) -> None:
-            page.begin(loop.sequence)
+            begin(0)
             if counts is not None:
                 counts.number = 0
             try:
-                guarded(item)
+                call(item)
+            except Exception as error:
+                loop.failed(stage, item, error, call)
             finally:
-                page.end(1 if counts is None else counts.number)
+                end(1 if counts is None else counts.number)
 
         return counted
 
@@ -356,18 +419,20 @@ class _Chain:
 
     def tick(self) -> None:
         now = time.monotonic()
-        for stage, step, emit in self._timed:
+        for stage, step, counts in self._timed:
             moment = step.deadline()
             if moment is not None and moment <= now:
-                emit.number = 0
-                self.call(stage, "it failed at a deadline", lambda s=step, e=emit: s.tick(e))
-                self._loop.page(stage).add("out", emit.number)
+                self._late_results(stage, counts, "it failed at a deadline", step.tick)
 
     def finish(self) -> None:
-        for (stage, step), emit in zip(self.steps, self.emits, strict=True):
-            emit.number = 0
-            self.call(stage, "it failed at the end of its input", lambda s=step, e=emit: s.finish(e))
-            self._loop.page(stage).add("out", emit.number)
+        for (stage, step), counts in zip(self.steps, self.counts, strict=True):
+            self._late_results(stage, counts, "it failed at the end of its input", step.finish)
+
+    def _late_results(self, stage: Stage, counts: _Counted, what: str, give: Callable[[Emit], None]) -> None:
+        """Results that belong to no item."""
+        counts.number = 0
+        self.call(stage, what, lambda: give(counts.emit))
+        self._loop.page(stage).add("out", counts.number)
 
     def end_sink(self, stage: Stage) -> None:
         self.call(stage, "the sink failed at the end", self.sink.finish)
@@ -379,8 +444,9 @@ class _Chain:
 
     def load(self, state: dict[str, Any]) -> None:
         for stage, step in self.steps:
-            if state.get(stage.name) is not None:
-                self.call(stage, "load_state_dict failed", lambda st=step, n=stage.name: st.load_state_dict(state[n]))
+            saved = state.get(stage.name)
+            if saved is not None:
+                self.call(stage, "load_state_dict failed", functools.partial(step.load_state_dict, saved))
 
     def close(self) -> None:
         for _, step in self.steps:
@@ -415,9 +481,10 @@ class _Counted:
         self.emit = counted
 
 
-def _starting(stage: Stage, start: Callable[[], Any]) -> Any:
+def _started(stage: Stage, context: Context) -> Any:
+    """Return the running step, source or sink of a stage; of a router its function."""
     try:
-        return start()
+        return stage.part.route(context) if isinstance(stage.part, Router) else stage.part.start(context)
     except Exception as error:
         raise StageFailed(_operator_error(stage.name, error, "it could not be started")) from error
 
@@ -467,11 +534,15 @@ class SegmentLoop:
         self._words = words
         last = job.stages[-1].name if job.stages else job.name
         self._outputs = [
-            _Output(number, edge, channel, words, counters, control, last)
+            _Output(number, edge, channel, words, counters, control, last, max(1, job.workers))
             for number, (edge, channel) in enumerate(zip(job.outputs, outputs, strict=True))
         ]
         self._parallel = job.workers > 1
-        self._is_operator = bool(job.stages) and isinstance(job.stages[0].part, Operator) and not isinstance(job.stages[0].part, Router)
+        self._is_operator = (
+            bool(job.stages)
+            and isinstance(job.stages[0].part, Operator)
+            and not isinstance(job.stages[0].part, Router)
+        )
         self._out_rows = self._out_bytes = 0  # of the results of the item at work
         self._alone = len(job.stages) == 1
         self._results: list[tuple[int, Any]] | None = None  # of the item at work, where they have to wait
@@ -479,10 +550,12 @@ class SegmentLoop:
         self._emitted = [0] * len(outputs)  # results of that item so far, per output
         self._skip = [0] * len(outputs)  # of them: those that were published before a death
         self._attempt = self._last_attempt = 1
+        self._early: list[tuple[int, Any]] = []  # a heap of (sequence, message): they came before their turn
         self._retained: deque[tuple[int, Any]] = deque()  # (sequence, message) of inputs that a holder keeps
         self._passed: list[int] = []
-        allocate = self._allocate if len(outputs) == 1 and not self._parallel else None
+        allocate = self._allocate if len(outputs) == 1 else None
         self.chain = _Chain(job, self, lambda item: self.publish(0, item), allocate)
+        self.waiting: list[_Finished] = []  # processed, but not their turn: a heap, by turn
         self.collected: deque[Any] | None = None
         if job.state is not None:
             self._state = pickle.loads(job.state)
@@ -503,9 +576,17 @@ class SegmentLoop:
     # --- results ---
 
     def _allocate(self, shape: Any, dtype: Any) -> Any:
-        if self._skip[0]:
-            return np.empty(shape, dtype)  # its result is out already
-        return self._outputs[0].allocate(shape, dtype)
+        output, array = self._outputs[0], None
+        if self._parallel:
+            array = output.allocate_ahead(shape, dtype, self._waits)
+        elif not self._skip[0]:  # else its result is out already
+            array = output.allocate(shape, dtype)
+        return np.empty(shape, dtype) if array is None else array
+
+    def _waits(self, array: Any) -> bool:
+        """Whether an array is a result that waits for its turn."""
+        results = [each.results for each in self.waiting]
+        return any(item is array for found in (*results, self._results or ()) for _, item in found)
 
     def publish(self, output: int, item: Any) -> None:
         """Send a result, or keep it until its turn."""
@@ -609,7 +690,9 @@ class SegmentLoop:
                 item=item,
             )
         except Exception as why:
-            raise StageFailed(_operator_error(stage.name, why, "its dead letter could not be written")) from error
+            raise StageFailed(
+                _operator_error(stage.name, why, "its dead letter could not be written")
+            ) from error
         self.page(stage).add("dead_letters", 1)
         self.control.event("dead_letter", stage=stage.name, sequence=self._at(), error=repr(error))
 
@@ -638,6 +721,8 @@ class SegmentLoop:
         for number in range(len(self._outputs)):
             self._control(number, END, b"", self._behind)
         self.sent_end = True
+        if self._words is not None:
+            self._words.commit(0, _OVER)
         self._release_all()
 
     def _control(self, output: int, kind: int, payload: bytes, done: int) -> None:
@@ -651,10 +736,13 @@ class SegmentLoop:
         stage = self.job.stages[0]
         part = stage.part
         assert isinstance(part, Source)
-        step = _starting(stage, lambda: part.start(Context(stage.name, self.job.worker, self.job.workers)))
+        step = _started(stage, Context(stage.name, self.job.worker, self.job.workers))
         self.source = step
         try:
             sequence, passed = self._resume_source(stage, step)
+            if sequence >= _OVER:
+                self.sent_end = True
+                return
             if self.control.aborting:
                 raise Stopped
             items = iter(step)
@@ -691,7 +779,9 @@ class SegmentLoop:
     def _resume_source(self, stage: Stage, step: Any) -> tuple[int, int]:
         """Go on where a checkpoint or a dead process left off: (sequence, items to pass over)."""
         if self._state.get("source") is not None:
-            self.chain.call(stage, "the source cannot go on from the checkpoint", lambda: step.seek(self._state["source"]))
+            self.chain.call(
+                stage, "the source cannot go on from the checkpoint", lambda: step.seek(self._state["source"])
+            )
         if self._words is None or self.job.incarnation == 0:
             return 0, 0
         done = self._recover()
@@ -700,14 +790,19 @@ class SegmentLoop:
     # --- one or several inputs, one instance ---
 
     def _from_inputs(self) -> Iterator[None]:
-        # A channel from outside begins somewhere; one of the pipeline's own at 0.
-        expected: list[int | None] = [None if edge.external is not None else 0 for edge in self.job.inputs]
-        ended = [False] * len(self._inputs)
-        marked: dict[int, int] = {}  # input -> number of the checkpoint whose marker it is at
         if self._words is not None:
             self._behind = self._recover()
+            if self._behind >= _OVER:
+                self.sent_end = True
+                return
+        # A channel from outside begins somewhere; one of the pipeline's own at 0.
+        expected: list[int | None] = [None if edge.external is not None else self._behind for edge in self.job.inputs]
+        ended = [False] * len(self._inputs)
+        marked: dict[int, int] = {}  # input -> number of the checkpoint whose marker it is at
         while not all(ended) and not self._stopped:
-            index, message = self._receive([n for n, over in enumerate(ended) if not over and n not in marked])
+            index, message = self._receive(
+                [n for n, over in enumerate(ended) if not over and n not in marked]
+            )
             if index < 0:
                 self._tick()
                 yield
@@ -717,9 +812,10 @@ class SegmentLoop:
                 self._ended(index)
             else:
                 sequence = message.sequence
-                if expected[index] is not None and sequence > expected[index]:  # type: ignore[operator]
-                    self.counters.add("lost", sequence - expected[index])  # type: ignore[operator]
-                if expected[index] is None or sequence >= expected[index]:  # type: ignore[operator]
+                next_one = expected[index]
+                if next_one is not None and sequence > next_one:
+                    self.counters.add("lost", sequence - next_one)
+                if next_one is None or sequence >= next_one:
                     expected[index] = sequence + 1
                 kind = message._core_kind
                 if kind == END:
@@ -740,7 +836,7 @@ class SegmentLoop:
                 elif kind == GAP:
                     self.counters.add("lost", int(bytes(message.payload)))
                     self._finished_with(message, index)
-                elif self._words is not None and sequence < self._words.done(0):
+                elif self._words is not None and message.redelivered and sequence < self._words.done(0):
                     self.counters.add("duplicates", 1)
                     _done(message)
                 else:
@@ -807,7 +903,9 @@ class SegmentLoop:
             self._clock += 1
             self._turn_of[id(channel)] = self._clock
         try:
-            return index, channel.recv_message(timeout=timeout)
+            if self._words is None or self.job.inputs[index].external is not None:
+                return index, channel.recv_message(timeout=timeout)
+            return index, self._receive_in_order(channel, timeout)
         except BufferEmptyError:
             return -1, None
         except ChannelClosedError:
@@ -815,23 +913,59 @@ class SegmentLoop:
                 raise Stopped from None
             return index, None
 
+    def _receive_in_order(self, channel: Any, timeout: float) -> Any:
+        """After a death an item may come before earlier ones, which are given back a moment later: they are waited for."""
+        early = self._early
+        if not early:
+            message = channel.recv_message(timeout=timeout)
+            if message.sequence <= self._behind:
+                return message
+            heapq.heappush(early, (message.sequence, message))
+            del message
+        while early[0][0] > self._behind:
+            first = early[0][0]
+            earlier = channel._core_take_between(self._behind, first)
+            if earlier is not None:
+                heapq.heappush(early, (earlier.sequence, earlier))
+            elif not channel._core_anything_before(first):
+                self._behind = first  # what is missing was dropped, or buried by the channel
+            elif not channel._core_is_outstanding(self._behind):
+                self._behind += 1
+            else:
+                channel.check_peers()
+                time.sleep(_SHORT)
+                if self.control.aborting:
+                    raise Stopped
+        return heapq.heappop(early)[1]
+
     def _one(self, index: int, message: Any) -> None:
         if self._words is not None and message.redelivered and self._is_poison(message):
             self._finished_with(message, index)
             return
         self._attempt = message.attempt
         item = item_of(message)
-        if self.chain.merge is not None:
-            stage, step = self.chain.steps[0]
+        merge = self.chain.merge
+        if merge is not None:
             emit = self.chain.emits[0]
-            self._work(index, message.sequence, item, lambda value: step.process_from(index, value, emit), stage)  # type: ignore[attr-defined]
+            self._work(
+                index,
+                message.sequence,
+                item,
+                lambda value: merge.process_from(index, value, emit),
+                self.chain.steps[0][0],
+            )
         else:
             self._work(index, message.sequence, item)
         del item
         self._finished_with(message, index)
 
     def _work(
-        self, index: int, sequence: int, item: Any, process: Callable[[Any], None] | None = None, stage: Stage | None = None
+        self,
+        index: int,
+        sequence: int,
+        item: Any,
+        process: Callable[[Any], None] | None = None,
+        stage: Stage | None = None,
     ) -> None:
         """Push one item through the chain."""
         self._item = (index, sequence)
@@ -885,7 +1019,7 @@ class SegmentLoop:
             self._words.commit(0, sequence)
             self._release_all()
         self._retained.append((sequence, message))
-        if len(self._retained) > _MAX_HELD * self.job.inputs[index].slots:
+        if len(self._retained) > MAX_HELD * self.job.inputs[index].slots:
             raise StageFailed(
                 PipelineRuntimeError(
                     f"stage {self.job.name!r}: it keeps {len(self._retained)} items for one result, and its queue has "
@@ -978,7 +1112,9 @@ class SegmentLoop:
         if self.chain.sink is not None and self._state.get("sink") is not None:
             stage = self.job.stages[-1]
             self.chain.call(
-                stage, "the sink cannot go back to the checkpoint", lambda: self.chain.sink.restore(self._state["sink"])
+                stage,
+                "the sink cannot go back to the checkpoint",
+                lambda: self.chain.sink.restore(self._state["sink"]),
             )
 
 
@@ -989,14 +1125,16 @@ class _TurnTaking:
         self._loop = loop
         self._words = loop._words
         self._channel = loop._inputs[0]
-        self._waiting: list[_Finished] = []  # a heap, by turn
+        self._waiting = loop.waiting
+        self._lossy = loop.job.inputs[0].full in ("drop_oldest", "latest")
         self._ended = False
 
     def steps(self) -> Iterator[None]:
         loop = self._loop
         while True:
             self._publish_ready()
-            if self._ended and not self._waiting:
+            if not self._waiting and (self._ended or self._words.done(0) >= _OVER):
+                loop.sent_end = loop.sent_end or self._words.done(0) >= _OVER
                 return
             message = self._receive()
             if message is None:
@@ -1036,30 +1174,38 @@ class _TurnTaking:
             self._ended = True
             return None
         finally:
-            if self._loop.control.ended or (self._loop.control.stopping and self._loop.job.inputs[0].external is not None):
+            if self._loop.control.ended or (
+                self._loop.control.stopping and self._loop.job.inputs[0].external is not None
+            ):
                 self._ended = True
             if self._loop.control.aborting:
                 raise Stopped
 
     def _wait_turn(self, timeout: float) -> bool:
         turn = self._waiting[0].turn
+        if self._lossy:
+            self._skip_lost()
         if self._words.wait_turn(0, turn, timeout):
             return True
+        self._channel.check_peers()
         self._skip_lost()
-        return False
+        return bool(self._words.done(0) >= turn)
 
     def _skip_lost(self) -> None:
-        """The input whose turn it is may be gone: dropped while it waited, or buried by the channel."""
-        done = self._words.done(0)
-        sequence = done if self._loop.job.ordered else self._words.sequence_of(done)
-        if sequence is None or self._channel._core_is_outstanding(sequence):
-            return
-        # Gone, and not committed: unless a worker died after it had published all of it.
-        outputs = [out.published_last() for out in self._loop._outputs]
-        if any(input == done for _, input in outputs):
-            self._words.commit(0, done + 1)
-        elif self._words.skip_lost(0, done):
-            self._loop.counters.add("lost", 1)
+        """The inputs whose turn it is may be gone: dropped while they waited, or buried by the channel."""
+        while True:
+            done = self._words.done(0)
+            if done >= _OVER:
+                return
+            sequence = done if self._loop.job.ordered else self._words.sequence_of(done)
+            if sequence is None or self._channel._core_is_outstanding(sequence):
+                return
+            # Gone, and not committed: unless a worker died after it had published all of it.
+            outputs = [out.published_last() for out in self._loop._outputs]
+            if any(input == done for _, input in outputs):
+                self._words.commit(0, done + 1)
+            elif self._words.skip_lost(0, done):
+                self._loop.counters.add("lost", 1)
 
     def _process(self, message: Any) -> None:
         loop, sequence = self._loop, message.sequence
@@ -1104,6 +1250,10 @@ class _TurnTaking:
                 self._skip_lost()
                 if self._loop.control.aborting:
                     raise Stopped
+                # What this one waits for may have been given back by a dead worker, and everybody else may be waiting.
+                earlier = self._channel._core_take_between(0, finished.sequence)
+                if earlier is not None:
+                    self._process(earlier)
         finished.turn = found
 
     def _publish_ready(self) -> None:
@@ -1134,7 +1284,7 @@ class _TurnTaking:
                 continue
             loop._outputs[output].send(item, sent[output], turn)
         loop._skip = [0] * len(loop._outputs)
-        self._words.commit(0, turn + 1)
+        self._words.commit(0, _OVER if finished.kind == END else turn + 1)
         if finished.kind == END:
             self._ended = True
             loop.sent_end = True

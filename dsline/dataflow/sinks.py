@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeAlias
@@ -38,6 +39,7 @@ from dsline.dataflow.sources import (
     split_uri,
 )
 from dsline.errors import (
+    BufferFullError,
     ChannelExistsError,
     ChannelNotFoundError,
     PipelineBuildError,
@@ -77,6 +79,8 @@ FULL: Final = {
     "latest": Backpressure.DROP_OLDEST,
     "error": Backpressure.RAISE,
 }
+_SLICE_SECONDS: Final = 0.2  # a sink that waits for room looks this often whether it has been stopped
+_END_SECONDS: Final = 10.0  # for room for an END, in a channel whose policy is not to wait
 _ON_END: Final = ("keep", "end", "shutdown")
 
 
@@ -263,9 +267,36 @@ class _ChannelStep(SinkStep):
         self._sink = sink
         self._channel, made = sink.open()
         self._on_end = sink.on_end or ("shutdown" if made else "keep")
+        self._stopped = False
 
     def write(self, item: Any) -> None:
-        send_item(self._channel, item, self._sink.timeout)
+        self._sent(lambda timeout: send_item(self._channel, item, timeout))
+
+    def _sent(self, send: Callable[[float], bool]) -> bool:
+        """Call `send` with a short timeout until it has had room, so that `stop` is heard."""
+        timeout = self._sink.timeout
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = (
+                _SLICE_SECONDS
+                if deadline is None
+                else min(_SLICE_SECONDS, max(0, deadline - time.monotonic()))
+            )
+            try:
+                return send(left)
+            except BufferFullError:
+                if self._channel.backpressure is Backpressure.RAISE or (
+                    deadline is not None and time.monotonic() >= deadline
+                ):
+                    raise
+                if self._stopped:
+                    raise PipelineRuntimeError(
+                        f"{self._sink.describe()} has no room, and the sink was told to stop"
+                    ) from None
+
+    def stop(self) -> None:
+        """Wait for room no more. May be called from another thread."""
+        self._stopped = True
 
     def finish(self) -> None:
         if self._on_end == "keep":
@@ -274,7 +305,21 @@ class _ChannelStep(SinkStep):
             self._channel.shutdown()
             return
         payload = SHUT_DOWN_AT_END if self._on_end == "shutdown" else b""
-        self._channel._core_send_control(END_KIND, payload, self._sink.timeout)
+        # Not as an item: a policy that drops or raises must not lose the end.
+        deadline = time.monotonic() + _END_SECONDS
+        while not self._end_entered(payload):
+            waits = self._channel.backpressure is Backpressure.BLOCK
+            if self._stopped or (not waits and time.monotonic() >= deadline):
+                raise PipelineRuntimeError(
+                    f"{self._sink.describe()} has no room for the end, and nobody receives; on_end='keep' sends none"
+                )
+            time.sleep(0.005)
+
+    def _end_entered(self, payload: bytes) -> bool:
+        try:
+            return bool(self._channel._core_send_control(END_KIND, payload, _SLICE_SECONDS))
+        except BufferFullError:
+            return False
 
     def _others(self) -> bool:
         """Whether somebody else has the channel open: the last one to close a channel that is shut down removes it with

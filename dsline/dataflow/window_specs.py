@@ -22,7 +22,6 @@ __all__ = [
     "Clock",
     "Length",
     "WindowSpec",
-    "parse_duration",
     "session",
     "sliding",
     "tumbling",
@@ -272,22 +271,6 @@ def _length(kind: str, what: str, value: Any, time: str | None, zero: bool = Fal
     if number > HIGHEST // 4:
         raise PipelineBuildError(f"{kind}: {what} is {value!r}, which does not fit into the range of times")
     return result
-
-
-def parse_duration(value: Any, what: str) -> float:
-    """Return the seconds of a duration: a number of seconds, a text like "500ms", a timedelta64 or timedelta.
-
-    Raises
-    ------
-    PipelineBuildError
-        It is none of these, or not larger than 0.
-    """
-    if isinstance(value, int | np.integer) and not isinstance(value, bool | np.timedelta64):
-        value = float(value)
-    found = nanoseconds(what, value)
-    if found <= 0:
-        raise PipelineBuildError(f"{what} is {value!r}, must be larger than 0")
-    return found / 1e9
 
 
 def nanoseconds(what: str, value: Any) -> int:

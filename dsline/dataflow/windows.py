@@ -15,7 +15,7 @@ from dsline.dataflow.aggregates import Aggregate
 from dsline.dataflow.callables import function_name, reference, resolve
 from dsline.dataflow.grouping import hash_keys, mix, starts_of
 from dsline.dataflow.operator import Context, Operator, Router, Schema
-from dsline.dataflow.window_specs import WindowSpec, parse_duration, session, sliding, tumbling
+from dsline.dataflow.window_specs import WindowSpec, session, sliding, tumbling
 from dsline.dataflow.window_steps import (
     CountStep,
     Layout,
@@ -35,7 +35,6 @@ __all__ = [
     "WindowStep",
     "hash_keys",
     "key_by",
-    "parse_duration",
     "session",
     "sliding",
     "tumbling",
@@ -44,6 +43,7 @@ __all__ = [
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
+_FEW_PARTITIONS: Final = 8  # so many comparisons are faster than a sort
 _OPTIONS: Final = ("key", "max_open", "flag_partial")
 
 
@@ -111,6 +111,11 @@ class Window(Operator):
             raise PipelineBuildError(f"window: max_open is {max_open!r}, must be an int of 1 or more")
         if not aggregates:
             raise PipelineBuildError("window: nothing to compute; name results, like n=agg.count()")
+        if {"window_start", "window_end"} & set(self.key):
+            raise PipelineBuildError(
+                f"window: the result has columns window_start and window_end, and the key is {', '.join(self.key)}; rename "
+                "it by derive before the window"
+            )
         taken = {"window_start", "window_end", *self.key}
         taken |= {"revision"} if spec.late == "update" else set()
         taken |= {"partial"} if flag_partial else set()
@@ -184,7 +189,7 @@ class KeyBy(Router):
 
     Notes
     -----
-    The partition is `hash_keys` of the key modulo `partitions`: the same in every process and every run. An item with rows for
+    The partition follows from `hash_keys` of the key and `partitions`: the same in every process and every run. An item with rows for
     several partitions is split, which copies the rows; one that belongs to one partition passes as it is. Missing keys (NaN,
     NaT) are keys like others.
     """
@@ -216,16 +221,19 @@ class KeyBy(Router):
                 hashes = mix(hashes * np.uint64(31) + hash_keys(column))
         except TypeError as error:
             raise OperatorError(f"key_by {self._name()}: {error}") from None
-        parts = (hashes % np.uint64(self.partitions)).astype(np.uint16)
+        # The upper half of the hash times the number of partitions; the upper half of that is even over all of them.
+        parts = ((hashes >> np.uint64(32)) * np.uint64(self.partitions) >> np.uint64(32)).astype(np.uint16)
         if len(parts) == 0:
             return ()
         if (parts == parts[0]).all():
             return ((int(parts[0]), item),)
+        if self.partitions <= _FEW_PARTITIONS:
+            rows = [(number, np.flatnonzero(parts == number)) for number in range(self.partitions)]
+            return [(number, _take_rows(item, found)) for number, found in rows if len(found)]
         order = np.argsort(parts, kind="stable")
-        ordered = parts[order]
-        starts = starts_of(ordered)
+        starts = starts_of(parts[order])
         return [
-            (int(ordered[start]), _take_rows(item, order[start:end]))
+            (int(parts[order[start]]), _take_rows(item, order[start:end]))
             for start, end in zip(starts, np.append(starts[1:], len(order)), strict=True)
         ]
 
@@ -294,7 +302,7 @@ def _rows_of(item: Any) -> int:
 def _take_rows(item: Any, rows: Array) -> Any:
     if isinstance(item, np.ndarray):
         return item.take(rows, axis=0)
-    return type(item)({name: column.take(rows) for name, column in item.items()})
+    return type(item)({name: column.take(rows, axis=0) for name, column in item.items()})
 
 
 def window(spec: WindowSpec, **aggregates: Any) -> Window:

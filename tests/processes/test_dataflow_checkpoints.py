@@ -17,6 +17,7 @@ import dsline
 from dsline import Pipeline, PipelineBuildError, Restart
 from dsline.dataflow.log import LogReader
 
+
 @pytest.fixture(scope="module", autouse=True)
 def helpers():
     """The helper process of multiprocessing lives as long as pytest: its pipe is nobody's leak."""
@@ -38,7 +39,11 @@ def fill(path, count, rows=5):
 
 
 def rows_of(path, field="ts"):
-    return [row for item in Pipeline().source(f"file://{path}", start="earliest").collect() for row in item[field].tolist()]
+    return [
+        row
+        for item in Pipeline().source(f"file://{path}", start="earliest").collect()
+        for row in item[field].tolist()
+    ]
 
 
 def copying(source, target, folder, workers=2):
@@ -96,8 +101,13 @@ def test_a_stage_with_state_goes_back_to_the_last_checkpoint(tmp_path):
         Pipeline("sums")
         .source(f"file://{tmp_path / 'in'}", start="earliest")
         .map(plan_functions.slowly, workers=1, restart=Restart(max=1000, delay=0.0))
-        .window(dsline.tumbling(40, time="ts"), total=dsline.agg.sum("value"), workers=1, name="sums",
-                restart=Restart(max=1000, delay=0.0))
+        .window(
+            dsline.tumbling(40, time="ts"),
+            total=dsline.agg.sum("value"),
+            workers=1,
+            name="sums",
+            restart=Restart(max=1000, delay=0.0),
+        )
         .checkpoint(tmp_path / "ck", every=0.05)
         .sink(f"file://{tmp_path / 'out'}")
     )
@@ -105,8 +115,10 @@ def test_a_stage_with_state_goes_back_to_the_last_checkpoint(tmp_path):
         for _ in range(3):
             before = len([event for event in run.events() if event.kind == "checkpoint"])
             wait_until(
-                lambda: len([event for event in run.events() if event.kind == "checkpoint"]) >= before + 1
-                or run._execution.over.is_set(),
+                lambda: (
+                    len([event for event in run.events() if event.kind == "checkpoint"]) >= before + 1
+                    or run._execution.over.is_set()
+                ),
                 30,
             )
             for pid in run.pids().get("sums", []):
@@ -122,8 +134,17 @@ def test_a_stage_with_state_goes_back_to_the_last_checkpoint(tmp_path):
 
 def test_state_is_lost_without_a_checkpoint():
     batches = [np.array([(n, 1.0)], READINGS) for n in range(200)]
-    pipeline = Pipeline().source(batches).map(plan_functions.slowly).window(
-        dsline.tumbling(1000, time="ts"), n=dsline.agg.count(), workers=1, name="counts", restart=Restart(max=9, delay=0.0)
+    pipeline = (
+        Pipeline()
+        .source(batches)
+        .map(plan_functions.slowly)
+        .window(
+            dsline.tumbling(1000, time="ts"),
+            n=dsline.agg.count(),
+            workers=1,
+            name="counts",
+            restart=Restart(max=9, delay=0.0),
+        )
     )
     run = None
     events = []
@@ -141,8 +162,14 @@ def test_state_is_lost_without_a_checkpoint():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p.map(plan_functions.same, workers=2, ordered=False), "ordered=False is not possible with a checkpoint"),
-        (lambda p: p.map(plan_functions.same, workers=1, full="drop_oldest"), "full='drop_oldest' is not possible"),
+        (
+            lambda p: p.map(plan_functions.same, workers=2, ordered=False),
+            "ordered=False is not possible with a checkpoint",
+        ),
+        (
+            lambda p: p.map(plan_functions.same, workers=1, full="drop_oldest"),
+            "full='drop_oldest' is not possible",
+        ),
     ],
 )
 def test_what_goes_with_no_checkpoint(tmp_path, change, message):
@@ -156,7 +183,12 @@ def test_what_goes_with_no_checkpoint(tmp_path, change, message):
 def test_a_checkpoint_of_another_pipeline(tmp_path):
     fill(tmp_path / "in", 10)
     copying(tmp_path / "in", tmp_path / "out", tmp_path / "ck").run()
-    other = Pipeline("copy").source(f"file://{tmp_path / 'in'}").checkpoint(tmp_path / "ck").sink(f"file://{tmp_path / 'o2'}")
+    other = (
+        Pipeline("copy")
+        .source(f"file://{tmp_path / 'in'}")
+        .checkpoint(tmp_path / "ck")
+        .sink(f"file://{tmp_path / 'o2'}")
+    )
     with pytest.raises(PipelineBuildError, match="another pipeline"):
         other.run(resume=True)
     with pytest.raises(PipelineBuildError, match="needs .checkpoint"):

@@ -1,5 +1,6 @@
 """Runs of pipelines: ends, stops, errors, hooks, full queues, channels from outside, and what is left behind."""
 
+import functools
 import os
 import signal
 import sys
@@ -13,8 +14,8 @@ import pytest
 from support import assert_clean, run_script, wait_until
 
 import dsline
-from dsline.dataflow.processes import WorkerProcess
 from dsline import OperatorError, Pipeline, PipelineRuntimeError, Restart
+from dsline.dataflow.processes import WorkerProcess
 
 OFTEN = {"restart": Restart(max=1000, delay=0.0), "max_deliveries": 15}
 
@@ -32,7 +33,9 @@ def events_of(run, kind):
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_results_are_in_order(workers):
-    assert Pipeline().source(range(50)).map(plan_functions.double, workers=workers).collect() == list(range(0, 100, 2))
+    assert Pipeline().source(range(50)).map(plan_functions.double, workers=workers).collect() == list(
+        range(0, 100, 2)
+    )
 
 
 @pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
@@ -51,21 +54,32 @@ def test_out_writes_into_the_slot():
     frames = [np.full((64, 64), n, np.float32) for n in range(10)]
     spec = dsline.ArraySpec((64, 64), np.float32)
     for workers in (0, 1, 2):
-        found = Pipeline().source(frames).map(plan_functions.add_one, returns=spec, workers=workers).map(
-            plan_functions.total, workers=1
+        found = (
+            Pipeline()
+            .source(frames)
+            .map(plan_functions.add_one, returns=spec, workers=workers)
+            .map(plan_functions.total, workers=1)
         )
         assert found.collect() == [4096.0 * (n + 1) for n in range(10)]
 
 
-def test_unordered_results_leave_as_they_are_completed():
-    found = Pipeline().source(range(12)).map(plan_functions.first_is_slow, workers=2, ordered=False).collect()
+def test_unordered_results_leave_as_they_are_completed(tmp_path):
+    function = functools.partial(plan_functions.first_waits, str(tmp_path / "others"))
+    found = Pipeline().source(range(12)).map(function, workers=2, ordered=False).collect()
     assert sorted(found) == list(range(12))
     assert found[0] != 0
 
 
 def test_an_error_has_the_traceback_of_the_worker():
-    pipeline = Pipeline().source(range(5)).map(plan_functions.fails_at_three, workers=2, name="work").sink(plan_functions.take)
-    with pytest.raises(OperatorError, match=r"stage 'work': fails_at_three\(\) failed: ValueError: three") as caught:
+    pipeline = (
+        Pipeline()
+        .source(range(5))
+        .map(plan_functions.fails_at_three, workers=2, name="work")
+        .sink(plan_functions.take)
+    )
+    with pytest.raises(
+        OperatorError, match=r"stage 'work': fails_at_three\(\) failed: ValueError: three"
+    ) as caught:
         pipeline.run()
     assert caught.value.stage == "work"
     assert "plan_functions.py" in str(caught.value.__cause__)
@@ -85,7 +99,11 @@ def test_policies():
 
 
 def test_too_many_errors():
-    pipeline = Pipeline().source(range(100)).map(plan_functions.always_fails, on_error="skip", max_errors=5, name="bad")
+    pipeline = (
+        Pipeline()
+        .source(range(100))
+        .map(plan_functions.always_fails, on_error="skip", max_errors=5, name="bad")
+    )
     with pytest.raises(PipelineRuntimeError, match="stage 'bad': 6 errors, and max_errors=5"):
         pipeline.collect()
 
@@ -119,30 +137,51 @@ def test_a_hook_that_raises():
 
 
 def test_a_worker_that_dies_again_and_again_over_one_item():
-    pipeline = Pipeline().source(range(9)).map(plan_functions.KillsItself, workers=2, name="work", restart=OFTEN["restart"])
+    pipeline = (
+        Pipeline()
+        .source(range(9))
+        .map(plan_functions.KillsItself, workers=2, name="work", restart=OFTEN["restart"])
+    )
     with pytest.raises(PipelineRuntimeError, match=r"item 4 ended 3 worker processes \(killed by signal 9"):
         pipeline.collect()
-    skipping = Pipeline().source(range(9)).map(
-        plan_functions.KillsItself, workers=2, on_error="skip", restart=OFTEN["restart"]
+    skipping = (
+        Pipeline()
+        .source(range(9))
+        .map(plan_functions.KillsItself, workers=2, on_error="skip", restart=OFTEN["restart"])
     )
     assert skipping.collect() == [0, 1, 2, 3, 5, 6, 7, 8]
-    dropping = Pipeline().source(range(9)).map(
-        plan_functions.KillsItself, workers=1, on_crash="skip", restart=OFTEN["restart"]
+    dropping = (
+        Pipeline()
+        .source(range(9))
+        .map(plan_functions.KillsItself, workers=1, on_crash="skip", restart=OFTEN["restart"])
     )
     assert dropping.collect() == [0, 1, 2, 3, 5, 6, 7, 8]
 
 
 def test_no_more_restarts():
-    pipeline = Pipeline().source(range(9)).map(
-        plan_functions.KillsItself, workers=1, name="work", restart=Restart(max=1, delay=0.0)
+    pipeline = (
+        Pipeline()
+        .source(range(9))
+        .map(plan_functions.KillsItself, workers=1, name="work", restart=Restart(max=1, delay=0.0))
     )
-    with pytest.raises(PipelineRuntimeError, match=r"stage 'work': worker 0 died \(killed by signal 9.*2 deaths"):
+    with pytest.raises(
+        PipelineRuntimeError, match=r"stage 'work': worker 0 died \(killed by signal 9.*2 deaths"
+    ):
         pipeline.collect()
 
 
 def test_an_item_that_hangs():
-    pipeline = Pipeline().source(range(5)).map(
-        plan_functions.HangsAtTwo, workers=1, timeout=0.5, max_deliveries=1, on_error="skip", restart=OFTEN["restart"]
+    pipeline = (
+        Pipeline()
+        .source(range(5))
+        .map(
+            plan_functions.HangsAtTwo,
+            workers=1,
+            timeout=0.5,
+            max_deliveries=1,
+            on_error="skip",
+            restart=OFTEN["restart"],
+        )
     )
     assert pipeline.collect() == [0, 1, 3, 4]
 
@@ -163,7 +202,12 @@ def test_stopping_drains():
 
 
 def test_stopping_with_a_deadline():
-    pipeline = Pipeline().source(range(100)).map(plan_functions.sleeps, workers=1, name="slow").sink(plan_functions.take)
+    pipeline = (
+        Pipeline()
+        .source(range(100))
+        .map(plan_functions.sleeps, workers=1, name="slow")
+        .sink(plan_functions.take)
+    )
     with pipeline.start() as run:
         wait_until(lambda: run.stats()["slow"].items_in >= 1, 20)
         report = run.stop(timeout=0.2)
@@ -176,7 +220,9 @@ def test_a_run_with_a_time_limit():
     assert report.state == "stopped"
 
 
-@pytest.mark.parametrize(("full", "lost"), [("drop_oldest", True), ("drop_newest", True), ("latest", True), ("block", False)])
+@pytest.mark.parametrize(
+    ("full", "lost"), [("drop_oldest", True), ("drop_newest", True), ("latest", True), ("block", False)]
+)
 def test_full_queues(full, lost):
     taken = []
 
@@ -184,7 +230,13 @@ def test_full_queues(full, lost):
         time.sleep(0.002)
         taken.append(item)
 
-    report = Pipeline().source(range(300)).map(plan_functions.double).sink(slow, full=full, queue=4, name="viewer").run()
+    report = (
+        Pipeline()
+        .source(range(300))
+        .map(plan_functions.double)
+        .sink(slow, full=full, queue=4, name="viewer")
+        .run()
+    )
     assert taken == sorted(taken)
     if not lost:
         assert taken == list(range(0, 600, 2))
@@ -199,8 +251,17 @@ def test_full_queues(full, lost):
 
 @pytest.mark.parametrize("ordered", [True, False])
 def test_losses_before_competing_workers(ordered):
-    pipeline = Pipeline().source(range(400)).map(
-        plan_functions.sleeps_a_little, workers=2, full="drop_oldest", queue=3, ordered=ordered, name="work"
+    pipeline = (
+        Pipeline()
+        .source(range(400))
+        .map(
+            plan_functions.sleeps_a_little,
+            workers=2,
+            full="drop_oldest",
+            queue=3,
+            ordered=ordered,
+            name="work",
+        )
     )
     found = pipeline.collect()
     stats = pipeline.stats()["work"]
@@ -212,13 +273,19 @@ def test_losses_before_competing_workers(ordered):
 
 
 def test_full_error():
-    pipeline = Pipeline().source(range(400)).map(plan_functions.sleeps_a_little, workers=1, full="error", queue=3, name="work")
+    pipeline = (
+        Pipeline()
+        .source(range(400))
+        .map(plan_functions.sleeps_a_little, workers=1, full="error", queue=3, name="work")
+    )
     with pytest.raises(PipelineRuntimeError, match="is full .3 items. and full='error'"):
         pipeline.collect()
 
 
 def test_an_item_larger_than_the_memory():
-    pipeline = Pipeline(memory="4MiB").source([np.zeros(8 << 20, np.uint8)]).map(plan_functions.total, workers=1)
+    pipeline = (
+        Pipeline(memory="4MiB").source([np.zeros(8 << 20, np.uint8)]).map(plan_functions.total, workers=1)
+    )
     with pytest.raises(OperatorError, match="memory=|8388608"):
         pipeline.collect()
 
@@ -240,9 +307,13 @@ def test_a_channel_from_outside(name, make_channel, workers):
 
 def test_stopping_a_pipeline_on_a_channel_from_outside(name, make_channel):
     with make_channel(name, capacity=64, slot_size=4096) as channel:
-        run = Pipeline().source(f"shm://{name}").map(plan_functions.double, workers=2, name="work").sink(
-            plan_functions.take
-        ).start()
+        run = (
+            Pipeline()
+            .source(f"shm://{name}")
+            .map(plan_functions.double, workers=2, name="work")
+            .sink(plan_functions.take)
+            .start()
+        )
         channel.send_object(3)
         wait_until(lambda: run.stats()["work"].items_in == 1, 20)
         report = run.stop(timeout=20)
@@ -359,7 +430,12 @@ def test_two_inputs_in_the_order_of_time():
 
 
 def test_stats_of_edges_and_stages():
-    pipeline = Pipeline("named").source(range(30)).map(plan_functions.double, workers=2, name="work").sink(plan_functions.take)
+    pipeline = (
+        Pipeline("named")
+        .source(range(30))
+        .map(plan_functions.double, workers=2, name="work")
+        .sink(plan_functions.take)
+    )
     report = pipeline.run()
     assert report.stats["work"].items_in == 30
     assert {edge.policy for edge in report.stats.edges} == {"block"}

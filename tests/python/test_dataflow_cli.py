@@ -1,5 +1,6 @@
 """dsline run: which pipeline it finds in a file, what it prints, and its exit codes."""
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,9 @@ import time
 import xml.etree.ElementTree as ET
 
 import pytest
+from click.testing import CliRunner
+
+from dsline.cli import cli
 
 PROGRAM = """
 import dsline
@@ -40,8 +44,15 @@ def raises():
     return dsline.nothing
 
 
+def stuck(x):
+    import time
+
+    print("tick", flush=True)
+    time.sleep(60)
+
+
 def hangs():
-    return dsline.Pipeline("hangs").source([1]).map(lambda x: __import__("time").sleep(60)).sink(print)
+    return dsline.Pipeline("hangs").source([1]).map(stuck).sink(print)
 
 
 def ticks():
@@ -71,9 +82,34 @@ def command(*arguments):
     return [sys.executable, "-m", "dsline", "run", *map(str, arguments)]
 
 
-def run(folder, *arguments, **options):
+class Done:
+    def __init__(self, returncode, stdout, stderr):
+        self.returncode, self.stdout, self.stderr = returncode, stdout, stderr
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    """What a command has imported from a folder is not there for the next one."""
+    modules, path = set(sys.modules), list(sys.path)
+    yield
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        if name in ("flow", "helpers", "broken"):
+            del sys.modules[name]
+
+
+def run(folder, *arguments):
+    """Run the command in this process, as if nothing had been imported for it."""
+    for name in ("flow", "helpers", "broken"):
+        sys.modules.pop(name, None)
+    with contextlib.chdir(folder):
+        result = CliRunner().invoke(cli, ["run", *map(str, arguments)])
+    return Done(result.exit_code, result.stdout, result.stderr)
+
+
+def run_apart(folder, *arguments):
     return subprocess.run(
-        command(*arguments), cwd=folder, capture_output=True, text=True, timeout=60, check=False, **options
+        command(*arguments), cwd=folder, capture_output=True, text=True, timeout=60, check=False
     )
 
 
@@ -84,7 +120,7 @@ def failure(done):
 
 
 def test_a_variable_and_a_function_of_a_file(folder):
-    done = run(folder, "flow.py")
+    done = run_apart(folder, "flow.py")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[:3] == ["2", "4", "6"]
@@ -196,7 +232,7 @@ def test_a_plan(folder):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(["", os.environ.get("PYTHONPATH", "")])},
     )  # fmt: skip
     (folder / "plan.json").write_text(made.stdout)
-    done = run(folder.parent, folder / "plan.json")  # finds the functions beside the plan
+    done = run_apart(folder.parent, folder / "plan.json")  # finds the functions beside the plan
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[:2] == ["2", "4"]
     done = run(folder, "plan.json", "--set", "twice.workers=2", "--set", "memory=64MiB", "--explain")
@@ -242,10 +278,7 @@ def test_ctrl_c_once_drains_and_twice_ends(folder, presses):
         text=True,
     ) as process:
         try:
-            if presses == 1:
-                assert process.stdout.readline() == "tick\n"
-            else:
-                time.sleep(1.5)
+            assert process.stdout.readline() == "tick\n"
             for _ in range(presses):
                 process.send_signal(signal.SIGINT)
                 time.sleep(0.3)
@@ -258,3 +291,36 @@ def test_ctrl_c_once_drains_and_twice_ends(folder, presses):
         assert "endless: stopped after" in out
     else:
         assert err.splitlines()[-1] == "dsline: error: interrupted"
+
+
+def test_bench_pipeline():
+    arguments = ["--count", "10", "--batch", "3", "--work", "1000", "--repeats", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dsline", "bench", "pipeline", *arguments, "--json"],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    figures = json.loads(done.stdout)
+    assert (figures["count"], figures["batch"], figures["work_us"]) == (10, 3, 1000)
+    assert figures["items_per_second"].keys() == {"1", "2"}
+    assert all(rate > 0 for rate in figures["items_per_second"].values())
+    assert figures["scaling"] == pytest.approx(
+        figures["items_per_second"]["2"] / figures["items_per_second"]["1"]
+    )
+    assert figures["process_ns_per_item"] > 0 < figures["process_ns_per_batch"]
+
+
+def test_functions_of_a_file_in_worker_processes(folder):
+    """The workers import the file by its name, and not what is under __main__."""
+    with (folder / "flow.py").open("a") as file:
+        file.write(
+            "\n\nclass Add:\n    def __init__(self, much): self.much = much\n    def __call__(self, x): return x + self.much\n\n"
+            "import functools\n\n"
+            "def apart():\n"
+            "    made = dsline.Pipeline('apart').source([1, 2, 3]).map(functools.partial(Add, 10), workers=1)\n"
+            "    return made.map(double, workers=1).sink(print)\n"
+        )
+    done = run_apart(folder, "flow.py", "--name", "apart")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[:3] == ["22", "24", "26"]
+    assert "1 of 1" in done.stdout

@@ -1,5 +1,6 @@
 """Sources and sinks: what they are described by, what they give and take, how they end, and where they are resumed."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -116,6 +117,14 @@ def test_sources_of_python(make):
         assert resumed(make(), position) == list(range(count, 10))
 
 
+def test_what_can_be_replayed():
+    assert parse_source([1]).replayable
+    assert parse_source(Counting()).replayable
+    assert parse_source(numbers).replayable
+    assert not parse_source(iter([1])).replayable
+    assert not parse_source({1}).replayable  # another process may have another order
+
+
 def test_an_iterator_is_not_resumed():
     items, position = take(iter(range(10)), 4)
     assert items == [0, 1, 2, 3]
@@ -140,13 +149,13 @@ def test_a_function_that_returns_no_iterable():
         list(step)
 
 
-@pytest.mark.parametrize("rows", [None, 1, 3, 100])
+@pytest.mark.parametrize("rows", [None, 1, 3, 1000])
 @pytest.mark.parametrize(
     "array",
     [
         np.arange(24.0).reshape(6, 4),
         np.asfortranarray(np.arange(24).reshape(6, 2, 2)),
-        np.zeros(10_000, [("t", "f8"), ("n", "i4")]),
+        np.zeros(4100, [("t", "f8"), ("n", "i4")]),
         np.arange(7),
         np.zeros((0, 3)),
         np.array(["2020-01-01"], "M8[D]"),
@@ -485,6 +494,18 @@ def test_the_log_as_source_and_sink(here):
     assert parse_source("file://log").schema == dsline.ArraySpec((None, None, None), "u1")
 
 
+def test_a_group_of_a_log_begins_where_it_was_committed(here):
+    put("file://log", range(10))
+    source = parse_source("file://log", group="g")
+    step = source.start(CONTEXT)
+    assert list(itertools.islice(step, 4)) == [0, 1, 2, 3]
+    source.commit(step.position())  # by whoever knows that they are done; the step has the group's lock
+    step.close()
+    assert take("file://log", group="g")[0] == [4, 5, 6, 7, 8, 9]
+    parse_source("file://log").commit({"sequence": 9})
+    assert take("file://log")[0] == list(range(10))
+
+
 class Recorder:
     made = 0
 
@@ -589,23 +610,22 @@ def test_a_receiver_that_comes_after_the_end(name):
 def test_all_receivers_see_the_end(name, early):
     got = [[], [], []]
     uri = f"shm://{name}"
-    if early:
-        threads = [receiver(uri, each) for each in got]
-        step = parse_sink(uri).start(CONTEXT)
-        wait_until(lambda: dsline.status.inspect(name).alive == 4)
-        for number in range(50):
-            step.write(number)
-        step.finish()
-        step.close()
-    else:
-        put(uri, range(50))
-        with dsline.ShmChannel.open(name):
+    with contextlib.ExitStack() as stack:
+        if early:
             threads = [receiver(uri, each) for each in got]
-            for thread in threads:
-                thread.join(TIMEOUT)  # the channel is there until the last of them has come
-    for thread in threads:
-        thread.join(TIMEOUT)
-        assert not thread.is_alive()
+            step = parse_sink(uri).start(CONTEXT)
+            wait_until(lambda: dsline.status.inspect(name).alive == 4)
+            for number in range(50):
+                step.write(number)
+            step.finish()
+            step.close()
+        else:
+            put(uri, range(50))
+            stack.enter_context(dsline.ShmChannel.open(name))  # it is there until all have seen it
+            threads = [receiver(uri, each) for each in got]
+        for thread in threads:
+            thread.join(TIMEOUT)
+            assert not thread.is_alive()
     assert sorted(itertools.chain(*got)) == list(range(50))
 
 
@@ -655,6 +675,48 @@ def test_policies_of_a_channel_sink(name):
         parse_sink(uri, full="latest", capacity=2)
     with pytest.raises(dsline.PipelineBuildError, match="on_end is 'stop'"):
         parse_sink(uri, on_end="stop")
+
+
+@pytest.mark.parametrize("policy", ["drop_newest", "raise"])
+def test_an_end_is_not_dropped(name, policy):
+    with dsline.ShmChannel(name, capacity=2, backpressure=policy, timeout=5) as channel:
+        step = parse_sink(channel, on_end="end").start(CONTEXT)
+        step.write(1)
+        step.write(2)
+        got = []
+        finishing = threading.Thread(target=step.finish)
+        finishing.start()
+        got += [channel.recv_object(), channel.recv_object()]
+        finishing.join(TIMEOUT)
+        assert list(receive_from(channel, timeout=5)) == []
+        assert got == [1, 2]
+
+
+def test_a_sink_that_waits_is_stopped(name):
+    with dsline.ShmChannel(name, capacity=2) as channel:
+        step = parse_sink(channel).start(CONTEXT)
+        step.write(1)
+        step.write(2)
+        raised = []
+
+        def write():
+            try:
+                step.write(3)
+            except dsline.PipelineRuntimeError as error:
+                raised.append(str(error))
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        wait_until(lambda: dsline.status.inspect(name).participants[0].waiting_for == "room")
+        step.stop()
+        thread.join(TIMEOUT)
+        assert "has no room, and the sink was told to stop" in raised[0]
+        assert [channel.recv_object(), channel.recv_object()] == [1, 2]
+    with dsline.ShmChannel(name, capacity=1) as channel:
+        channel.send(b"x")
+        with pytest.raises(dsline.BufferFullError):
+            put(channel, [1], timeout=0.01)
+        channel.recv()
 
 
 def test_a_channel_that_nobody_makes(name):
@@ -733,6 +795,11 @@ def test_typed_channels(name):
     with dsline.ShmChannel(spec=record, timeout=5) as channel:
         put(channel, [{"t": 1.5, "n": np.array([1, 2], "i4")}], on_end="end")
         assert channel.recv_record()["n"].tolist() == [1, 2]
+        assert list(receive_from(channel)) == []
+        channel.send({"t": 2.5, "n": np.array([3, 4], "i4")})
+        (item,), _ = take(channel, 1)
+        assert parse_source(channel).schema.matches(item)
+        assert item["t"] == 2.5
 
 
 def test_send_to_and_receive_from(name):

@@ -4,12 +4,12 @@ import json
 import xml.etree.ElementTree
 
 import numpy as np
+import plan_functions
 import pytest
 
 import dsline
 from dsline import ArraySpec, Pipeline, PipelineBuildError
 from dsline.dataflow.plan import Plan
-import plan_functions
 
 
 def names(plan):
@@ -17,7 +17,9 @@ def names(plan):
 
 
 def test_stages_of_the_caller_are_one_segment():
-    plan = Pipeline().source([1, 2]).map(plan_functions.double).filter(plan_functions.is_even).sink(print).plan()
+    plan = (
+        Pipeline().source([1, 2]).map(plan_functions.double).filter(plan_functions.is_even).sink(print).plan()
+    )
     assert names(plan) == [["iterable", "double", "is_even", "callable"]] or len(plan.segments) == 1
     assert plan.edges == ()
     assert plan.worker_processes == 0
@@ -86,7 +88,11 @@ def test_schemas_are_checked_when_the_plan_is_made():
 
 
 def test_explain_says_what_runs_where():
-    pipeline = Pipeline("frames", memory="64MiB").source(range(3)).map(plan_functions.double, workers=2, queue=4, name="work")
+    pipeline = (
+        Pipeline("frames", memory="64MiB")
+        .source(range(3))
+        .map(plan_functions.double, workers=2, queue=4, name="work")
+    )
     text = pipeline.explain()
     assert text.startswith("pipeline 'frames': the caller and 2 worker processes, 2 channels")
     assert "4 queued of" in text
@@ -122,7 +128,10 @@ def test_what_json_cannot_say():
         (lambda plain: plain.pop("dsline_plan"), "dsline_plan"),
         (lambda plain: plain.pop("stages"), "stages"),
         (lambda plain: plain["stages"][1].update(inputs=["nobody"]), "'nobody' is no stage"),
-        (lambda plain: plain["stages"][1].update(inputs=["take"]), "needs none|no output|has no output|goes nowhere|cycle"),
+        (
+            lambda plain: plain["stages"][1].update(inputs=["take"]),
+            "needs none|no output|has no output|goes nowhere|cycle",
+        ),
         (lambda plain: plain["stages"][1].update(inputs=["double"]), "cycle: double → double"),
         (lambda plain: plain["stages"][1]["options"].update(workers=-1), "stage 'double'.*workers is -1"),
         (lambda plain: plain["stages"][1]["options"].update(colour=1), "unknown stage option 'colour'"),
@@ -131,7 +140,14 @@ def test_what_json_cannot_say():
     ],
 )
 def test_wrong_json(change, message):
-    plain = json.loads(Pipeline().source(plan_functions.numbers).map(plan_functions.double).sink(plan_functions.take).plan().to_json())
+    plain = json.loads(
+        Pipeline()
+        .source(plan_functions.numbers)
+        .map(plan_functions.double)
+        .sink(plan_functions.take)
+        .plan()
+        .to_json()
+    )
     change(plain)
     with pytest.raises(PipelineBuildError, match=message):
         Plan.from_json(json.dumps(plain))
@@ -153,7 +169,12 @@ def test_a_cycle_over_two_stages():
 
 
 def test_drawings_name_every_stage():
-    pipeline = Pipeline("p").source(range(3), name="in").map(plan_functions.double, workers=2, name="<work>").sink(print, name="out")
+    pipeline = (
+        Pipeline("p")
+        .source(range(3), name="in")
+        .map(plan_functions.double, workers=2, name="<work>")
+        .sink(print, name="out")
+    )
     plan = pipeline.plan()
     assert plan.to_mermaid().startswith("flowchart")
     text = plan.to_svg()
@@ -173,7 +194,7 @@ def test_drawings_name_every_stage():
         (lambda: Pipeline(memory="lots"), "memory is 'lots'"),
         (lambda: Pipeline().source([1]).map(len, workers=65).sink(print), "workers is 65"),
         (lambda: Pipeline().source([1]).map(len, full="drop"), "full is 'drop'"),
-        (lambda: Pipeline().source([1]).map(len, wrkers=2), "unknown stage option 'wrkers'"),
+        (lambda: Pipeline().source([1]).map(len, colours=2), "unknown stage option 'colours'"),
         (lambda: Pipeline().source([1]).map(len, timeout=1.0), "workers=1"),
         (lambda: Pipeline().source([1]).batch(2, workers=2).sink(print).plan(), "stage 'batch': workers=2"),
         (lambda: Pipeline().source([1]).map(len, name="a").map(len, name="a").sink(print).plan(), "name 'a'"),
@@ -181,7 +202,9 @@ def test_drawings_name_every_stage():
         (lambda: Pipeline().source([1]).broadcast(), "needs sinks"),
         (lambda: Pipeline.together(Pipeline().source([1])), "without a sink"),
         (
-            lambda: Pipeline("m", memory="1MiB").source([1]).map(len, workers=2, queue=100).sink(print).plan(),
+            lambda: (
+                Pipeline("m", memory="1MiB").source([1]).map(len, workers=2, queue=100).sink(print).plan()
+            ),
             "more memory=",
         ),
     ],

@@ -5,12 +5,27 @@ import json
 import pytest
 
 from dsline import PipelineBuildError
-from dsline.dataflow.policies import DeadLetterPolicy, ErrorBudget, Raise, Retry, Skip, dead_letter, parse_policy, retry
+from dsline.dataflow.policies import (
+    DeadLetterPolicy,
+    ErrorBudget,
+    Raise,
+    Retry,
+    Skip,
+    dead_letter,
+    parse_policy,
+    retry,
+)
 
 
 @pytest.mark.parametrize(
     "policy",
-    [Raise(), Skip(), dead_letter("file://dead"), retry(3), retry(2, backoff=0.5, then=dead_letter("file://d"))],
+    [
+        Raise(),
+        Skip(),
+        dead_letter("file://dead"),
+        retry(3),
+        retry(2, backoff=0.5, then=dead_letter("file://d")),
+    ],
 )
 def test_json_round_trip(policy):
     again = parse_policy(json.loads(json.dumps(policy.to_json())))
@@ -23,7 +38,9 @@ def test_words():
     assert parse_policy("skip") == Skip()
 
 
-@pytest.mark.parametrize("wrong", ["ignore", 3, None, {"dead": "x"}, {"retry": 0}, {"dead_letter": "shm://x"}])
+@pytest.mark.parametrize(
+    "wrong", ["ignore", 3, None, {"dead": "x"}, {"retry": 0}, {"dead_letter": "shm://x"}]
+)
 def test_what_is_no_policy(wrong):
     with pytest.raises(PipelineBuildError):
         parse_policy(wrong)

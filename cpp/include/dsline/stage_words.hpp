@@ -78,7 +78,8 @@ class StageWords {
   ///   a control frame before it is not through, or, for a `control` frame, any message before it: so a control frame
   ///   stays between the messages that it was sent between; or
   ///   a message as many tickets ago as the ring has may still come again.
-  Outcome try_draw(const Channel& inbox, std::uint64_t sequence, bool control, std::uint64_t& ticket) noexcept;
+  Outcome try_draw(const Channel& inbox, std::uint64_t sequence, bool control,
+                   std::uint64_t& ticket) noexcept;
   /// The same, and waits as wait_turn() does.
   Outcome draw(const Channel& inbox, std::uint64_t sequence, bool control, std::uint64_t& ticket,
                std::int64_t deadline_ns, bool spin) noexcept;

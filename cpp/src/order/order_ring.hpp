@@ -49,7 +49,8 @@ class OrderRing {
       const std::uint64_t hint = tail_guess();
       std::uint64_t t = hint;
       for (std::uint64_t i = 0; i < cells && cell(t).ahead_of(t) == 0; ++i) t = slots::next_position(t);
-      if (cell(t).ahead_of(t) < 0 || tail_guess() == hint) return t;  // else lapped while this process stood still
+      if (cell(t).ahead_of(t) < 0 || tail_guess() == hint)
+        return t;  // else lapped while this process stood still
     }
   }
 

@@ -329,6 +329,7 @@ void expect_everything_once(Stage& stage, std::uint64_t count, std::uint64_t mar
   EXPECT_EQ(stage.words->done(0), count);
   EXPECT_EQ(stage.words->lost(0), 0u);
   EXPECT_EQ(stage.in->stats().free_slots, stage.in->capacity());
+  stage.out->check_peers();  // what a dead one had committed and nobody waited for comes to light
   std::vector<std::string> results = stage.results();
   std::vector<std::string> all = wanted(count, marker);
   if (stage.words->tickets() != 0) {  // of each message in order, and on its side of the control frame
@@ -397,7 +398,7 @@ TEST(StageDeaths, TwiceInARow) {
 
 // Nobody but one who waits for the next turn is left to take the message of the dead.
 TEST(StageDeaths, WhoWaitsForTheNextTurnTakesOver) {
-  for (const std::uint32_t tickets : {0u, 4u}) {
+  for (const std::uint32_t tickets : {0u, 2u}) {
     for (int at = 1;; ++at) {
       Stage stage(tickets);
       stage.feed(kCount, kMarker);
@@ -442,6 +443,7 @@ TEST(StageDeaths, APoisonedMessageIsSkippedOnceAndCounted) {
       Worker heir(*stage.in, *stage.out, stage.words);
       heir.run_until(4);
       SCOPED_TRACE("tickets " + std::to_string(tickets) + ", store " + std::to_string(at));
+      stage.out->check_peers();
       const std::vector<std::string> results = stage.results();
       const std::vector<std::string> all = wanted(4);
       EXPECT_LE(results.size(), all.size());
