@@ -25,6 +25,7 @@ import numpy as np
 
 from dsline._core import CounterPage
 from dsline.dataflow.counters import WorkerCounters
+from dsline.dataflow.descriptions import error_text
 from dsline.dataflow.items import Batch, nbytes_of, rows_of
 from dsline.dataflow.operator import Context, Emit, MergeStep, Operator, Router, Sink, Source, Step
 from dsline.dataflow.plan import AHEAD, Edge, Stage
@@ -268,8 +269,30 @@ class _Output:
             self._counters.blocked(waited)
 
 
+# What a user's function may raise. Not KeyboardInterrupt in the caller's process: there it may be Ctrl-C. SystemExit would
+# otherwise end a worker, or a thread of the caller, in good order.
+_FAILURES: Final = (Exception, SystemExit, GeneratorExit)
+_FAILURES_OF_WORKERS: Final = (*_FAILURES, KeyboardInterrupt)
+
+
+def _failures(worker: int) -> tuple[type[BaseException], ...]:
+    return _FAILURES if worker < 0 else _FAILURES_OF_WORKERS
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error_text(error)}".rstrip(": ")
+
+
+def _shown(error: BaseException) -> str:
+    """The repr of an error, whatever its own methods do."""
+    try:
+        return repr(error)
+    except Exception:
+        return _said(error)
+
+
 def _operator_error(stage: str, error: BaseException, what: str) -> OperatorError:
-    made = OperatorError(f"stage {stage!r}: {what}: {type(error).__name__}: {error}")
+    made = OperatorError(f"stage {stage!r}: {what}: {_said(error)}")
     made.stage = stage
     made.traceback = "".join(traceback.format_exception(error))
     return made
@@ -349,11 +372,12 @@ class _Chain:
         """Errors of a stage are handled where they happen; those of the stages after it pass, as they are no Exception."""
         loop = self._loop
         place = loop.job.stages.index(stage)
+        failures = loop.failures
 
         def guarded(item: Any) -> None:
             try:
                 call(item)
-            except Exception as error:
+            except failures as error:
                 loop.failed(stage, item, error, call)
 
         if place == 0:
@@ -367,7 +391,7 @@ class _Chain:
                 counts.number = 0
             try:
                 call(item)
-            except Exception as error:
+            except failures as error:
                 loop.failed(stage, item, error, call)
             finally:
                 end(1 if counts is None else counts.number)
@@ -378,7 +402,7 @@ class _Chain:
         """Call something of a stage that belongs to no item."""
         try:
             return function()
-        except Exception as error:
+        except self._loop.failures as error:
             raise StageFailed(_operator_error(stage.name, error, what)) from error
 
     def deadline(self) -> float | None:
@@ -422,13 +446,13 @@ class _Chain:
         for _, step in self.steps:
             try:
                 step.close()
-            except Exception as error:
-                self._loop.control.event("warning", text=f"close() failed: {error!r}")
+            except self._loop.failures as error:
+                self._loop.control.event("warning", text=f"close() failed: {_said(error)}")
         if self.sink is not None:
             try:
                 self.sink.close()
-            except Exception as error:
-                self._loop.control.event("warning", text=f"closing the sink failed: {error!r}")
+            except self._loop.failures as error:
+                self._loop.control.event("warning", text=f"closing the sink failed: {_said(error)}")
 
 
 def _goes_to_caller(sink: Sink) -> bool:
@@ -455,7 +479,7 @@ def _started(stage: Stage, context: Context) -> Any:
     """Return the running step, source or sink of a stage; of a router its function."""
     try:
         return stage.part.route(context) if isinstance(stage.part, Router) else stage.part.start(context)
-    except Exception as error:
+    except _failures(context.worker) as error:
         raise StageFailed(_operator_error(stage.name, error, "it could not be started")) from error
 
 
@@ -498,6 +522,7 @@ class SegmentLoop:
         control: Control,
     ) -> None:
         self.job = job
+        self.failures = _failures(job.worker)
         self.counters = counters
         self.control = control
         self._inputs = inputs
@@ -607,18 +632,18 @@ class SegmentLoop:
         """Where the counters of a stage are."""
         return self.counters.stages[self.job.stages.index(stage)]
 
-    def failed(self, stage: Stage, item: Any, error: Exception, again: Callable[[Any], None]) -> None:
+    def failed(self, stage: Stage, item: Any, error: BaseException, again: Callable[[Any], None]) -> None:
         """A stage raised: do what its policy says."""
         policy: Any = stage.options.policy
         self.page(stage).add("errors", 1)
         if self.job.asks_on_error:
             answer = self.control.ask(
-                "on_error", stage=stage.name, error=repr(error), attempt=self._attempt, sequence=self._at()
+                "on_error", stage=stage.name, error=_shown(error), attempt=self._attempt, sequence=self._at()
             )
             if answer is not None:
                 policy = parse_policy(answer)
         else:
-            self.control.event("error", stage=stage.name, error=repr(error), sequence=self._at())
+            self.control.event("error", stage=stage.name, error=_shown(error), sequence=self._at())
         if isinstance(policy, Retry):
             for pause in policy.pauses():
                 time.sleep(pause)
@@ -626,7 +651,7 @@ class SegmentLoop:
                 try:
                     again(item)
                     return
-                except Exception as next_error:
+                except self.failures as next_error:
                     error = next_error
             policy = policy.then_policy
         if isinstance(policy, DeadLetterPolicy):
@@ -654,7 +679,7 @@ class SegmentLoop:
                 _operator_error(stage.name, why, "its dead letter could not be written")
             ) from error
         self.page(stage).add("dead_letters", 1)
-        self.control.event("dead_letter", stage=stage.name, sequence=self._at(), error=repr(error))
+        self.control.event("dead_letter", stage=stage.name, sequence=self._at(), error=_shown(error))
 
     # --- running ---
 
@@ -711,7 +736,7 @@ class SegmentLoop:
                     break
                 except ChannelClosedError:
                     break
-                except Exception as error:
+                except self.failures as error:
                     raise StageFailed(_operator_error(stage.name, error, "the source failed")) from error
                 if passed > 0:
                     passed -= 1
@@ -911,7 +936,7 @@ class SegmentLoop:
             else:
                 try:
                     process(item)
-                except Exception as error:
+                except self.failures as error:
                     assert stage is not None
                     self.failed(stage, item, error, process)
         finally:
