@@ -30,6 +30,7 @@ Part: TypeAlias = Source | Operator | Sink
 _FORMAT = 1
 _SLOT_OF_OBJECTS = 1 << 16  # bytes; slots grow with what is sent
 _MOST_SLOTS = 4096
+MAX_HELD = 0.75  # of the slots of an edge, for an operator that keeps inputs
 AHEAD = 4  # finished results that a worker keeps while it waits for its turn
 
 
@@ -91,6 +92,8 @@ class Edge:
         Geometry of the channel.
     full : str
         What happens when it is full.
+    ahead : int
+        Slots that each of several workers before it may write results into that wait for their turn.
     external : ChannelSource or None
         The channel that the caller named, for an edge that is not the pipeline's own.
     """
@@ -104,6 +107,7 @@ class Edge:
     full: str
     guarantee: str
     external: ChannelSource | None = None
+    ahead: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -740,7 +744,19 @@ class _Compiler:
             full=options.full,
             guarantee=self._guarantee(head, drafts[producer] if producer is not None else None),
             external=edge.get("external"),
+            ahead=self._ahead(slots, consumers, makers, [self._stages[n] for n in drafts[edge["target"]]["numbers"]])
+            if options.full == "block"
+            else 0,
         )
+
+    @staticmethod
+    def _ahead(slots: int, consumers: int, makers: int, takers: list[Stage]) -> int:
+        """Whoever has the turn must find a slot: those behind hold some, and the others before it what they wrote ahead."""
+        if any(isinstance(stage.part, Operator) and stage.part.holds for stage in takers):
+            held = int(MAX_HELD * slots)
+        else:
+            held = max(consumers * (1 + AHEAD), slots // 2)  # or views that a user keeps
+        return max(0, slots - held - 1) // makers
 
     def _guarantee(self, head: Stage, producer: dict[str, Any] | None) -> str:
         full = head.options.full

@@ -28,7 +28,7 @@ from dsline.dataflow.counters import WorkerCounters
 from dsline.dataflow.descriptions import error_text
 from dsline.dataflow.items import Batch, nbytes_of, rows_of
 from dsline.dataflow.operator import Context, Emit, MergeStep, Operator, Router, Sink, Source, Step
-from dsline.dataflow.plan import AHEAD, Edge, Stage
+from dsline.dataflow.plan import AHEAD, MAX_HELD, Edge, Stage
 from dsline.dataflow.policies import DeadLetterPolicy, Retry, Skip, parse_policy
 from dsline.dataflow.sinks import CollectSink
 from dsline.dataflow.sources import SHUT_DOWN_AT_END
@@ -52,7 +52,7 @@ _TURN: Final = 0.05  # seconds to wait for a turn before looking why it does not
 _SHORT: Final = 0.002  # seconds between looks at two things that cannot be waited for together
 _NOTHING: Final = 50_000  # ns that sending a control frame may take without having waited
 _WHOLE: Final = 1 << 40  # offset of an input whose results are all out, and its control frame
-_MAX_HELD: Final = 0.75  # of the slots of an edge, for an operator that keeps inputs
+_OVER: Final = 1 << 62  # `done` of a segment whose end is out: a worker that is started again has nothing to do
 
 
 class Stopped(BaseException):
@@ -116,6 +116,7 @@ class _Output:
         counters: WorkerCounters,
         control: Control,
         stage: str,
+        workers: int,
     ) -> None:
         self.edge = edge
         self.channel = channel
@@ -128,13 +129,42 @@ class _Output:
         self._dropped = 0  # since the last gap frame
         self._loans: dict[int, Any] = {}
         self._blocks = edge.full == "block"
+        self._lends = True
+        self._allocated = 0
+        self._look_every = max(2, edge.slots // (4 * workers))
 
     def allocate(self, shape: Any, dtype: Any) -> Any:
-        """Return a writable array in a slot of the channel; `send` of that very array publishes it."""
+        """Return a writable array in a slot of the channel, or None; `send` of that very array publishes it."""
         for loan in self._loans.values():
             loan.abort()  # its array was not emitted: a function failed, or gave something else
         self._loans.clear()
+        if not self._may_lend():
+            return None
         loan = self._wait_for_room(lambda timeout: self.channel.alloc(shape, dtype, timeout=timeout))
+        array = loan.array
+        self._loans[id(array)] = loan
+        return array
+
+    def _may_lend(self) -> bool:
+        """Not where a function keeps the arrays that it wrote to, and with them the slots, until nobody finds one."""
+        self._allocated += 1
+        if self._lends and self._allocated % self._look_every == 0:
+            self._lends = self.channel.stats().kept_slots <= self.edge.slots // 4
+        return self._lends
+
+    def allocate_ahead(self, shape: Any, dtype: Any, waits: Callable[[Any], bool]) -> Any:
+        """Like `allocate`, for a result that may have to wait for its turn: None where that could keep a slot from whoever has
+        the turn, or there is none now."""
+        for key, loan in list(self._loans.items()):
+            if not waits(loan.array):
+                loan.abort()  # as above
+                del self._loans[key]
+        if len(self._loans) >= self.edge.ahead or not self._may_lend():
+            return None
+        try:
+            loan = self._checked(lambda timeout: self.channel.alloc(shape, dtype, timeout=timeout), 0)
+        except BufferFullError:
+            return None
         array = loan.array
         self._loans[id(array)] = loan
         return array
@@ -529,7 +559,7 @@ class SegmentLoop:
         self._words = words
         last = job.stages[-1].name if job.stages else job.name
         self._outputs = [
-            _Output(number, edge, channel, words, counters, control, last)
+            _Output(number, edge, channel, words, counters, control, last, max(1, job.workers))
             for number, (edge, channel) in enumerate(zip(job.outputs, outputs, strict=True))
         ]
         self._parallel = job.workers > 1
@@ -545,10 +575,12 @@ class SegmentLoop:
         self._emitted = [0] * len(outputs)  # results of that item so far, per output
         self._skip = [0] * len(outputs)  # of them: those that were published before a death
         self._attempt = self._last_attempt = 1
+        self._early: list[tuple[int, Any]] = []  # a heap of (sequence, message): they came before their turn
         self._retained: deque[tuple[int, Any]] = deque()  # (sequence, message) of inputs that a holder keeps
         self._passed: list[int] = []
-        allocate = self._allocate if len(outputs) == 1 and not self._parallel else None
+        allocate = self._allocate if len(outputs) == 1 else None
         self.chain = _Chain(job, self, lambda item: self.publish(0, item), allocate)
+        self.waiting: list[_Finished] = []  # processed, but not their turn: a heap, by turn
         self.collected: deque[Any] | None = None
         if job.state is not None:
             self._state = pickle.loads(job.state)
@@ -569,9 +601,17 @@ class SegmentLoop:
     # --- results ---
 
     def _allocate(self, shape: Any, dtype: Any) -> Any:
-        if self._skip[0]:
-            return np.empty(shape, dtype)  # its result is out already
-        return self._outputs[0].allocate(shape, dtype)
+        output, array = self._outputs[0], None
+        if self._parallel:
+            array = output.allocate_ahead(shape, dtype, self._waits)
+        elif not self._skip[0]:  # else its result is out already
+            array = output.allocate(shape, dtype)
+        return np.empty(shape, dtype) if array is None else array
+
+    def _waits(self, array: Any) -> bool:
+        """Whether an array is a result that waits for its turn."""
+        results = [each.results for each in self.waiting]
+        return any(item is array for found in (*results, self._results or ()) for _, item in found)
 
     def publish(self, output: int, item: Any) -> None:
         """Send a result, or keep it until its turn."""
@@ -706,6 +746,8 @@ class SegmentLoop:
         for number in range(len(self._outputs)):
             self._control(number, END, b"", self._behind)
         self.sent_end = True
+        if self._words is not None:
+            self._words.commit(0, _OVER)
         self._release_all()
 
     def _control(self, output: int, kind: int, payload: bytes, done: int) -> None:
@@ -723,6 +765,9 @@ class SegmentLoop:
         self.source = step
         try:
             sequence, passed = self._resume_source(stage, step)
+            if sequence >= _OVER:
+                self.sent_end = True
+                return
             if self.control.aborting:
                 raise Stopped
             items = iter(step)
@@ -770,12 +815,15 @@ class SegmentLoop:
     # --- one or several inputs, one instance ---
 
     def _from_inputs(self) -> Iterator[None]:
-        # A channel from outside begins somewhere; one of the pipeline's own at 0.
-        expected: list[int | None] = [None if edge.external is not None else 0 for edge in self.job.inputs]
-        ended = [False] * len(self._inputs)
-        marked: dict[int, int] = {}  # input -> number of the checkpoint whose marker it is at
         if self._words is not None:
             self._behind = self._recover()
+            if self._behind >= _OVER:
+                self.sent_end = True
+                return
+        # A channel from outside begins somewhere; one of the pipeline's own at 0.
+        expected: list[int | None] = [None if edge.external is not None else self._behind for edge in self.job.inputs]
+        ended = [False] * len(self._inputs)
+        marked: dict[int, int] = {}  # input -> number of the checkpoint whose marker it is at
         while not all(ended) and not self._stopped:
             index, message = self._receive(
                 [n for n, over in enumerate(ended) if not over and n not in marked]
@@ -813,7 +861,7 @@ class SegmentLoop:
                 elif kind == GAP:
                     self.counters.add("lost", int(bytes(message.payload)))
                     self._finished_with(message, index)
-                elif self._words is not None and sequence < self._words.done(0):
+                elif self._words is not None and message.redelivered and sequence < self._words.done(0):
                     self.counters.add("duplicates", 1)
                     _done(message)
                 else:
@@ -880,13 +928,40 @@ class SegmentLoop:
             self._clock += 1
             self._turn_of[id(channel)] = self._clock
         try:
-            return index, channel.recv_message(timeout=timeout)
+            if self._words is None or self.job.inputs[index].external is not None:
+                return index, channel.recv_message(timeout=timeout)
+            return index, self._receive_in_order(channel, timeout)
         except BufferEmptyError:
             return -1, None
         except ChannelClosedError:
             if self.job.inputs[index].external is None:
                 raise Stopped from None
             return index, None
+
+    def _receive_in_order(self, channel: Any, timeout: float) -> Any:
+        """After a death an item may come before earlier ones, which are given back a moment later: they are waited for."""
+        early = self._early
+        if not early:
+            message = channel.recv_message(timeout=timeout)
+            if message.sequence <= self._behind:
+                return message
+            heapq.heappush(early, (message.sequence, message))
+            del message
+        while early[0][0] > self._behind:
+            first = early[0][0]
+            earlier = channel._core_take_between(self._behind, first)
+            if earlier is not None:
+                heapq.heappush(early, (earlier.sequence, earlier))
+            elif not channel._core_anything_before(first):
+                self._behind = first  # what is missing was dropped, or buried by the channel
+            elif not channel._core_is_outstanding(self._behind):
+                self._behind += 1
+            else:
+                channel.check_peers()
+                time.sleep(_SHORT)
+                if self.control.aborting:
+                    raise Stopped
+        return heapq.heappop(early)[1]
 
     def _one(self, index: int, message: Any) -> None:
         if self._words is not None and message.redelivered and self._is_poison(message):
@@ -969,7 +1044,7 @@ class SegmentLoop:
             self._words.commit(0, sequence)
             self._release_all()
         self._retained.append((sequence, message))
-        if len(self._retained) > _MAX_HELD * self.job.inputs[index].slots:
+        if len(self._retained) > MAX_HELD * self.job.inputs[index].slots:
             raise StageFailed(
                 PipelineRuntimeError(
                     f"stage {self.job.name!r}: it keeps {len(self._retained)} items for one result, and its queue has "
@@ -1075,7 +1150,7 @@ class _TurnTaking:
         self._loop = loop
         self._words = loop._words
         self._channel = loop._inputs[0]
-        self._waiting: list[_Finished] = []  # a heap, by turn
+        self._waiting = loop.waiting
         self._lossy = loop.job.inputs[0].full in ("drop_oldest", "latest")
         self._ended = False
 
@@ -1083,7 +1158,8 @@ class _TurnTaking:
         loop = self._loop
         while True:
             self._publish_ready()
-            if self._ended and not self._waiting:
+            if not self._waiting and (self._ended or self._words.done(0) >= _OVER):
+                loop.sent_end = loop.sent_end or self._words.done(0) >= _OVER
                 return
             message = self._receive()
             if message is None:
@@ -1136,26 +1212,25 @@ class _TurnTaking:
             self._skip_lost()
         if self._words.wait_turn(0, turn, timeout):
             return True
+        self._channel.check_peers()
         self._skip_lost()
         return bool(self._words.done(0) >= turn)
 
     def _skip_lost(self) -> None:
-        """Pass over inputs whose turn it is and that are gone: dropped while they waited, or buried by the channel."""
-        while self._skip_one_lost():
-            pass
-
-    def _skip_one_lost(self) -> bool:
-        done = self._words.done(0)
-        sequence = done if self._loop.job.ordered else self._words.sequence_of(done)
-        if sequence is None or self._channel._core_is_outstanding(sequence):
-            return False
-        # Gone, and not committed: unless a worker died after it had published all of it.
-        outputs = [out.published_last() for out in self._loop._outputs]
-        if any(input == done for _, input in outputs):
-            self._words.commit(0, done + 1)
-        elif self._words.skip_lost(0, done):
-            self._loop.counters.add("lost", 1)
-        return True
+        """The inputs whose turn it is may be gone: dropped while they waited, or buried by the channel."""
+        while True:
+            done = self._words.done(0)
+            if done >= _OVER:
+                return
+            sequence = done if self._loop.job.ordered else self._words.sequence_of(done)
+            if sequence is None or self._channel._core_is_outstanding(sequence):
+                return
+            # Gone, and not committed: unless a worker died after it had published all of it.
+            outputs = [out.published_last() for out in self._loop._outputs]
+            if any(input == done for _, input in outputs):
+                self._words.commit(0, done + 1)
+            elif self._words.skip_lost(0, done):
+                self._loop.counters.add("lost", 1)
 
     def _process(self, message: Any) -> None:
         loop, sequence = self._loop, message.sequence
@@ -1200,6 +1275,10 @@ class _TurnTaking:
                 self._skip_lost()
                 if self._loop.control.aborting:
                     raise Stopped
+                # What this one waits for may have been given back by a dead worker, and everybody else may be waiting.
+                earlier = self._channel._core_take_between(0, finished.sequence)
+                if earlier is not None:
+                    self._process(earlier)
         finished.turn = found
 
     def _publish_ready(self) -> None:
@@ -1230,7 +1309,7 @@ class _TurnTaking:
                 continue
             loop._outputs[output].send(item, sent[output], turn)
         loop._skip = [0] * len(loop._outputs)
-        self._words.commit(0, turn + 1)
+        self._words.commit(0, _OVER if finished.kind == END else turn + 1)
         if finished.kind == END:
             self._ended = True
             loop.sent_end = True
