@@ -390,6 +390,8 @@ class _RowsFilterStep(FunctionStep):
             isinstance(item, np.ndarray) and not item.ndim
         ):
             fail(self.context, f"{items.item_text(item)} is no batch of rows")
+        if not len(item):
+            return
         answer = np.asarray(self.function(item))
         if answer.shape != (len(item),) or answer.dtype != bool:
             fail(

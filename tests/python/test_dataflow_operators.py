@@ -1357,6 +1357,6 @@ def test_batches_are_shared_by_workers():
     source = dsline.Pipeline().source(range(20))
     plan = source.map_batches(count_rows, batch=8, workers=2, linger=None).sink(print).plan()
     assert [stage.part.kind for stage in plan.stages] == ["iterable", "batch", "map", "callable"]
-    kept = source.filter_py_batch(keep_even, batch=8, workers=2, start_method="forkserver", linger=None)
+    kept = source.filter_py_batch(keep_even, batch=8, workers=2, linger=None)
     assert kept.collect() == [[0, 2, 4, 6], [8, 10, 12, 14], [16, 18]]
     assert source.map_batches(count_rows, batch=8, linger=None).collect() == [8, 8, 4]
