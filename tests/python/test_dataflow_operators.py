@@ -19,6 +19,7 @@ from dsline.dataflow import batching, descriptions, items, merging, operators, o
 from dsline.dataflow.descriptions import operator_from_json
 from dsline.dataflow.items import Batch, Columns
 from dsline.dataflow.operator import Context
+from dsline.dataflow.processes import WorkerProcess
 from dsline.expressions import Expression
 
 RECORD = np.dtype([("t", "f4"), ("n", "i8"), ("ok", "?")])
@@ -1345,6 +1346,17 @@ def test_expressions_are_compiled_once(monkeypatch):
     assert len(compiled) == 1
 
 
+@pytest.fixture(scope="module")
+def resident():
+    """What multiprocessing keeps for good is there before the test counts."""
+    with WorkerProcess(answer, start_method="forkserver") as process:
+        process.join(20)
+
+
+def answer(connection):
+    pass
+
+
 def count_rows(rows):
     return len(rows)
 
@@ -1353,10 +1365,10 @@ def keep_even(rows):
     return [row % 2 == 0 for row in rows]
 
 
-def test_batches_are_shared_by_workers():
+def test_batches_are_shared_by_workers(resident):
     source = dsline.Pipeline().source(range(20))
     plan = source.map_batches(count_rows, batch=8, workers=2, linger=None).sink(print).plan()
     assert [stage.part.kind for stage in plan.stages] == ["iterable", "batch", "map", "callable"]
-    kept = source.filter_py_batch(keep_even, batch=8, workers=2, linger=None)
+    kept = source.filter_py_batch(keep_even, batch=8, workers=2, start_method="forkserver", linger=None)
     assert kept.collect() == [[0, 2, 4, 6], [8, 10, 12, 14], [16, 18]]
     assert source.map_batches(count_rows, batch=8, linger=None).collect() == [8, 8, 4]
