@@ -481,14 +481,12 @@ class RateLimitStep(Step):
         operator: RateLimit,
         context: Context,
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._interval = 1.0 / operator.per_second
         self._ahead = (operator.burst - 1) * self._interval
         self._full = operator.full
         self._context = context
         self._clock = clock
-        self._sleep = sleep
         self._full_at = -math.inf  # theoretical arrival time
         self._waiting: list[Any] = []
         self._offset = 0
@@ -550,7 +548,7 @@ class RateLimitStep(Step):
             self.tick(emit)
             if self._waiting:
                 # Rounded up, so that the clock has passed the deadline when it ends.
-                self._sleep(max(1e-6, self._full_at - self._ahead - self._clock()))
+                self._context.pause(max(1e-6, self._full_at - self._ahead - self._clock()))
 
     def finish(self, emit: Emit) -> None:
         self._offset = 1

@@ -49,6 +49,7 @@ MARKER: Final = 17
 GAP: Final = 19
 _SLICE: Final = 1.0  # seconds; a shut down channel wakes whoever waits for it
 _TURN: Final = 0.05  # seconds to wait for a turn before looking why it does not come
+_NAP: Final = 0.05  # seconds that a pause lasts between looks at whether the pipeline is being aborted
 _SHORT: Final = 0.002  # seconds between looks at two things that cannot be waited for together
 _NOTHING: Final = 50_000  # ns that sending a control frame may take without having waited
 _WHOLE: Final = 1 << 40  # offset of an input whose results are all out, and its control frame
@@ -345,18 +346,18 @@ class _Chain:
             if isinstance(stage.part, Operator) and not isinstance(stage.part, Router)
         ]
         for stage in operators:
-            context = Context(stage.name, job.worker, job.workers, count=loop.page(stage).add)
+            context = loop.context(stage)
             if stage is operators[-1] and stage is job.stages[-1]:
                 context.allocate = allocate
             self.contexts.append(context)
             self.steps.append((stage, _started(stage, context)))
         last = job.stages[-1] if job.stages else None
         if last is not None and isinstance(last.part, Sink) and not _goes_to_caller(last.part):
-            self.contexts.append(Context(last.name, job.worker, job.workers, count=loop.page(last).add))
+            self.contexts.append(loop.context(last))
             self.sink = _started(last, self.contexts[-1])
             emit = self._guard(last, self.sink.write, None)
         elif last is not None and isinstance(last.part, Router):
-            emit = self._routing(last, _started(last, Context(last.name, job.worker, job.workers)), loop)
+            emit = self._routing(last, _started(last, loop.context(last)), loop)
         self.emits: list[Callable[[Any], None]] = []
         self.counts: list[_Counted] = []
         for stage, step in reversed(self.steps):
@@ -367,7 +368,7 @@ class _Chain:
                 self.merge = step
             emit = self._step(stage, step, counts)
         self.process: Callable[[Any], None] = emit
-        self._timed = [
+        self.timed = [
             (stage, step, counts)
             for (stage, step), counts in zip(self.steps, self.counts, strict=True)
             if type(step).deadline is not Step.deadline
@@ -436,14 +437,14 @@ class _Chain:
             raise StageFailed(_operator_error(stage.name, error, what)) from error
 
     def deadline(self) -> float | None:
-        if not self._timed:
+        if not self.timed:
             return None
-        found = [moment for _, step, _ in self._timed if (moment := step.deadline()) is not None]
+        found = [moment for _, step, _ in self.timed if (moment := step.deadline()) is not None]
         return min(found, default=None)
 
     def tick(self) -> None:
         now = time.monotonic()
-        for stage, step, counts in self._timed:
+        for stage, step, counts in self.timed:
             moment = step.deadline()
             if moment is not None and moment <= now:
                 self._late_results(stage, counts, "it failed at a deadline", step.tick)
@@ -672,6 +673,19 @@ class SegmentLoop:
         """Where the counters of a stage are."""
         return self.counters.stages[self.job.stages.index(stage)]
 
+    def context(self, stage: Stage) -> Context:
+        """What a step of a stage may know."""
+        job = self.job
+        return Context(stage.name, job.worker, job.workers, count=self.page(stage).add, pause=self.pause)
+
+    def pause(self, seconds: float) -> None:
+        """Sleep; raises Stopped when the pipeline is being aborted meanwhile."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, _NAP))
+            if self.control.aborting:
+                raise Stopped
+
     def failed(self, stage: Stage, item: Any, error: BaseException, again: Callable[[Any], None]) -> None:
         """A stage raised: do what its policy says."""
         policy: Any = stage.options.policy
@@ -761,7 +775,7 @@ class SegmentLoop:
         stage = self.job.stages[0]
         part = stage.part
         assert isinstance(part, Source)
-        step = _started(stage, Context(stage.name, self.job.worker, self.job.workers))
+        step = _started(stage, self.context(stage))
         self.source = step
         try:
             sequence, passed = self._resume_source(stage, step)
@@ -775,6 +789,9 @@ class SegmentLoop:
                 number = self.control.marker()
                 if number is not None:
                     self._mark(number, {"source": step.position()}, sequence)
+                if self._wait_for_limits():
+                    yield
+                    continue
                 try:
                     item = next(items)
                 except StopIteration:
@@ -896,6 +913,8 @@ class SegmentLoop:
         moment = self.chain.deadline()
         timeout = _SLICE if moment is None else min(_SLICE, max(0.0, moment - time.monotonic()))
         try:
+            if self._wait_for_limits():
+                return -1, None
             if len(wanted) == 1:
                 return self._receive_from(wanted[0], timeout)
             if not wanted:
@@ -911,6 +930,16 @@ class SegmentLoop:
                 raise Stopped
             if self.control.stopping and self.job.inputs[wanted[0] if wanted else 0].external is not None:
                 self._stopped = True
+
+    def _wait_for_limits(self) -> bool:
+        """Wait until the next deadline where a step can take nothing before it."""
+        timed = self.chain.timed
+        if not timed or not any(step.is_full for _, step, _ in timed):
+            return False
+        moment = self.chain.deadline()
+        self.pause(_NAP if moment is None else min(_SLICE, max(0.0, moment - time.monotonic())))
+        self._tick()
+        return True
 
     _stopped = False
     _turn_of: dict[int, int] | None = None

@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+from support import wait_until
 
 import dsline
 from dsline import (
@@ -692,3 +693,30 @@ def test_many_failures_at_once():
         .map(bad_key, workers=1, **FORK)
     )
     fails(both, "no key")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_slow_rate_does_not_keep_a_pipeline_from_stopping(workers):
+    options = FORK if workers else {}
+    pipeline = Pipeline().source(range(1000)).rate_limit(0.01, workers=workers, **options).sink(identity)
+    began = time.monotonic()
+    with pipeline.start() as run:
+        wait_until(lambda: run.stats()["rate_limit"].items_in >= 1)
+        run.stop(drain=False)
+    assert time.monotonic() - began < 20
+
+
+def test_a_rate_does_not_delay_what_comes_after():
+    # The batch behind the limit is closed by its linger, although the next item has no token for a long time.
+    seen = []
+    pipeline = Pipeline().source(range(3)).rate_limit(0.01).batch(10, linger="10ms").sink(seen.append)
+    with pipeline.start() as run:
+        wait_until(lambda: seen)
+        run.stop(drain=False)
+    assert seen == [[0]]
+
+
+def test_what_no_branch_takes_is_counted():
+    ways = Pipeline().source(range(10)).branch(small="x < 3", large="x > 7")
+    report = Pipeline.together(*(way.sink(identity) for way in ways.values())).run()
+    assert report.stats["branch"].counters["unmatched"] == 5

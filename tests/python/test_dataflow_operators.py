@@ -1013,8 +1013,8 @@ def test_items_that_are_done_with():
 
 
 def limited(clock, **more):
-    where = context()
-    step = batching.RateLimitStep(ops.rate_limit(**more), where, clock, clock.sleep)
+    where = context(pause=clock.sleep)
+    step = batching.RateLimitStep(ops.rate_limit(**more), where, clock)
     return step, where
 
 
