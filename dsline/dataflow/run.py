@@ -264,11 +264,22 @@ class _Execution:
                 continue
             options = self._options(number)
             for index in range(segment.workers):
-                try:
-                    callables.pack(self._job(number, index, 0))
-                except PipelineBuildError as error:
-                    raise PipelineBuildError(f"stage {segment.name!r}: {error}") from error
+                self._check_job(self._job(number, index, 0))
                 self._workers.append(_Worker(number, index, RestartBudget(options.restart)))
+
+    def _check_job(self, job: Job) -> None:
+        """Raise PipelineBuildError where it cannot be brought to a worker process."""
+        try:
+            callables.pack(job)
+            return
+        except PipelineBuildError as error:
+            name, why = job.name, error
+        for stage in job.stages:  # a function by itself gives the better message
+            try:
+                callables.pack(getattr(stage.part, "function", None))
+            except PipelineBuildError as error:
+                name, why = stage.name, error
+        raise PipelineBuildError(f"stage {name!r}: {why}") from why
 
     def _options(self, number: int) -> Any:
         segment = self.plan.segments[number]
