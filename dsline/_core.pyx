@@ -1371,6 +1371,11 @@ cdef class Receiver:
         require_open(self)
         return self._cpp.is_outstanding(sequence)
 
+    def _core_anything_before(self, uint64_t sequence):
+        """Whether the group has not finished with some message before `sequence`."""
+        require_open(self)
+        return self._cpp.anything_outstanding_before(sequence)
+
     def _core_take_between(self, uint64_t first, uint64_t last):
         """Take the oldest message that nobody holds with first <= sequence < last, as a `Message`; None where there is none.
 

@@ -212,20 +212,27 @@ def main():
     wanted = {"dsline.WorkerPool", *(options.only or PEERS)} - (set() if options.ray else {"Ray tasks"})
     peers = [peer for peer in PEERS if peer in wanted]
     found = collections.defaultdict(list)
-    for _ in range(options.rounds):
+    for number in range(options.rounds):
         for name in FUNCTIONS:
             for peer in peers:
                 python = options.ray if peer == "Ray tasks" else sys.executable
                 command = [python, __file__, "--frames", str(options.frames), "--run", peer, name]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=600)
                 found[name, peer].append(json.loads(done.stdout.splitlines()[-1]))
+        print(f"\nafter {number + 1} of {options.rounds} rounds", flush=True)
+        report(peers, found)
+
+
+def report(peers, found):
     for name in FUNCTIONS:
         print(f"\n| {name} | frames/s | CPU ms a frame | times dsline's CPU |\n|---|---|---|---|")
         ours = statistics.median(each["cpu"] for each in found[name, "dsline.WorkerPool"])
         for peer in peers:
             rates = spread([each["rate"] for each in found[name, peer]], 0)
             cpus = [each["cpu"] for each in found[name, peer]]
-            print(f"| {peer} | {rates} | {spread(cpus, 2)} | {statistics.median(cpus) / ours:.1f} |")
+            print(
+                f"| {peer} | {rates} | {spread(cpus, 2)} | {statistics.median(cpus) / ours:.1f} |", flush=True
+            )
 
 
 if __name__ == "__main__":

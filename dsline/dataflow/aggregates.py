@@ -264,11 +264,17 @@ class Rows(Groups):
     """The rows of a batch in groups. `values(text)` gives a column in that order, `by_time` sorts groups by time."""
 
     def __init__(
-        self, starts: Array, size: int, values: Callable[[str], Array], times: Array, in_order: bool
+        self,
+        starts: Array,
+        size: int,
+        values: Callable[[str], Array],
+        times: Callable[[], Array],
+        in_order: bool,
     ) -> None:
         super().__init__(starts, size)
         self._values = values
-        self._times = times
+        self._get_times = times
+        self._all_times: Array | None = None
         self._in_order = in_order
         self._order: Array | None = None
         self._columns: dict[str, Array] = {}
@@ -290,6 +296,12 @@ class Rows(Groups):
     def times(self) -> Array:
         """By time within each group."""
         return self.by_time(self._times)
+
+    @property
+    def _times(self) -> Array:
+        if self._all_times is None:
+            self._all_times = self._get_times()
+        return self._all_times
 
     def by_time(self, column: Array) -> Array:
         """Sort a column by time within each group; those of equal time stay in the order of arrival."""

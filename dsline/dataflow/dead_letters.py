@@ -19,7 +19,8 @@ from dsline._core import DeadLetter
 from dsline.broadcast import Broadcast
 from dsline.channel import ShmChannel
 from dsline.dataflow.items import Batch, item_text
-from dsline.dataflow.log import LogReader, LogWriter, pack, unpack
+from dsline.dataflow.log import LogReader, LogWriter
+from dsline.dataflow.records import pack, unpack
 from dsline.dataflow.sinks import ChannelSink, LogSink, parse_sink, send_item
 from dsline.dataflow.sources import split_uri
 from dsline.errors import PipelineBuildError, PipelineRuntimeError, SerializationError

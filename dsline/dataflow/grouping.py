@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -12,6 +13,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 _MOST_CODES: Final = int(np.iinfo(np.int64).max)
 _BLOCK: Final = 4096
+_GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
 _SPLITMIX: Final = (
     (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
     (np.uint64(27), np.uint64(0x94D049BB133111EB)),
@@ -72,15 +74,19 @@ def _codes_by_hash(values: Array, by_value: bool) -> tuple[Array, int] | None:
     hashes = hash_keys(values)
     if not by_value and len(values) > 1024:
         # Of few different values each has 16 bits of its own, usually.
-        short = (hashes >> np.uint64(48)).astype(np.int64)
-        one = np.zeros(1 << 16, np.int64)
-        one[short] = np.arange(len(values))
-        if (values[one[short]] == values).all():
-            return short, 1 << 16
+        short = (hashes >> np.uint64(48)).astype(np.uint16)
+        place = np.full(1 << 16, -1)
+        place[short] = np.arange(len(values))
+        used = np.flatnonzero(place >= 0)
+        first = place[used]
+        place[used] = np.arange(len(used))
+        codes = place[short]
+        if _are(values, values[first], codes):
+            return codes, len(used)
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     inverse = inverse.reshape(-1)
     distinct = values[first]
-    if not (distinct[inverse] == values).all():
+    if not _are(values, distinct, inverse):
         return None
     if not by_value:
         return inverse, len(distinct)
@@ -174,22 +180,42 @@ def hash_keys(values: Array) -> Array:
         return _hash_texts(values)
     else:
         raise TypeError(f"a key is {values.dtype}, must be integers, truth values, floats, times or texts")
-    return mix(words + np.uint64(0x9E3779B97F4A7C15))
+    return mix(words + _GOLDEN)
+
+
+def _words(values: Array) -> Iterator[tuple[int, Array]]:
+    """Yield texts as whole words, padded with zeros: (number of the first row, a table of some rows, valid until the next)."""
+    item = np.dtype(np.uint8 if values.dtype.kind == "S" else np.uint32)
+    width = values.dtype.itemsize // item.itemsize
+    room = -(-values.dtype.itemsize // 8) * 8 // item.itemsize
+    padded = np.zeros((min(len(values), _BLOCK), room), item)
+    for start in range(0, len(values) if width else 0, _BLOCK):
+        block = np.ascontiguousarray(values[start : start + _BLOCK], values.dtype.newbyteorder("="))
+        table = padded[: len(block)]
+        table[:, :width] = block.view(item).reshape(len(block), width)
+        yield start, table.view(np.uint64)
 
 
 def _hash_texts(values: Array) -> Array:
-    letter = 1 if values.dtype.kind == "S" else 4
-    words = -(-values.dtype.itemsize // 8)
-    hashes = np.full(len(values), 0x9E3779B97F4A7C15, np.uint64)
-    if words == 0 or len(values) == 0:
-        return hashes
-    # Padded with zeros to whole words.
-    padded = np.ascontiguousarray(values.astype(f"={values.dtype.kind}{words * 8 // letter}", copy=False))
-    table = padded.view(np.uint64).reshape(len(values), words)
-    for position in range(words):
-        word = table[:, position]
-        mixed = (hashes ^ word) * np.uint64(0xFF51AFD7ED558CCD)
-        mixed ^= mixed >> np.uint64(32)
-        # Nothing follows the end of a text, whatever room the dtype has.
-        np.copyto(hashes, mixed, where=word != 0)
+    """Sum of words, each times an odd number of its place: nothing follows the end of a text, whatever room the dtype has."""
+    hashes = np.full(len(values), _GOLDEN)
+    products = np.empty(min(len(values), _BLOCK), np.uint64)
+    factors = mix(np.arange(1, values.dtype.itemsize // 8 + 2, dtype=np.uint64) * _GOLDEN) | np.uint64(1)
+    for start, table in _words(values):
+        block, product = hashes[start : start + len(table)], products[: len(table)]
+        for word, factor in zip(table.T, factors, strict=False):
+            np.multiply(word, factor, out=product)
+            np.add(block, product, out=block)
     return mix(hashes)
+
+
+def _are(values: Array, distinct: Array, codes: Array) -> bool:
+    """Whether each value is the one that its code stands for."""
+    if values.dtype.kind not in "SU":
+        return bool((distinct[codes] == values).all())
+    wanted = np.concatenate([table.copy() for _, table in _words(distinct)]) if len(distinct) else distinct
+    # Words are compared faster than texts.
+    return all(
+        bool((wanted.take(codes[start : start + len(table)], axis=0) == table).all())
+        for start, table in _words(values)
+    )

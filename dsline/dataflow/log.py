@@ -8,32 +8,45 @@ them. The next writer cuts that one off.
 from __future__ import annotations
 
 import contextlib
-import copyreg
 import dataclasses
 import errno
 import fcntl
-import io
 import json
 import mmap
 import os
-import pickle
 import re
 import secrets
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Final, NamedTuple, Self, TypeAlias
+from typing import Any, Final, Self
 
-import numpy as np
-
-from dsline._core import crc32c as _crc32c
-from dsline.dataflow.items import Batch, item_text, schema_of
-from dsline.dataflow.npy_files import raw_bytes, sync_folder
+from dsline._core import crc32c
+from dsline.dataflow.npy_files import sync_folder
 from dsline.dataflow.operator import Schema
-from dsline.dtypes import decode_dtype, encode_dtype
+from dsline.dataflow.records import (
+    ALIGNMENT,
+    ARRAY,
+    BYTES,
+    COLUMNS,
+    END,
+    HEADER_BYTES,
+    MOST_BYTES,
+    OBJECT,
+    RECORD_MAGIC,
+    Encoded,
+    Header,
+    LogRecord,
+    body_sum,
+    encode,
+    joined,
+    pack_header,
+    parts_of,
+    read_header,
+    record_size,
+)
 from dsline.errors import (
     CorruptedMessageError,
     LogError,
@@ -41,7 +54,6 @@ from dsline.errors import (
     PipelineRuntimeError,
     SerializationError,
 )
-from dsline.objects import OUT_OF_BAND_BYTES, extra_reducers
 from dsline.specs import ArraySpec
 
 __all__ = [
@@ -53,391 +65,24 @@ __all__ = [
     "check_writer",
     "commit_group",
     "log_schema",
-    "pack",
     "parse_interval",
-    "unpack",
 ]
 
-Array: TypeAlias = np.ndarray[Any, Any]
-
-BYTES, ARRAY, OBJECT, COLUMNS, END = 0, 1, 2, 3, 16  # kinds of records
-
-_SEGMENT: Final = struct.Struct(
-    "<8sIIQq16s12xI"
-)  # magic, version, header bytes, first sequence, created, uuid, CRC
+# Magic, version, header bytes, first sequence, created, uuid, CRC.
+_SEGMENT: Final = struct.Struct("<8sIIQq16s12xI")
 _SEGMENT_MAGIC: Final = b"DSLINLOG"
 _VERSION: Final = 1
-_RECORD: Final = struct.Struct("<4sBBHQqQIIQQII")
-_RECORD_MAGIC: Final = b"DSLR"
-_PART: Final = struct.Struct(
-    "<QBBBBHHI"
-)  # bytes, type, Fortran order, dimensions, 0, lengths of name and code, 0
-_COUNT: Final = struct.Struct("<I")
-_HEADER_BYTES: Final = 64
+_WORD: Final = struct.Struct("<I")
 _SUFFIX: Final = ".dsl"
 _NAME: Final = re.compile(r"([0-9]{20})\.dsl")
 _GROUP_NAME: Final = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,100}")
-_ALIGNMENT: Final = 16  # of records, and of the payloads of small ones
-_WIDE_ALIGNMENT: Final = 64  # of arrays from OUT_OF_BAND_BYTES on
-_MOST_BYTES: Final = 1 << 46
-_MOST_PARTS: Final = 1 << 20
 _WINDOW_BYTES: Final = 64 << 20  # mapped at a time
 _COPIED_BYTES: Final = 1 << 20
 _MOST_BUFFERS: Final = 512  # per call of writev
-_POLLS: Final = (
-    0.002,
-    0.05,
-)  # seconds between two looks at the end of a log that is followed: first, and at most
+# Seconds between two looks at the end of a log that is followed: first, and at most.
+_POLLS: Final = (0.002, 0.05)
 _INTERVAL: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(us|ms|s|m)")
 _UNITS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
-
-
-def _aligned(size: int, to: int) -> int:
-    return -(-size // to) * to
-
-
-# --- items and records --------------------------------------------------------------------------------------------------
-
-
-class _Part(NamedTuple):
-    """A piece of a payload: an array, or bytes."""
-
-    offset: int
-    nbytes: int
-    dtype: np.dtype[Any] | None
-    shape: tuple[int, ...]
-    fortran: bool
-    name: str
-
-
-class _Encoded(NamedTuple):
-    """An item on its way into a record."""
-
-    kind: int
-    description: bytes
-    pieces: list[Any]  # buffers of the payload, with the gaps between them
-    nbytes: int
-    alignment: int
-
-
-def _describe_array(
-    dtype: np.dtype[Any], shape: tuple[int, ...], fortran: bool, nbytes: int, name: bytes = b""
-) -> bytes:
-    return _describe_part(encode_dtype(dtype), shape, fortran, nbytes, name)
-
-
-@lru_cache(maxsize=512)
-def _describe_part(code: bytes, shape: tuple[int, ...], fortran: bool, nbytes: int, name: bytes) -> bytes:
-    lead = _PART.pack(nbytes, 1 if code else 0, fortran, len(shape), 0, len(name), len(code), 0)
-    return lead + struct.pack(f"<{len(shape)}Q", *shape) + name + code
-
-
-def _joined(kind: int, described: list[bytes], buffers: list[memoryview]) -> _Encoded:
-    alignment = _WIDE_ALIGNMENT if any(each.nbytes >= OUT_OF_BAND_BYTES for each in buffers) else _ALIGNMENT
-    pieces: list[Any] = []
-    size = 0
-    for each in buffers:
-        gap = _aligned(size, alignment) - size
-        if gap:
-            pieces.append(bytes(gap))
-        pieces.append(each)
-        size += gap + each.nbytes
-    return _Encoded(kind, _COUNT.pack(len(described)) + b"".join(described), pieces, size, alignment)
-
-
-def _encode(item: Any) -> _Encoded:
-    if isinstance(item, np.ndarray) and not item.dtype.hasobject:
-        fortran = item.flags.f_contiguous and not item.flags.c_contiguous
-        data = raw_bytes(item.T if fortran else item)
-        return _joined(ARRAY, [_describe_array(item.dtype, item.shape, fortran, data.nbytes)], [data])
-    if isinstance(item, Batch):
-        columns = [raw_bytes(column) for column in item.values()]
-        described = [
-            _describe_array(column.dtype, column.shape, False, data.nbytes, name.encode())
-            for (name, column), data in zip(item.items(), columns, strict=True)
-        ]
-        return _joined(COLUMNS, described, columns)
-    if isinstance(item, bytes | bytearray | memoryview):
-        data = memoryview(item).cast("B") if memoryview(item).c_contiguous else memoryview(bytes(item))
-        return _joined(BYTES, [_describe_part(b"", (), False, data.nbytes, b"")], [data])
-    return _encode_object(item)
-
-
-class _Pickler(pickle.Pickler):
-    """Arrays and NumPy's scalars in a form that is read back without numpy's own unpickling."""
-
-    def reducer_override(self, item: Any) -> Any:
-        if type(item) is np.ndarray and not item.dtype.hasobject:
-            fortran = item.flags.f_contiguous and not item.flags.c_contiguous
-            data = pickle.PickleBuffer(raw_bytes(item.T if fortran else item))
-            return _array, (data, encode_dtype(item.dtype), item.shape, fortran)
-        if isinstance(item, np.generic) and not item.dtype.hasobject:
-            return _scalar, (encode_dtype(item.dtype), item.tobytes())
-        return NotImplemented
-
-
-def _array(data: Any, code: bytes, shape: tuple[int, ...], fortran: bool) -> Array:
-    """Unpickle an array, over `data`."""
-    return np.ndarray(shape, decode_dtype(code), memoryview(data).toreadonly(), order="F" if fortran else "C")
-
-
-def _scalar(code: bytes, data: bytes) -> Any:
-    """Unpickle a scalar of NumPy's."""
-    return np.ndarray((), decode_dtype(code), data)[()]
-
-
-def _encode_object(item: Any) -> _Encoded:
-    stream = io.BytesIO()
-    buffers: list[memoryview] = []
-
-    def keep(buffer: pickle.PickleBuffer) -> bool:
-        raw = buffer.raw()
-        if raw.nbytes < OUT_OF_BAND_BYTES:
-            return True  # in the stream
-        buffers.append(raw)
-        return False
-
-    pickler = _Pickler(stream, 5, buffer_callback=keep)
-    pickler.dispatch_table = {**copyreg.dispatch_table, **extra_reducers()}
-    try:
-        pickler.dump(item)
-    except Exception as error:
-        raise SerializationError(f"{item_text(item)} cannot be written to a log: {error}") from error
-    pieces = [stream.getbuffer(), *buffers]
-    return _joined(OBJECT, [_describe_part(b"", (), False, each.nbytes, b"") for each in pieces], pieces)
-
-
-def pack(item: Any) -> bytes:
-    """Pickle an item so that `unpack` reads plain data, and arrays in it, without running code that the bytes choose.
-
-    Raises
-    ------
-    SerializationError
-        It cannot be pickled.
-    """
-    stream = io.BytesIO()
-    pickler = _Pickler(stream, 5)
-    pickler.dispatch_table = {**copyreg.dispatch_table, **extra_reducers()}
-    try:
-        pickler.dump(item)
-    except Exception as error:
-        raise SerializationError(f"{item_text(item)} cannot be pickled: {error}") from error
-    return stream.getvalue()
-
-
-def unpack(data: bytes, objects: bool = False) -> Any:
-    """Return what `pack` was given; objects of any class with ``objects=True`` only.
-
-    Raises
-    ------
-    SerializationError
-        It needs ``objects=True``, or cannot be unpickled here.
-    """
-    try:
-        return pickle.loads(data) if objects else _PlainUnpickler(io.BytesIO(data)).load()
-    except SerializationError:
-        raise
-    except Exception as error:
-        raise SerializationError(f"an object cannot be unpickled: {type(error).__name__}: {error}") from error
-
-
-# What unpickling of plain data may call. None of it runs code that a file chose.
-_PLAIN: Final = {
-    "builtins": ("bytearray", "complex", "frozenset", "range", "set", "slice"),
-    "collections": ("OrderedDict", "deque"),
-    "datetime": ("date", "datetime", "time", "timedelta", "timezone"),
-    "decimal": ("Decimal",),
-    "fractions": ("Fraction",),
-    "pathlib": ("PosixPath", "PurePosixPath"),
-    "pathlib._local": ("PosixPath", "PurePosixPath"),
-    "uuid": ("UUID",),
-    "dsline.dataflow.log": ("_array", "_scalar"),
-    "dsline.dataflow.items": ("_batch",),
-}
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _PLAIN.get(module, ()):
-            return super().find_class(module, name)
-        raise SerializationError(
-            f"a record holds an object that needs {module}.{name}; reading it runs code that the file chooses, so it takes "
-            "objects=True, for logs that are trusted like programs"
-        )
-
-
-@lru_cache(maxsize=512)
-def _parts_of(description: bytes) -> tuple[int, tuple[_Part, ...]]:
-    """Read a description. Returns alignment and parts; ValueError where it is malformed."""
-    (count,) = _COUNT.unpack_from(description)
-    if count > _MOST_PARTS:
-        raise ValueError(f"{count} parts")
-    at = _COUNT.size
-    sizes: list[int] = []
-    found: list[tuple[np.dtype[Any] | None, tuple[int, ...], bool, str]] = []
-    for _ in range(count):
-        nbytes, typed, fortran, ndim, zero, name_size, code_size, more = _PART.unpack_from(description, at)
-        at += _PART.size
-        shape = struct.unpack_from(f"<{ndim}Q", description, at)
-        at += 8 * ndim
-        name, code = (
-            description[at : at + name_size],
-            description[at + name_size : at + name_size + code_size],
-        )
-        at += name_size + code_size
-        if (
-            zero
-            or more
-            or typed not in (0, 1)
-            or fortran not in (0, 1)
-            or at > len(description)
-            or nbytes > _MOST_BYTES
-        ):
-            raise ValueError("a part is malformed")
-        dtype = decode_dtype(code) if typed else None
-        if dtype is not None:
-            elements = 1
-            for dim in shape:
-                elements *= dim
-            if elements * dtype.itemsize != nbytes:
-                raise ValueError(f"an array of {dtype} {shape} in {nbytes} bytes")
-        sizes.append(nbytes)
-        found.append((dtype, shape, bool(fortran), name.decode()))
-    if at != len(description):
-        raise ValueError("bytes behind the last part")
-    alignment = _WIDE_ALIGNMENT if any(size >= OUT_OF_BAND_BYTES for size in sizes) else _ALIGNMENT
-    parts, offset = [], 0
-    for size, (dtype, shape, in_fortran, text) in zip(sizes, found, strict=True):
-        offset = _aligned(offset, alignment)
-        parts.append(_Part(offset, size, dtype, shape, in_fortran, text))
-        offset += size
-    return alignment, tuple(parts)
-
-
-def _decode(kind: int, parts: Sequence[_Part], buffer: Any, start: int, objects: bool) -> Any:
-    """Make the item; ValueError or TypeError where it is malformed."""
-    if kind == ARRAY:
-        (part,) = parts
-        return _array_of(part, buffer, start)
-    if kind == COLUMNS:
-        return Batch({part.name: _array_of(part, buffer, start) for part in parts})
-    view = memoryview(buffer)
-    pieces = [view[start + part.offset : start + part.offset + part.nbytes] for part in parts]
-    if kind == BYTES:
-        (data,) = pieces
-        return bytes(data)
-    stream, *buffers = pieces
-    if objects:
-        return pickle.loads(stream, buffers=buffers)
-    return _PlainUnpickler(io.BytesIO(stream), buffers=buffers).load()
-
-
-def _array_of(part: _Part, buffer: Any, start: int) -> Array:
-    if part.dtype is None:
-        raise ValueError("bytes where an array is said to be")
-    # A structure's fields can be renamed in place, so every array has its own.
-    dtype = part.dtype if part.dtype.names is None else part.dtype.newbyteorder("|")
-    order: Any = "F" if part.fortran else "C"
-    if part.nbytes == 0:
-        empty = np.zeros(part.shape, dtype, order=order)
-        empty.flags.writeable = False
-        return empty
-    return np.ndarray(part.shape, dtype, buffer, start + part.offset, order=order)
-
-
-class _Header(NamedTuple):
-    """A record's header, checked as far as it can be by itself."""
-
-    kind: int
-    sequence: int
-    timestamp_ns: int
-    payload_bytes: int
-    payload_offset: int
-    body_crc: int
-    record_bytes: int
-    description_bytes: int
-
-
-def _read_header(raw: bytes) -> _Header | None:
-    """Return the header in 64 bytes; None where they are none."""
-    magic, kind, flags, zero, sequence, moment, payload, offset, body_crc, size, zeros, description, crc = (
-        _RECORD.unpack(raw)
-    )
-    if magic != _RECORD_MAGIC or crc != _crc32c(raw[:60]) or flags or zero or zeros:
-        return None
-    if (
-        size > _MOST_BYTES
-        or size % _ALIGNMENT
-        or offset + payload > size
-        or _HEADER_BYTES + description > offset
-    ):
-        return None
-    return _Header(kind, sequence, moment, payload, offset, body_crc, size, description)
-
-
-def _body_sum(window: memoryview, at: int, header: _Header) -> int:
-    first = at + _HEADER_BYTES
-    crc = _crc32c(window[first : first + header.description_bytes])
-    first = at + header.payload_offset
-    return int(_crc32c(window[first : first + header.payload_bytes], crc))
-
-
-class LogRecord:
-    """A record of a log.
-
-    Attributes
-    ----------
-    sequence : int
-        Position in the log, from 0.
-    timestamp_ns : int
-        Time of writing, as `time.time_ns`.
-    nbytes : int
-        Bytes of the payload.
-    """
-
-    __slots__ = ("_buffer", "_kind", "_objects", "_parts", "_start", "nbytes", "sequence", "timestamp_ns")
-
-    def __init__(
-        self, header: _Header, parts: Sequence[_Part], buffer: Any, start: int, objects: bool
-    ) -> None:
-        self.sequence = header.sequence
-        self.timestamp_ns = header.timestamp_ns
-        self.nbytes = header.payload_bytes
-        self._kind = header.kind
-        self._parts = parts
-        self._buffer = buffer
-        self._start = start
-        self._objects = objects
-
-    def item(self) -> Any:
-        """Return the item that was written.
-
-        Arrays and the columns of a `Batch` are read-only views of the mapped file, without a copy; they stay valid after the
-        reader is closed. bytes are copied; other objects are unpickled.
-
-        Raises
-        ------
-        SerializationError
-            An object that needs ``objects=True``, or that cannot be unpickled here.
-        """
-        try:
-            return _decode(self._kind, self._parts, self._buffer, self._start, self._objects)
-        except SerializationError:
-            raise
-        except Exception as error:
-            raise SerializationError(
-                f"record {self.sequence} cannot be turned into an item: {type(error).__name__}: {error}"
-            ) from error
-
-    @property
-    def schema(self) -> Schema:
-        """What the item is; None for bytes and objects."""
-        if self._kind not in (ARRAY, COLUMNS):
-            return None
-        return schema_of(self.item())
-
-    def __repr__(self) -> str:
-        return f"<LogRecord {self.sequence}: {self.nbytes} bytes>"
 
 
 # --- segments -----------------------------------------------------------------------------------------------------------
@@ -462,17 +107,17 @@ def _segments(folder: str) -> list[int]:
 
 
 def _segment_header(first: int, uuid: bytes) -> bytes:
-    head = _SEGMENT.pack(_SEGMENT_MAGIC, _VERSION, _HEADER_BYTES, first, time.time_ns(), uuid, 0)
-    return head[:60] + struct.pack("<I", _crc32c(head[:60]))
+    head = _SEGMENT.pack(_SEGMENT_MAGIC, _VERSION, HEADER_BYTES, first, time.time_ns(), uuid, 0)
+    return head[:60] + _WORD.pack(crc32c(head[:60]))
 
 
 def _segment_uuid(raw: bytes, first: int) -> bytes | None:
     """The log's uuid in the header of a segment; None where it is none."""
-    if len(raw) < _HEADER_BYTES:
+    if len(raw) < HEADER_BYTES:
         return None
-    magic, version, size, begins, _, uuid, crc = _SEGMENT.unpack(raw[:_HEADER_BYTES])
-    right = magic == _SEGMENT_MAGIC and version == _VERSION and size == _HEADER_BYTES and begins == first
-    return uuid if right and crc == _crc32c(raw[:60]) else None
+    magic, version, size, begins, _, uuid, crc = _SEGMENT.unpack(raw[:HEADER_BYTES])
+    right = magic == _SEGMENT_MAGIC and version == _VERSION and size == HEADER_BYTES and begins == first
+    return uuid if right and crc == crc32c(raw[:60]) else None
 
 
 def _failed(path: str, doing: str, error: OSError) -> LogError:
@@ -663,11 +308,11 @@ class LogWriter:
     def _open_segment(self, first: int, path: str) -> bool:
         self._close_segment()
         file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        head = os.pread(file, _HEADER_BYTES, 0)
+        head = os.pread(file, HEADER_BYTES, 0)
         uuid = _segment_uuid(head, first)
         if uuid is None:
             os.close(file)
-            if not head.strip(b"\0") and os.path.getsize(path) <= _HEADER_BYTES:
+            if not head.strip(b"\0") and os.path.getsize(path) <= HEADER_BYTES:
                 return False
             raise LogError(
                 errno.EINVAL,
@@ -675,7 +320,7 @@ class LogWriter:
             )
         self._file, self._segment, self._uuid = file, first, uuid
         self._inode = os.fstat(file).st_ino
-        self._at, self.next_sequence = _HEADER_BYTES, first
+        self._at, self.next_sequence = HEADER_BYTES, first
         return True
 
     def _scan(self, first: int, path: str, size: int) -> None:
@@ -697,15 +342,15 @@ class LogWriter:
     def _save_tail(self, view: memoryview, at: int, path: str) -> str | None:
         """Keep what is to be cut off where there are whole records in it: it is more than a torn end."""
         tail = bytes(view[at:])
-        found = tail.find(_RECORD_MAGIC, 1)
+        found = tail.find(RECORD_MAGIC, 1)
         while found >= 0:
-            raw = tail[found : found + _HEADER_BYTES]
-            if len(raw) == _HEADER_BYTES and _read_header(raw) is not None:
+            raw = tail[found : found + HEADER_BYTES]
+            if len(raw) == HEADER_BYTES and read_header(raw) is not None:
                 saved = f"{path}.cut-{time.time_ns()}"
                 with open(saved, "xb") as file:
                     file.write(tail)
                 return saved
-            found = tail.find(_RECORD_MAGIC, found + 1)
+            found = tail.find(RECORD_MAGIC, found + 1)
         return None
 
     def _cut(self, size: int, reason: str, saved: str | None) -> None:
@@ -760,7 +405,7 @@ class LogWriter:
             os.close(file)
             raise
         self._close_segment()
-        self._file, self._segment, self._at = file, first, _HEADER_BYTES
+        self._file, self._segment, self._at = file, first, HEADER_BYTES
         self._inode = os.fstat(file).st_ino
 
     @property
@@ -797,7 +442,7 @@ class LogWriter:
         LogError
             The disk refuses; the log is as it was before the call.
         """
-        encoded = _encode(item)
+        encoded = encode(item)
         with self._turn():
             sequence = self.next_sequence
             self._write(encoded, time.time_ns() if timestamp_ns is None else timestamp_ns)
@@ -808,37 +453,25 @@ class LogWriter:
     def end(self) -> None:
         """Write an END, at which readers that follow the log stop, and write all through to the disk."""
         with self._turn():
-            self._write(_joined(END, [], []), time.time_ns())
+            self._write(joined(END, [], []), time.time_ns())
             self._sync()
 
-    def _write(self, encoded: _Encoded, timestamp_ns: int) -> None:
-        if self._at > _HEADER_BYTES and self._at + self._record_size(encoded)[1] > self._segment_bytes:
+    def _write(self, encoded: Encoded, timestamp_ns: int) -> None:
+        kind, description, pieces, nbytes, alignment = encoded
+        offset, size = record_size(self._at, len(description), nbytes, alignment)
+        if self._at + size > self._segment_bytes and self._at > HEADER_BYTES:
             self._rotate()
-        offset, size = self._record_size(encoded)
-        crc = _crc32c(encoded.description)
-        for piece in encoded.pieces:
-            crc = _crc32c(piece, crc)
-        head = _RECORD.pack(
-            _RECORD_MAGIC, encoded.kind, 0, 0, self.next_sequence, timestamp_ns, encoded.nbytes, offset, crc, size, 0,
-            len(encoded.description), 0,
-        )  # fmt: skip
-        lead = b"".join(
-            (
-                head[:60],
-                struct.pack("<I", _crc32c(head[:60])),
-                encoded.description,
-                bytes(offset - _HEADER_BYTES - len(encoded.description)),
-            )
+            offset, size = record_size(self._at, len(description), nbytes, alignment)
+        crc = crc32c(description)
+        for piece in pieces:
+            crc = crc32c(piece, crc)
+        head = pack_header(
+            Header(kind, self.next_sequence, timestamp_ns, nbytes, offset, crc, size, len(description))
         )
-        tail = bytes(size - offset - encoded.nbytes)
-        self._write_all([lead, *encoded.pieces, tail], size)
+        gap = bytes(offset - HEADER_BYTES - len(description))
+        lead = b"".join((head, description, gap))
+        self._write_all([lead, *pieces, bytes(size - offset - nbytes)], size)
         self._at += size
-
-    def _record_size(self, encoded: _Encoded) -> tuple[int, int]:
-        """Offset of the payload in a record that begins here, and the length of the record."""
-        lead = self._at + _HEADER_BYTES + len(encoded.description)
-        offset = _aligned(lead, encoded.alignment) - self._at
-        return offset, _aligned(offset + encoded.nbytes, _ALIGNMENT)
 
     def _write_all(self, pieces: list[Any], size: int) -> None:
         done = 0
@@ -846,7 +479,8 @@ class LogWriter:
             while done < size:
                 count = os.pwritev(self._file, pieces[:_MOST_BUFFERS], self._at + done)
                 done += count
-                pieces = _behind(pieces, count)
+                if done < size:
+                    pieces = _behind(pieces, count)
         except BaseException as error:
             # What is there of the record goes; nobody has taken it for one.
             try:
@@ -957,7 +591,7 @@ class LogWriter:
             raise LogError(errno.EINVAL, f"log {self._path!r}: its last segment is damaged")
         size = os.fstat(self._file).st_size
         with mmap.mmap(self._file, size, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
-            at, sequence = _HEADER_BYTES, first
+            at, sequence = HEADER_BYTES, first
             while sequence < wanted:
                 reason, header = _check_record(view, at, size, sequence)
                 if header is None:
@@ -1011,18 +645,18 @@ def _behind(pieces: list[Any], count: int) -> list[Any]:
     return []
 
 
-def _check_record(view: memoryview, at: int, size: int, sequence: int) -> tuple[str, _Header | None]:
+def _check_record(view: memoryview, at: int, size: int, sequence: int) -> tuple[str, Header | None]:
     """Check the whole record at an offset. Returns what is wrong with it, or its header."""
-    if size - at < _HEADER_BYTES:
+    if size - at < HEADER_BYTES:
         return "is cut off in its header", None
-    header = _read_header(bytes(view[at : at + _HEADER_BYTES]))
+    header = read_header(bytes(view[at : at + HEADER_BYTES]))
     if header is None:
         return "has no header", None
     if header.sequence != sequence:
         return f"says that it is {header.sequence}", None
     if header.record_bytes > size - at:
         return "is cut off", None
-    if _body_sum(view, at, header) != header.body_crc:
+    if body_sum(view, at, header) != header.body_crc:
         return "has another sum than was written", None
     return "", header
 
@@ -1187,12 +821,12 @@ class LogReader:
                 )
             return  # opened when it is there
         self._open(before[-1])
-        at, sequence = _HEADER_BYTES, before[-1]
+        at, sequence = HEADER_BYTES, before[-1]
         offset = hint.get("offset", 0)
         if (
             hint.get("segment") == before[-1]
-            and _HEADER_BYTES <= offset <= self._size
-            and offset % _ALIGNMENT == 0
+            and HEADER_BYTES <= offset <= self._size
+            and offset % ALIGNMENT == 0
         ):
             header = self._header(offset)
             if header is not None and header.sequence == wanted:
@@ -1221,7 +855,7 @@ class LogReader:
 
     def _check_end(self, at: int, sequence: int) -> None:
         """Raise where what stands at an offset is no end of the written part, but damage."""
-        if self._size - at >= _HEADER_BYTES and self._header(at) is None and not self._zeros(at):
+        if self._size - at >= HEADER_BYTES and self._header(at) is None and not self._zeros(at):
             raise self._damage(sequence, "has no header")
 
     def _go_to_end(self) -> None:
@@ -1242,10 +876,10 @@ class LogReader:
         except OSError as error:
             raise _failed(self._path, "opening a segment", error) from error
         self._leave()
-        self._file, self._segment, self._at = file, first, _HEADER_BYTES
+        self._file, self._segment, self._at = file, first, HEADER_BYTES
         status = os.fstat(file)
         self._inode, self._size = status.st_ino, status.st_size
-        if _segment_uuid(os.pread(file, _HEADER_BYTES, 0), first) is None:
+        if _segment_uuid(os.pread(file, HEADER_BYTES, 0), first) is None:
             self._leave()
             raise LogError(
                 errno.EINVAL,
@@ -1269,17 +903,13 @@ class LogReader:
             )
         return window
 
-    def _raw(self, at: int) -> bytes:
-        window = self._map(at, at + _HEADER_BYTES)
-        first = at - self._window_start
-        return window[first : first + _HEADER_BYTES]
-
-    def _header(self, at: int) -> _Header | None:
-        if self._size - at < _HEADER_BYTES:
-            self._size = os.fstat(self._file).st_size
-            if self._size - at < _HEADER_BYTES:
-                return None
-        return _read_header(self._raw(at))
+    def _header(self, at: int) -> Header | None:
+        # Not through the mapping: what is not a whole record yet may be cut off at any time, and a page behind the end of a
+        # file must not be touched.
+        raw = os.pread(self._file, HEADER_BYTES, at)
+        # As the file is with this header in it: a length seen before may be that of a record that was given up.
+        self._size = os.fstat(self._file).st_size
+        return read_header(raw) if len(raw) == HEADER_BYTES else None
 
     def _zeros(self, at: int) -> bool:
         """Whether nothing but zeros follow: a file whose length came to the disk before its contents."""
@@ -1338,14 +968,12 @@ class LogReader:
         while True:
             header = self._header(self._at)
             if header is None:
-                if self._size - self._at < _HEADER_BYTES or self._zeros(self._at):
+                if self._size - self._at < HEADER_BYTES or self._zeros(self._at):
                     return None
                 self._pass_over("has no header", self._size - self._at, 0)
                 continue
             if header.record_bytes > self._size - self._at:
-                self._size = os.fstat(self._file).st_size
-                if header.record_bytes > self._size - self._at:
-                    return None  # being written, or torn
+                return None  # being written, or torn
             problem = "" if header.sequence == self.sequence else f"says that it is {header.sequence}"
             record = None if problem else self._record(header)
             if record is None and header.kind == END and not problem:
@@ -1360,19 +988,19 @@ class LogReader:
             self.sequence += 1
             return record
 
-    def _record(self, header: _Header) -> LogRecord | None:
+    def _record(self, header: Header) -> LogRecord | None:
         """The record here; None where it is an END, or damaged."""
         window = self._map(self._at, self._at + header.record_bytes)
         at = self._at - self._window_start
         view = memoryview(window)
         if (
             header.kind not in (BYTES, ARRAY, OBJECT, COLUMNS)
-            or _body_sum(view, at, header) != header.body_crc
+            or body_sum(view, at, header) != header.body_crc
         ):
             return None
-        first = at + _HEADER_BYTES
+        first = at + HEADER_BYTES
         try:
-            _, parts = _parts_of(bytes(view[first : first + header.description_bytes]))
+            _, parts = parts_of(bytes(view[first : first + header.description_bytes]))
         except (ValueError, struct.error, UnicodeDecodeError):
             return None
         if parts and parts[-1].offset + parts[-1].nbytes != header.payload_bytes:
@@ -1404,8 +1032,7 @@ class LogReader:
             return False
         # The next segment is made when nothing more comes into this one: what has come meanwhile is read first.
         header = self._header(self._at)
-        if header is not None and header.record_bytes <= os.fstat(self._file).st_size - self._at:
-            self._size = os.fstat(self._file).st_size
+        if header is not None and header.record_bytes <= self._size - self._at:
             return True
         if following[0] != self.sequence:
             if not self._skips:
@@ -1567,10 +1194,10 @@ def check_writer(path: str, sync: Any, segment_bytes: Any) -> None:
     if (
         not isinstance(segment_bytes, int)
         or isinstance(segment_bytes, bool)
-        or not 4096 <= segment_bytes <= _MOST_BYTES
+        or not 4096 <= segment_bytes <= MOST_BYTES
     ):
         raise PipelineBuildError(
-            f"segment_bytes is {segment_bytes!r}, must be an int from 4096 to {_MOST_BYTES}"
+            f"segment_bytes is {segment_bytes!r}, must be an int from 4096 to {MOST_BYTES}"
         )
     if "\0" in path:
         raise PipelineBuildError(f"path {path!r} holds a null character, which no file name can")

@@ -307,7 +307,7 @@ def _fork_server(environment: Mapping[str, str]) -> Any:
     with _server_lock:
         if _server is None:
             made = multiprocessing.forkserver.ForkServer()
-            made.set_forkserver_preload(["numpy", "dsline.dataflow.processes"])
+            made.set_forkserver_preload(["numpy", "dsline.dataflow.worker"])
             _server = made
         # The server loads NumPy: libraries read the number of threads then.
         before = {name: os.environ.get(name) for name in THREAD_VARIABLES}

@@ -413,10 +413,11 @@ class _Execution:
             self._wake_read.recv_bytes()
         for each in running:
             process = each.process
-            assert process is not None
+            if process is None:
+                continue  # a question of another worker has found it dead
             if process.connection in ready or process.sentinel in ready:
                 self._read(each, process)
-            if process.sentinel in ready:
+            if each.process is process and process.sentinel in ready:
                 self._ended(each, process)
 
     def _read(self, each: _Worker, process: WorkerProcess) -> None:

@@ -51,6 +51,7 @@ _TURN: Final = 0.05  # seconds to wait for a turn before looking why it does not
 _SHORT: Final = 0.002  # seconds between looks at two things that cannot be waited for together
 _NOTHING: Final = 50_000  # ns that sending a control frame may take without having waited
 _WHOLE: Final = 1 << 40  # offset of an input whose results are all out, and its control frame
+_OVER: Final = 1 << 62  # `done` of a segment whose end is out: a worker that is started again has nothing to do
 
 
 class Stopped(BaseException):
@@ -550,6 +551,7 @@ class SegmentLoop:
         self._emitted = [0] * len(outputs)  # results of that item so far, per output
         self._skip = [0] * len(outputs)  # of them: those that were published before a death
         self._attempt = self._last_attempt = 1
+        self._early: list[tuple[int, Any]] = []  # a heap of (sequence, message): they came before their turn
         self._retained: deque[tuple[int, Any]] = deque()  # (sequence, message) of inputs that a holder keeps
         self._passed: list[int] = []
         allocate = self._allocate if len(outputs) == 1 else None
@@ -720,6 +722,8 @@ class SegmentLoop:
         for number in range(len(self._outputs)):
             self._control(number, END, b"", self._behind)
         self.sent_end = True
+        if self._words is not None:
+            self._words.commit(0, _OVER)
         self._release_all()
 
     def _control(self, output: int, kind: int, payload: bytes, done: int) -> None:
@@ -737,6 +741,9 @@ class SegmentLoop:
         self.source = step
         try:
             sequence, passed = self._resume_source(stage, step)
+            if sequence >= _OVER:
+                self.sent_end = True
+                return
             if self.control.aborting:
                 raise Stopped
             items = iter(step)
@@ -784,12 +791,15 @@ class SegmentLoop:
     # --- one or several inputs, one instance ---
 
     def _from_inputs(self) -> Iterator[None]:
-        # A channel from outside begins somewhere; one of the pipeline's own at 0.
-        expected: list[int | None] = [None if edge.external is not None else 0 for edge in self.job.inputs]
-        ended = [False] * len(self._inputs)
-        marked: dict[int, int] = {}  # input -> number of the checkpoint whose marker it is at
         if self._words is not None:
             self._behind = self._recover()
+            if self._behind >= _OVER:
+                self.sent_end = True
+                return
+        # A channel from outside begins somewhere; one of the pipeline's own at 0.
+        expected: list[int | None] = [None if edge.external is not None else self._behind for edge in self.job.inputs]
+        ended = [False] * len(self._inputs)
+        marked: dict[int, int] = {}  # input -> number of the checkpoint whose marker it is at
         while not all(ended) and not self._stopped:
             index, message = self._receive(
                 [n for n, over in enumerate(ended) if not over and n not in marked]
@@ -827,7 +837,7 @@ class SegmentLoop:
                 elif kind == GAP:
                     self.counters.add("lost", int(bytes(message.payload)))
                     self._finished_with(message, index)
-                elif self._words is not None and sequence < self._words.done(0):
+                elif self._words is not None and message.redelivered and sequence < self._words.done(0):
                     self.counters.add("duplicates", 1)
                     _done(message)
                 else:
@@ -894,13 +904,40 @@ class SegmentLoop:
             self._clock += 1
             self._turn_of[id(channel)] = self._clock
         try:
-            return index, channel.recv_message(timeout=timeout)
+            if self._words is None or self.job.inputs[index].external is not None:
+                return index, channel.recv_message(timeout=timeout)
+            return index, self._receive_in_order(channel, timeout)
         except BufferEmptyError:
             return -1, None
         except ChannelClosedError:
             if self.job.inputs[index].external is None:
                 raise Stopped from None
             return index, None
+
+    def _receive_in_order(self, channel: Any, timeout: float) -> Any:
+        """After a death an item may come before earlier ones, which are given back a moment later: they are waited for."""
+        early = self._early
+        if not early:
+            message = channel.recv_message(timeout=timeout)
+            if message.sequence <= self._behind:
+                return message
+            heapq.heappush(early, (message.sequence, message))
+            del message
+        while early[0][0] > self._behind:
+            first = early[0][0]
+            earlier = channel._core_take_between(self._behind, first)
+            if earlier is not None:
+                heapq.heappush(early, (earlier.sequence, earlier))
+            elif not channel._core_anything_before(first):
+                self._behind = first  # what is missing was dropped, or buried by the channel
+            elif not channel._core_is_outstanding(self._behind):
+                self._behind += 1
+            else:
+                channel.check_peers()
+                time.sleep(_SHORT)
+                if self.control.aborting:
+                    raise Stopped
+        return heapq.heappop(early)[1]
 
     def _one(self, index: int, message: Any) -> None:
         if self._words is not None and message.redelivered and self._is_poison(message):
@@ -1097,7 +1134,8 @@ class _TurnTaking:
         loop = self._loop
         while True:
             self._publish_ready()
-            if self._ended and not self._waiting:
+            if not self._waiting and (self._ended or self._words.done(0) >= _OVER):
+                loop.sent_end = loop.sent_end or self._words.done(0) >= _OVER
                 return
             message = self._receive()
             if message is None:
@@ -1150,26 +1188,25 @@ class _TurnTaking:
             self._skip_lost()
         if self._words.wait_turn(0, turn, timeout):
             return True
+        self._channel.check_peers()
         self._skip_lost()
         return bool(self._words.done(0) >= turn)
 
     def _skip_lost(self) -> None:
-        """Pass over inputs whose turn it is and that are gone: dropped while they waited, or buried by the channel."""
-        while self._skip_one_lost():
-            pass
-
-    def _skip_one_lost(self) -> bool:
-        done = self._words.done(0)
-        sequence = done if self._loop.job.ordered else self._words.sequence_of(done)
-        if sequence is None or self._channel._core_is_outstanding(sequence):
-            return False
-        # Gone, and not committed: unless a worker died after it had published all of it.
-        outputs = [out.published_last() for out in self._loop._outputs]
-        if any(input == done for _, input in outputs):
-            self._words.commit(0, done + 1)
-        elif self._words.skip_lost(0, done):
-            self._loop.counters.add("lost", 1)
-        return True
+        """The inputs whose turn it is may be gone: dropped while they waited, or buried by the channel."""
+        while True:
+            done = self._words.done(0)
+            if done >= _OVER:
+                return
+            sequence = done if self._loop.job.ordered else self._words.sequence_of(done)
+            if sequence is None or self._channel._core_is_outstanding(sequence):
+                return
+            # Gone, and not committed: unless a worker died after it had published all of it.
+            outputs = [out.published_last() for out in self._loop._outputs]
+            if any(input == done for _, input in outputs):
+                self._words.commit(0, done + 1)
+            elif self._words.skip_lost(0, done):
+                self._loop.counters.add("lost", 1)
 
     def _process(self, message: Any) -> None:
         loop, sequence = self._loop, message.sequence
@@ -1214,6 +1251,10 @@ class _TurnTaking:
                 self._skip_lost()
                 if self._loop.control.aborting:
                     raise Stopped
+                # What this one waits for may have been given back by a dead worker, and everybody else may be waiting.
+                earlier = self._channel._core_take_between(0, finished.sequence)
+                if earlier is not None:
+                    self._process(earlier)
         finished.turn = found
 
     def _publish_ready(self) -> None:
@@ -1244,7 +1285,7 @@ class _TurnTaking:
                 continue
             loop._outputs[output].send(item, sent[output], turn)
         loop._skip = [0] * len(loop._outputs)
-        self._words.commit(0, turn + 1)
+        self._words.commit(0, _OVER if finished.kind == END else turn + 1)
         if finished.kind == END:
             self._ended = True
             loop.sent_end = True

@@ -37,7 +37,7 @@ from dsline.errors import (
 from dsline.groups import Subscriber
 from dsline.options import Start
 from dsline.report import ChannelReport
-from dsline.specs import ArraySpec
+from dsline.specs import ArraySpec, record_dtype
 from dsline.status import inspect as channel_report
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "ImagesSource",
     "IterableSource",
     "LogSource",
+    "ReplayableSource",
     "VideoSource",
     "end_came",
     "files",
@@ -364,6 +365,12 @@ class IterableSource(Source):
         raise PipelineBuildError(
             f"a {type(self.iterable).__name__} cannot be written as text; use a file, or a function of a module that returns it"
         )
+
+
+class ReplayableSource(IterableSource):
+    """An iterable that can say where it is, and go back there: a sequence, or one with a ``state_dict()``."""
+
+    replayable: ClassVar[bool] = True
 
 
 class _SequenceStep(_Step):
@@ -1021,7 +1028,9 @@ def parse_source(thing: Any, **options: Any) -> Source:
     if isinstance(thing, Endpoint):
         raise PipelineBuildError(f"{thing!r} cannot be received from; give a channel or a Subscriber")
     if hasattr(thing, "__iter__") and not isinstance(thing, type):
-        return options_for(IterableSource, options, "an iterable source", iterable=thing)
+        stateful = hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
+        cls = ReplayableSource if stateful or isinstance(thing, Sequence) else IterableSource
+        return options_for(cls, options, "an iterable source", iterable=thing)
     if callable(thing):
         return options_for(CallableSource, options, "a callable source", function=thing)
     raise PipelineBuildError(
@@ -1105,7 +1114,7 @@ def _named_channel_source(place: str, broadcast: bool, options: Mapping[str, Any
     source = options_for(
         ChannelSource, rest, f"{scheme}://", name=name, broadcast=broadcast, create=create, channel=None
     )
-    schema = source.schema or create.get("spec") or living_spec(name)
+    schema = source.schema or _item_schema(create.get("spec") or living_spec(name))
     return dataclasses.replace(source, start_at=_check_start(source.start_at), schema=schema)
 
 
@@ -1119,8 +1128,13 @@ def _channel_source(channel: Any, options: Mapping[str, Any]) -> ChannelSource:
     source = options_for(ChannelSource, options, "a channel", **fixed)
     if isinstance(channel, Subscriber) and source.group is not None:
         raise PipelineBuildError(f"{channel!r} receives for its own group; leave group={source.group!r} out")
-    schema: Schema = source.schema or channel.spec
+    schema: Schema = source.schema or _item_schema(channel.spec)
     return dataclasses.replace(source, start_at=_check_start(source.start_at), schema=schema)
+
+
+def _item_schema(spec: Any) -> Schema:
+    """What the items of a channel with a spec are: records arrive as structures without dimensions."""
+    return ArraySpec((), record_dtype(spec)) if isinstance(spec, Mapping) else spec
 
 
 def living_spec(name: str) -> Schema:

@@ -199,6 +199,10 @@ class WindowStep(Step):
         self._kept = _Log()  # pane, keys, time, values
         self._compact_at = _FEWEST_COMPACTED
         self._lost: bool | int = False  # or: windows that start up to this tick may lack rows
+        # An item whose rows are in the state, but for which a function failed, and the windows that did not come out.
+        self._taken: Any = None
+        self._failed: list[tuple[Any, ...]] = []
+        self._error: Exception | None = None
         late = window.spec.late
         self.on_late: Callable[[Any], None] | None = late if callable(late) else None
         if isinstance(late, DeadLetterPolicy):
@@ -207,6 +211,8 @@ class WindowStep(Step):
     # --- what the runtime calls ---
 
     def process(self, item: Any, emit: Emit) -> None:
+        if self._taken is not None and self._go_on(item, emit):
+            return
         columns, rows = self._columns_of(item)
         if rows == 0:
             return
@@ -218,14 +224,58 @@ class WindowStep(Step):
                 raise OperatorError(
                     f"an item has missing values in key column {name!r}; filter such rows before the window"
                 )
-        self._add(item, columns, rows, emit)
+        if self._entries.rows + rows > self._window.max_open:
+            self._add_carefully(item, columns, rows, emit)
+        else:
+            self._add(item, columns, rows, emit)
         if self._entries.rows > self._compact_at:
             self._compact()
+        self._raise_error(item)
+
+    def _add_carefully(self, item: Any, columns: dict[str, Array], rows: int, emit: Emit) -> None:
+        """Add rows that may be too many: with an error, nothing has been changed or emitted."""
+        before, out = self.state_dict(), list[Any]()
+        self._add(item, columns, rows, out.append)
         if self._entries.rows > self._window.max_open:
             self._compact()
-            self._check_open(self._entries.rows)
+            try:
+                self._check_open(self._entries.rows)
+            except OperatorError:
+                self.load_state_dict(before)
+                self._failed.clear()
+                raise
+        for result in out:
+            emit(result)
+
+    def _go_on(self, item: Any, emit: Emit) -> bool:
+        """After an error: compute the windows of the item again if it is tried again, or give them up. Whether it is."""
+        again = item is self._taken
+        failed, self._failed, self._taken = self._failed, [], None
+        if again:
+            for start, end, keys, parts, values, more in failed:
+                self._give(emit, start, end, keys, parts, values, **more)
+            self._raise_error(item)
+        elif failed:
+            self._context.count("windows_lost", sum(len(start) for start, *_ in failed))
+        return again
+
+    def _raise_error(self, item: Any) -> None:
+        """Raise what a function raised, now that the state is in order."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            self._taken = item
+            raise error
 
     def finish(self, emit: Emit) -> None:
+        if self._taken is not None:
+            self._go_on(None, emit)
+        if self._layout is not None:
+            self._finish(emit)
+        self._entries.replace([])
+        self._kept.replace([])
+        self._raise_error(None)
+
+    def _finish(self, emit: Emit) -> None:
         raise NotImplementedError
 
     def state_lost(self) -> None:
@@ -380,17 +430,17 @@ class WindowStep(Step):
             starts,
             len(batch.ticks),
             lambda text: pick(layout.values(columns, text), order),
-            pick(batch.ticks, order),
+            lambda: pick(batch.ticks, order),
             in_order,
         )
         heads = starts if order is None else order[starts]
         keys = [columns[name] for name in self._window.key]
         parts = [part for accumulator in layout.accumulators for part in accumulator.reduce(rows)]
+        # Copies: the input may be views of a slot. Nothing is kept before all of it has been computed.
+        kept = [layout.values(columns, text).copy() for text in layout.kept]
         self._entries.append([*lead, *(key[heads] for key in keys), *parts])
         if layout.kept:
             assert place is not None
-            # Copies: the input may be views of a slot.
-            kept = [layout.values(columns, text).copy() for text in layout.kept]
             self._kept.append([place.copy(), *(key.copy() for key in keys), batch.ticks.copy(), *kept])
 
     @property
@@ -460,8 +510,13 @@ class WindowStep(Step):
         found: dict[str, Array] = {"window_start": times(start), "window_end": times(end)}
         found |= dict(zip(self._window.key, keys, strict=True))
         accumulated = dict(self._by_accumulator(parts))
-        for name, bound in layout.bounds.items():
-            found[name] = bound.finish(accumulated, values)
+        try:
+            for name, bound in layout.bounds.items():
+                found[name] = bound.finish(accumulated, values)
+        except OperatorError as error:
+            self._failed.append((start, end, keys, parts, values, more))
+            self._error = self._error or error
+            return
         found |= more
         if self._window.flag_partial:
             until = -1 if self._lost is False else self._lost
@@ -784,12 +839,8 @@ class TimeStep(PaneStep):
             emit, start, start + self._size, keys, parts, values, revision=np.array(revisions, np.int64)
         )
 
-    def finish(self, emit: Emit) -> None:
-        if self._layout is None:
-            return
+    def _finish(self, emit: Emit) -> None:
         self._give_windows(emit, self._closed, HIGHEST)
-        self._entries.replace([])
-        self._kept.replace([])
 
 
 def _some_values(values: Values, wanted: list[int]) -> Values:
@@ -820,8 +871,8 @@ class CountStep(PaneStep):
         places = _places(keys, heads)
         before = np.array([self._seen.get(place, 0) for place in places], np.int64)
         after = before + groups.counts
+        self._check_open(len(self._seen) + sum(place not in self._seen for place in places))
         self._seen.update(zip(places, after.tolist(), strict=True))
-        self._check_open(len(self._seen))
         numbers = np.arange(rows) + np.repeat(before - starts, groups.counts)
         panes = numbers // self._pane
         starts = starts_of(groups.ids, panes)
@@ -854,19 +905,14 @@ class CountStep(PaneStep):
             if log.rows:
                 log.keep(log.arrays()[0] // self._step > gone)
 
-    def finish(self, emit: Emit) -> None:
-        if self._layout is None or self._entries.rows == 0:
+    def _finish(self, emit: Emit) -> None:
+        if self._entries.rows == 0 or self._window.spec.drop_last:
             return
-        if not self._window.spec.drop_last:
-            keys = self._entries.arrays()[1 : self._leading]
-            order, starts = group(keys, by_value=False) if keys else (None, np.zeros(1, np.int64))
-            heads = starts if order is None else order[starts]
-            seen = np.array([self._seen[place] for place in _places(keys, heads)], np.int64)
-            self._close(
-                [key[heads] for key in keys], self._closed_by(seen), np.full(len(seen), HIGHEST), emit
-            )
-        self._entries.replace([])
-        self._kept.replace([])
+        keys = self._entries.arrays()[1 : self._leading]
+        order, starts = group(keys, by_value=False) if keys else (None, np.zeros(1, np.int64))
+        heads = starts if order is None else order[starts]
+        seen = np.array([self._seen[place] for place in _places(keys, heads)], np.int64)
+        self._close([key[heads] for key in keys], self._closed_by(seen), np.full(len(seen), HIGHEST), emit)
 
 
 def _places(keys: list[Array], rows: Array) -> list[tuple[Any, ...]]:
@@ -927,7 +973,7 @@ class SessionStep(WindowStep):
         np.maximum.accumulate(ticks[:-1], out=newest[1:])
         np.maximum(newest, newest[0], out=newest)
         batch = _Batch(item, columns, ticks)
-        done = 0
+        done, late = 0, list[int]()
         # A row older than the watermark may meet sessions that the rows before it have closed: close those first.
         for row in np.flatnonzero(ticks < newest - layout.lateness).tolist():
             if row > done:
@@ -935,7 +981,7 @@ class SessionStep(WindowStep):
             self._close(int(newest[row]), emit)
             one = batch.take(slice(row, row + 1))
             if int(ticks[row]) + layout.size <= int(newest[row]) - layout.lateness and not self._joins(one):
-                self._late(one, np.zeros(1, np.int64))
+                late.append(row)
             else:
                 self._take(one)
             done = row + 1
@@ -943,6 +989,11 @@ class SessionStep(WindowStep):
             self._take(batch.take(slice(done, rows)) if done else batch)
         self._top = max(highest, int(newest[0]))
         self._close(self._top, emit)
+        if late:
+            try:
+                self._late(batch, np.array(late))
+            except Exception as error:
+                self._error = self._error or error
 
     def _joins(self, one: _Batch) -> bool:
         """Whether a row overlaps an open session."""
@@ -1050,9 +1101,8 @@ class SessionStep(WindowStep):
         self._kept.keep(stays)
         return Values(np.cumsum(counts) - counts, len(out), columns)
 
-    def finish(self, emit: Emit) -> None:
-        if self._layout is not None:
-            self._close_until(HIGHEST, emit)
+    def _finish(self, emit: Emit) -> None:
+        self._close_until(HIGHEST, emit)
 
 
 def _by_key_and(ticks: Array, keys: list[Array]) -> tuple[Array | None, Array]:

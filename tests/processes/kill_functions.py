@@ -62,7 +62,8 @@ class DiesAt:
     """Gives items back as they are; its process dies, once, when the runtime comes to a point for the n-th time.
 
     Points: "intent" and "publish", before a result's intent and its publication; "sent", behind the publication; "release",
-    behind the commit and before the release of the input; "released".
+    behind the commit and before the release of the input; "released". The same of the end: "end sent", "end release", "end
+    released".
     """
 
     def __init__(self, flag, point, number):
@@ -89,6 +90,7 @@ class DiesAt:
 
     def _arm(self):
         intend, send, done = runtime._Output._intend, runtime._Output.send, runtime._done
+        control = runtime._Output.control
 
         def intending(output, *arguments):
             self._reached("intent")
@@ -99,9 +101,40 @@ class DiesAt:
             send(output, *arguments)
             self._reached("sent")
 
+        def controlling(output, kind, *arguments):
+            control(output, kind, *arguments)
+            if kind == runtime.END:
+                self._reached("end sent")
+
         def releasing(message):
-            self._reached("release")
+            of = "end " if message._core_kind == runtime.END else ""
+            self._reached(f"{of}release")
             done(message)
-            self._reached("released")
+            self._reached(f"{of}released")
 
         runtime._Output._intend, runtime._Output.send, runtime._done = intending, sending, releasing
+        runtime._Output.control = controlling
+
+
+class Numbers:
+    """A source: the same numbers every time it is started."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __call__(self):
+        for number in range(self.count):
+            time.sleep(0.001)
+            yield number
+
+
+class Appends:
+    """A sink that writes each item to a file at once."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __call__(self, item):
+        time.sleep(0.001)
+        with open(self.path, "a") as file:
+            file.write(f"{item}\n")

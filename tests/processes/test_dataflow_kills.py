@@ -8,16 +8,19 @@ import os
 import random
 import signal
 import threading
+import time
 
 import kill_functions as functions
 import numpy as np
 import plan_functions
 import pytest
 
+import dsline
 from dsline import Pipeline, Restart
 from dsline.dataflow.processes import WorkerProcess
 
 OFTEN = {"restart": Restart(max=100_000, delay=0.0), "max_deliveries": 15, "start_method": "forkserver"}
+END_POINTS = ["end sent", "end release", "end released"]
 POINTS = ["intent", "publish", "sent", "release", "released"]
 
 
@@ -67,18 +70,17 @@ def source(count):
     return Pipeline().source(range(count))
 
 
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("workers", [1, 2])
-def test_map(workers, seed):
+def test_map(workers):
     results = []
     run = run_killing(
-        source(400).map(functions.slow_double, workers=workers, name="work", **OFTEN).sink(kept(results)), seed=seed
+        source(400).map(functions.slow_double, workers=workers, name="work", **OFTEN).sink(kept(results))
     )
     assert results == [2 * number for number in range(400)]
     assert run.stats()["work"].lost == 0
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_map_unordered(seed):
     results = []
     run_killing(
@@ -150,18 +152,82 @@ def test_merge_zip():
     assert [tuple(result) for result in results] == [(2 * number, number) for number in range(300)]
 
 
-@pytest.mark.parametrize("ordered", [True, False])
-@pytest.mark.parametrize("point", POINTS)
-def test_a_death_at_every_point_of_the_runtime(point, ordered, tmp_path):
-    pipeline = source(60)
-    for stage, number in enumerate((1, 5)):
-        dies = functions.DiesAt(str(tmp_path / f"{stage}"), point, number)
-        pipeline = pipeline.map(dies, workers=2, ordered=ordered, **OFTEN)
-    results = []
+def finish(pipeline, results):
     run = pipeline.sink(kept(results)).start()
     try:
         assert run.wait(60), "the pipeline stands still"
     finally:
         run.stop(drain=False)
+    return run
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_death_at_every_point_of_the_runtime(ordered, tmp_path):
+    pipeline = source(60)
+    for stage, point in enumerate(POINTS):
+        dies = functions.DiesAt(str(tmp_path / point), point, 1 + 3 * stage)
+        pipeline = pipeline.map(dies, workers=2 - stage % 2, ordered=ordered or stage % 2 == 1, **OFTEN)
+    results = []
+    finish(pipeline, results)
     assert (results if ordered else sorted(results)) == list(range(60))
-    assert len(os.listdir(tmp_path)) == 2, "the point was not reached"
+    assert sorted(os.listdir(tmp_path)) == sorted(POINTS), "a point was not reached"
+
+
+@pytest.mark.parametrize(("workers", "ordered"), [(1, True), (2, True), (2, False)])
+def test_a_death_around_the_end(workers, ordered, tmp_path):
+    pipeline = source(20)
+    for point in END_POINTS:
+        dies = functions.DiesAt(str(tmp_path / point), point, 1)
+        pipeline = pipeline.map(dies, workers=workers, ordered=ordered, **OFTEN)
+    results = []
+    finish(pipeline, results)
+    assert (results if ordered else sorted(results)) == list(range(20))
+    assert len(os.listdir(tmp_path)) >= 2, "the end was not reached by who dies there"
+
+
+# A recoverer that is slow gives an item back when later ones have long been taken.
+@pytest.mark.parametrize(("workers", "ordered"), [(1, True), (2, True), (2, False)])
+def test_an_item_that_is_given_back_late(workers, ordered):
+    results = []
+    run = source(200).map(functions.slow_double, workers=workers, ordered=ordered, **OFTEN).sink(kept(results)).start()
+    try:
+        channel = run._execution.channels[0]
+        for item in (0, 50, 51, 120):
+            while (message := channel._core_take_between(item, 200)) is None:
+                time.sleep(0)
+            time.sleep(0.02)
+            message.nack()
+        assert run.wait(60), "the pipeline stands still"
+    finally:
+        run.stop(drain=False)
+    assert (results if ordered else sorted(results)) == [2 * number for number in range(200)]
+
+
+def test_a_source_in_a_worker():
+    results = []
+    pipeline = Pipeline().source(functions.Numbers(400), workers=1, name="numbers", **OFTEN)
+    run_killing(pipeline.map(functions.slow_double, workers=1, **OFTEN).sink(kept(results)), stages=["numbers"])
+    assert results == [2 * number for number in range(400)]
+
+
+def test_a_sink_in_a_worker(tmp_path):
+    # What a sink has done to the outside may come again after a death; nothing is missing.
+    run_killing(source(300).sink(functions.Appends(str(tmp_path / "out")), workers=1, **OFTEN))
+    lines = [int(line) for line in (tmp_path / "out").read_text().split()]
+    assert sorted(set(lines)) == list(range(300))
+    assert len(lines) <= 300 + 4
+
+
+def test_windows_of_partitions():
+    results = []
+    keyed = source(400).map(functions.slow_same, workers=2, name="work", **OFTEN).map(functions.record)
+    windows = keyed.key_by("key", partitions=2).window(dsline.tumbling(10), total=dsline.agg.sum("value"))
+    run_killing(windows.sink(kept(results)), stages=["work"])
+    totals = {}
+    for rows in results:
+        for key, total in zip(rows["key"].tolist(), rows["total"].tolist(), strict=True):
+            totals.setdefault(key, []).append(total)
+    values = {key: [value for value in range(400) if value % 7 == key] for key in range(7)}
+    assert totals == {
+        key: [sum(of[first : first + 10]) for first in range(0, len(of), 10)] for key, of in values.items()
+    }

@@ -117,6 +117,14 @@ def test_sources_of_python(make):
         assert resumed(make(), position) == list(range(count, 10))
 
 
+def test_what_can_be_replayed():
+    assert parse_source([1]).replayable
+    assert parse_source(Counting()).replayable
+    assert parse_source(numbers).replayable
+    assert not parse_source(iter([1])).replayable
+    assert not parse_source({1}).replayable  # another process may have another order
+
+
 def test_an_iterator_is_not_resumed():
     items, position = take(iter(range(10)), 4)
     assert items == [0, 1, 2, 3]
@@ -787,6 +795,11 @@ def test_typed_channels(name):
     with dsline.ShmChannel(spec=record, timeout=5) as channel:
         put(channel, [{"t": 1.5, "n": np.array([1, 2], "i4")}], on_end="end")
         assert channel.recv_record()["n"].tolist() == [1, 2]
+        assert list(receive_from(channel)) == []
+        channel.send({"t": 2.5, "n": np.array([3, 4], "i4")})
+        (item,), _ = take(channel, 1)
+        assert parse_source(channel).schema.matches(item)
+        assert item["t"] == 2.5
 
 
 def test_send_to_and_receive_from(name):

@@ -23,9 +23,10 @@ from hypothesis.extra import numpy as hnp
 from support import STRICT, TIMEOUT, wait_until
 
 import dsline
-from dsline.dataflow import log as log_module
+from dsline._core import crc32c
 from dsline.dataflow.items import Batch, same
 from dsline.dataflow.log import LogReader, LogWriter, log_schema
+from dsline.dataflow.records import unpack
 
 RECORDS = np.zeros(3, [("a", "i4"), ("b", "f8", (2,))])
 
@@ -326,7 +327,7 @@ def forged_record(description=b"\0\0\0\0", data=b"", *, kind=1, sequence=0, size
     at = 64 + len(description)
     at += -at % 16
     whole = at + len(data) + -(at + len(data)) % 16
-    body = log_module._crc32c(data, log_module._crc32c(description))
+    body = crc32c(data, crc32c(description))
     head = struct.pack(
         "<4sBBHQqQIIQQI",
         b"DSLR",
@@ -342,7 +343,7 @@ def forged_record(description=b"\0\0\0\0", data=b"", *, kind=1, sequence=0, size
         0,
         lies.get("described", len(description)),
     )
-    head += struct.pack("<I", log_module._crc32c(head))
+    head += struct.pack("<I", crc32c(head))
     return (head + description).ljust(at, b"\0") + data.ljust(whole - at, b"\0")
 
 
@@ -375,7 +376,7 @@ def test_descriptions_that_were_chosen_do_no_harm(tmp_path, kind, code, dims, nb
 @given(data=st.binary(max_size=200))
 def test_pickles_that_were_chosen_do_no_harm(data):
     with contextlib.suppress(dsline.SerializationError):
-        log_module.unpack(data)
+        unpack(data)
 
 
 def test_whole_records_behind_a_damaged_one_are_kept_aside(tmp_path):
