@@ -819,9 +819,6 @@ class Run:
     @property
     def state(self) -> str:
         """ "running", "draining", "finished", "stopped", "aborted" or "failed"."""
-        execution = self._execution
-        if execution.over.is_set() and (execution.error is not None or not execution.rollback):
-            self._settle()
         return self._state
 
     @property
