@@ -79,7 +79,6 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     # dataflow/
     "dataflow.__init__": frozenset(),
     "dataflow.callables": frozenset({"errors"}),
-    "dataflow.counters": frozenset({"_core", "errors"}),
     "dataflow.drawing": frozenset({"errors"}),
     "dataflow.grouping": frozenset(),
     "dataflow.media": frozenset({"errors"}),
@@ -87,207 +86,34 @@ PYTHON_LAYERS: dict[str, frozenset[str]] = {
     "dataflow.operator": frozenset({"specs"}),
     "dataflow.policies": frozenset({"errors"}),
     "dataflow.restart": frozenset({"errors"}),
+    "dataflow.stats": frozenset(),
     "dataflow.aggregates": frozenset({"dataflow.callables", "dataflow.grouping", "errors"}),
     "dataflow.checkpoints": frozenset({"_core", "dataflow.npy_files", "errors"}),
+    "dataflow.counters": frozenset({"_core", "dataflow.stats", "errors"}),
     "dataflow.items": frozenset({"dataflow.operator", "errors", "specs"}),
     "dataflow.options": frozenset({"dataflow.policies", "dataflow.restart", "errors"}),
     "dataflow.processes": frozenset({"dataflow.callables", "dataflow.restart", "errors"}),
-    "dataflow.progress": frozenset({"dataflow.counters", "errors"}),
+    "dataflow.progress": frozenset({"dataflow.stats", "errors"}),
     "dataflow.window_specs": frozenset({"dataflow.callables", "dataflow.policies", "errors"}),
-    "dataflow.descriptions": frozenset(
-        {"dataflow.callables", "dataflow.items", "dataflow.operator", "errors", "specs"}
-    ),
-    "dataflow.log": frozenset(
-        {
-            "_core",
-            "dataflow.items",
-            "dataflow.npy_files",
-            "dataflow.operator",
-            "dtypes",
-            "errors",
-            "objects",
-            "specs",
-        }
-    ),
-    "dataflow.sources": frozenset(
-        {
-            "broadcast",
-            "channel",
-            "dataflow.callables",
-            "dataflow.items",
-            "dataflow.log",
-            "dataflow.media",
-            "dataflow.npy_files",
-            "dataflow.operator",
-            "endpoint",
-            "errors",
-            "groups",
-            "options",
-            "report",
-            "specs",
-            "status",
-        }
-    ),
-    "dataflow.sinks": frozenset(
-        {
-            "broadcast",
-            "channel",
-            "dataflow.callables",
-            "dataflow.items",
-            "dataflow.log",
-            "dataflow.media",
-            "dataflow.npy_files",
-            "dataflow.operator",
-            "dataflow.sources",
-            "errors",
-            "groups",
-            "options",
-            "specs",
-        }
-    ),
-    "dataflow.dead_letters": frozenset(
-        {
-            "_core",
-            "broadcast",
-            "channel",
-            "dataflow.items",
-            "dataflow.log",
-            "dataflow.sinks",
-            "dataflow.sources",
-            "errors",
-            "status",
-        }
-    ),
-    "dataflow.batching": frozenset(
-        {
-            "dataflow.callables",
-            "dataflow.descriptions",
-            "dataflow.items",
-            "dataflow.operator",
-            "dataflow.operators",
-            "errors",
-            "specs",
-        }
-    ),
+    "dataflow.descriptions": frozenset({"dataflow.callables", "dataflow.items", "dataflow.operator", "errors", "specs"}),
+    "dataflow.records": frozenset({"_core", "dataflow.items", "dataflow.npy_files", "dataflow.operator", "dtypes", "errors", "objects"}),
+    "dataflow.log": frozenset({"_core", "dataflow.npy_files", "dataflow.operator", "dataflow.records", "errors", "specs"}),
+    "dataflow.sources": frozenset({"broadcast", "channel", "dataflow.callables", "dataflow.items", "dataflow.log", "dataflow.media", "dataflow.npy_files", "dataflow.operator", "endpoint", "errors", "groups", "options", "report", "specs", "status"}),
+    "dataflow.sinks": frozenset({"broadcast", "channel", "dataflow.callables", "dataflow.items", "dataflow.log", "dataflow.media", "dataflow.npy_files", "dataflow.operator", "dataflow.sources", "errors", "groups", "options", "specs"}),
+    "dataflow.dead_letters": frozenset({"_core", "broadcast", "channel", "dataflow.descriptions", "dataflow.items", "dataflow.log", "dataflow.records", "dataflow.sinks", "dataflow.sources", "errors", "status"}),
+    "dataflow.batching": frozenset({"dataflow.callables", "dataflow.descriptions", "dataflow.items", "dataflow.operator", "dataflow.operators", "errors", "specs"}),
     "dataflow.bench": frozenset({"bench", "dataflow.items", "dataflow.pipeline", "errors"}),
-    "dataflow.merging": frozenset(
-        {"dataflow.descriptions", "dataflow.items", "dataflow.operator", "dataflow.operators"}
-    ),
-    "dataflow.operators": frozenset(
-        {
-            "dataflow.callables",
-            "dataflow.descriptions",
-            "dataflow.items",
-            "dataflow.merging",
-            "dataflow.operator",
-            "errors",
-            "expressions",
-            "specs",
-        }
-    ),
-    "dataflow.ops": frozenset(
-        {
-            "dataflow.batching",
-            "dataflow.operator",
-            "dataflow.operators",
-            "dataflow.sinks",
-            "dataflow.sources",
-            "dataflow.windows",
-            "errors",
-        }
-    ),
-    "dataflow.plan": frozenset(
-        {
-            "dataflow.descriptions",
-            "dataflow.drawing",
-            "dataflow.operator",
-            "dataflow.operators",
-            "dataflow.options",
-            "dataflow.sinks",
-            "dataflow.sources",
-            "dataflow.windows",
-            "errors",
-            "specs",
-        }
-    ),
-    "dataflow.runtime": frozenset(
-        {
-            "_core",
-            "dataflow.counters",
-            "dataflow.dead_letters",
-            "dataflow.items",
-            "dataflow.operator",
-            "dataflow.plan",
-            "dataflow.policies",
-            "dataflow.sinks",
-            "dataflow.sources",
-            "errors",
-            "waiting",
-        }
-    ),
+    "dataflow.merging": frozenset({"dataflow.descriptions", "dataflow.items", "dataflow.operator", "dataflow.operators"}),
+    "dataflow.operators": frozenset({"dataflow.callables", "dataflow.descriptions", "dataflow.items", "dataflow.merging", "dataflow.operator", "errors", "expressions", "specs"}),
+    "dataflow.ops": frozenset({"dataflow.batching", "dataflow.operator", "dataflow.operators", "dataflow.sinks", "dataflow.sources", "dataflow.windows", "errors"}),
+    "dataflow.plan": frozenset({"dataflow.descriptions", "dataflow.drawing", "dataflow.operator", "dataflow.operators", "dataflow.options", "dataflow.sinks", "dataflow.sources", "dataflow.windows", "errors", "specs"}),
+    "dataflow.runtime": frozenset({"_core", "dataflow.counters", "dataflow.dead_letters", "dataflow.descriptions", "dataflow.items", "dataflow.operator", "dataflow.plan", "dataflow.policies", "dataflow.sinks", "dataflow.sources", "errors", "waiting"}),
     "dataflow.worker": frozenset({"dataflow.callables", "dataflow.runtime", "errors"}),
-    "dataflow.run": frozenset(
-        {
-            "_core",
-            "channel",
-            "dataflow.callables",
-            "dataflow.checkpoints",
-            "dataflow.counters",
-            "dataflow.items",
-            "dataflow.operator",
-            "dataflow.plan",
-            "dataflow.policies",
-            "dataflow.processes",
-            "dataflow.progress",
-            "dataflow.restart",
-            "dataflow.runtime",
-            "dataflow.sinks",
-            "dataflow.worker",
-            "errors",
-        }
-    ),
-    "dataflow.pipeline": frozenset(
-        {
-            "dataflow.counters",
-            "dataflow.descriptions",
-            "dataflow.operator",
-            "dataflow.operators",
-            "dataflow.ops",
-            "dataflow.options",
-            "dataflow.plan",
-            "dataflow.run",
-            "dataflow.sinks",
-            "dataflow.sources",
-            "errors",
-        }
-    ),
+    "dataflow.run": frozenset({"_core", "channel", "dataflow.callables", "dataflow.checkpoints", "dataflow.counters", "dataflow.items", "dataflow.operator", "dataflow.plan", "dataflow.policies", "dataflow.processes", "dataflow.progress", "dataflow.restart", "dataflow.runtime", "dataflow.sinks", "dataflow.worker", "errors"}),
+    "dataflow.pipeline": frozenset({"dataflow.counters", "dataflow.descriptions", "dataflow.operator", "dataflow.operators", "dataflow.ops", "dataflow.options", "dataflow.plan", "dataflow.run", "dataflow.sinks", "dataflow.sources", "errors"}),
     "dataflow.program": frozenset({"dataflow.pipeline", "dataflow.plan", "errors"}),
-    "dataflow.window_steps": frozenset(
-        {
-            "dataflow.aggregates",
-            "dataflow.dead_letters",
-            "dataflow.grouping",
-            "dataflow.operator",
-            "dataflow.policies",
-            "dataflow.window_specs",
-            "dataflow.windows",
-            "errors",
-            "expressions",
-            "specs",
-        }
-    ),
-    "dataflow.windows": frozenset(
-        {
-            "dataflow.aggregates",
-            "dataflow.callables",
-            "dataflow.grouping",
-            "dataflow.operator",
-            "dataflow.window_specs",
-            "dataflow.window_steps",
-            "errors",
-            "specs",
-        }
-    ),
+    "dataflow.window_steps": frozenset({"dataflow.aggregates", "dataflow.dead_letters", "dataflow.grouping", "dataflow.operator", "dataflow.policies", "dataflow.window_specs", "dataflow.windows", "errors", "expressions", "specs"}),
+    "dataflow.windows": frozenset({"dataflow.aggregates", "dataflow.callables", "dataflow.grouping", "dataflow.operator", "dataflow.window_specs", "dataflow.window_steps", "errors", "specs"}),
     # end of dataflow/
     # fmt: on
     "__init__": frozenset(

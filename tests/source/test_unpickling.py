@@ -25,6 +25,10 @@ ALLOWED: dict[tuple[str, str], int] = {
     ("callables.py", "pickle imported"): 2,  # functions for workers, from the process that started them
     ("callables.py", "unpickling"): 1,
     ("accelerate.py", "pickle imported"): 1,  # for the number of its default protocol
+    ("records.py", "pickle imported"): 1,  # items of a file:// log, which is trusted where objects=True
+    ("records.py", "unpickling"): 3,  # without it by an unpickler that knows arrays and plain values only
+    ("runtime.py", "pickle imported"): 1,  # states of a checkpoint, in a folder of the user's own
+    ("runtime.py", "unpickling"): 1,
     ("queues.pxi", "pickle imported"): 1,  # put() of a queue pickles, and get() unpickles by objects.py
 }
 
