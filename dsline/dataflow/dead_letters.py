@@ -140,7 +140,7 @@ def write_dead_letter(
 
 def _packed(item: Any) -> dict[str, Any]:
     """The item in a form that lists can be made of without unpickling it."""
-    if isinstance(item, Batch) or (isinstance(item, np.ndarray) and not item.dtype.hasobject):
+    if isinstance(item, Batch) or (type(item) is np.ndarray and not item.dtype.hasobject):
         return {"item": item}
     try:
         return {"pickle": pack(item)}

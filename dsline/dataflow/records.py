@@ -123,7 +123,7 @@ def joined(kind: int, described: list[bytes], buffers: list[memoryview]) -> Enco
 
 
 def encode(item: Any) -> Encoded:
-    if isinstance(item, np.ndarray) and not item.dtype.hasobject:
+    if isinstance(item, np.ndarray) and not item.dtype.hasobject and not isinstance(item, np.ma.MaskedArray):
         fortran = item.flags.f_contiguous and not item.flags.c_contiguous
         data = raw_bytes(item.T if fortran else item)
         return _alone(

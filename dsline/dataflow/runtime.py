@@ -180,9 +180,10 @@ class _Output:
             try:
                 loan.publish()
                 return
-            except (
-                BufferError
-            ):  # the function kept a reference that could write later: it gets a copy out of here
+            except ChannelClosedError:
+                raise Stopped from None
+            except BufferError:
+                # The function kept a reference that could write later: what is sent is a copy.
                 item = item.copy()
                 loan.abort()
         send = (

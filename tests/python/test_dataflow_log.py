@@ -183,6 +183,13 @@ class Evil:
         return os.system, (f"touch {self.path}",)
 
 
+def test_a_mask_is_not_lost(tmp_path):
+    masked = np.ma.masked_equal([1, 2, 3], 2)
+    write(tmp_path / "log", [masked])
+    (got,) = read(tmp_path / "log", objects=True)
+    assert got.mask.tolist() == [False, True, False]
+
+
 def test_a_hostile_pickle_is_not_run(tmp_path):
     write(tmp_path / "log", [Evil(tmp_path / "made")])
     with pytest.raises(dsline.SerializationError, match=r"posix.system"):
@@ -489,6 +496,22 @@ def test_views_survive_a_restore(tmp_path):
         writer.restore(position)
         assert last_segment(tmp_path / "log").stat().st_size == 64
         assert view.sum() == 4999950000  # would end the process if the file had been cut short
+
+
+def test_a_log_is_cut_also_when_the_disk_is_full(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with LogWriter(tmp_path / "log") as writer:
+        writer.append(1)
+        position = writer.position()
+        writer.append(np.zeros(1000))
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "pwrite", full)  # there is no room for another file
+            writer.restore(position)
+        writer.append(2)
+    assert read(tmp_path / "log") == [1, 2]
+    assert sorted(os.listdir(tmp_path / "log")) == [f"{0:020}.dsl", "writer.lock"]
 
 
 def test_restore_refuses_a_position_behind_the_end(tmp_path):
