@@ -353,7 +353,12 @@ class Pipeline:
             target = target.target
         stage, own = _split(options)
         part = target if isinstance(target, Sink) and not own else parse_sink(target, **own)
-        if isinstance(part, ChannelSink) and stage.full in _POLICIES and part.channel is None and part is not target:
+        if (
+            isinstance(part, ChannelSink)
+            and stage.full in _POLICIES
+            and part.channel is None
+            and part is not target
+        ):
             part = parse_sink(target, **own, full=stage.full)  # its receivers may be slow as well
         node = _Node(part, stage, (self._end("a sink"),))
         return self._with(None, (*self._sinks, node))

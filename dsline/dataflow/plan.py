@@ -751,7 +751,9 @@ class _Compiler:
             full=options.full,
             guarantee=self._guarantee(head, drafts[producer] if producer is not None else None),
             external=edge.get("external"),
-            ahead=self._ahead(slots, consumers, makers, [self._stages[n] for n in drafts[edge["target"]]["numbers"]])
+            ahead=self._ahead(
+                slots, consumers, makers, [self._stages[n] for n in drafts[edge["target"]]["numbers"]]
+            )
             if options.full == "block"
             else 0,
         )

@@ -53,7 +53,9 @@ _NAP: Final = 0.05  # seconds that a pause lasts between looks at whether the pi
 _SHORT: Final = 0.002  # seconds between looks at two things that cannot be waited for together
 _NOTHING: Final = 50_000  # ns that sending a control frame may take without having waited
 _WHOLE: Final = 1 << 40  # offset of an input whose results are all out, and its control frame
-_OVER: Final = 1 << 62  # `done` of a segment whose end is out: a worker that is started again has nothing to do
+_OVER: Final = (
+    1 << 62
+)  # `done` of a segment whose end is out: a worker that is started again has nothing to do
 
 
 class Stopped(BaseException):
@@ -840,7 +842,9 @@ class SegmentLoop:
                 self.sent_end = True
                 return
         # A channel from outside begins somewhere; one of the pipeline's own at 0.
-        expected: list[int | None] = [None if edge.external is not None else self._behind for edge in self.job.inputs]
+        expected: list[int | None] = [
+            None if edge.external is not None else self._behind for edge in self.job.inputs
+        ]
         ended = [False] * len(self._inputs)
         marked: dict[int, int] = {}  # input -> number of the checkpoint whose marker it is at
         while not all(ended) and not self._stopped:

@@ -278,7 +278,7 @@ def test_full_error():
         .source(range(400))
         .map(plan_functions.sleeps_a_little, workers=1, full="error", queue=3, name="work")
     )
-    with pytest.raises(PipelineRuntimeError, match="is full .3 items. and full='error'"):
+    with pytest.raises(PipelineRuntimeError, match=r"is full \(3 items\) and full='error'"):
         pipeline.collect()
 
 
@@ -286,7 +286,7 @@ def test_an_item_larger_than_the_memory():
     pipeline = (
         Pipeline(memory="4MiB").source([np.zeros(8 << 20, np.uint8)]).map(plan_functions.total, workers=1)
     )
-    with pytest.raises(OperatorError, match="memory=|8388608"):
+    with pytest.raises(OperatorError, match=r"memory=|8388608"):
         pipeline.collect()
 
 
