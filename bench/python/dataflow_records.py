@@ -112,8 +112,8 @@ def kept_by(result: Any) -> np.ndarray:
 # --- filter, derive, window ---------------------------------------------------------------------------------------------
 
 
-def by_dsline(batches: list[Any]) -> pd.DataFrame:
-    windows = (
+def windows_of(batches: list[Any]) -> list[Any]:
+    return (
         dsline.Pipeline()
         .source(batches)
         .filter(FILTER)
@@ -123,21 +123,14 @@ def by_dsline(batches: list[Any]) -> pd.DataFrame:
         )
         .collect()
     )
-    return pd.concat([pd.DataFrame(dict(item)) for item in windows])
+
+
+def by_dsline(batches: list[Any]) -> pd.DataFrame:
+    return pd.concat([pd.DataFrame(dict(item)) for item in windows_of(batches)])
 
 
 def by_dsline_records(batches: list[Any]) -> pd.DataFrame:
-    windows = (
-        dsline.Pipeline()
-        .source(batches)
-        .filter(FILTER)
-        .derive(dew="temperature - (100 - humidity) / 5")
-        .window(
-            tumbling("1s", time="ts"), key="sensor", n=agg.count(), mean=agg.mean("dew"), peak=agg.max("dew")
-        )
-        .collect()
-    )
-    return pd.DataFrame(np.concatenate(windows))
+    return pd.DataFrame(np.concatenate(windows_of(batches)))
 
 
 def by_pandas(batches: list[Any]) -> pd.DataFrame:

@@ -619,10 +619,12 @@ def _apply(
             results[number] = result
         except Exception as error:
             name = function_name(aggregate.function)
-            shown = (
-                "" if result is None else f" returned {str(result)[:100]!r}, which is no {aggregate.dtype}:"
+            did = (
+                "raised"
+                if result is None
+                else f"returned {str(result)[:100]!r}, which is no {aggregate.dtype}:"
             )
-            raise OperatorError(f"agg.apply: {name}{shown} {type(error).__name__}: {error}") from error
+            raise OperatorError(f"agg.apply: {name} {did} {type(error).__name__}: {error}") from error
     return results
 
 

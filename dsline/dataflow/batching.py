@@ -100,7 +100,6 @@ class GatherStep(Step):
         self._skip = 0
         self._offset = 0
         self._rows = 0  # of the last item
-        self._held = 0  # items with rows in the target
         self._in_hand = False  # an item is being processed and has rows left
 
     @property
@@ -110,12 +109,6 @@ class GatherStep(Step):
     @property
     def offset(self) -> int:
         return self._offset
-
-    @property
-    def held_items(self) -> int:
-        """How many items have rows that wait, counted back from the last one. Those before them are done with, even where a
-        function made nothing of their rows."""
-        return self._held
 
     def resume(self, offset: int) -> None:
         self._skip = offset
@@ -158,7 +151,6 @@ class GatherStep(Step):
                     continue
                 count = min(size - self._filled, rows - at)
                 self._gather(item, at, count)
-                self._held += 1
                 at += count
                 if self._filled == size:
                     batch = self._whole()
@@ -208,7 +200,6 @@ class GatherStep(Step):
     def _forget(self) -> None:
         self._target = None
         self._filled = 0
-        self._held = 0
         self._due = None
 
     def _whole(self) -> Any:
@@ -312,12 +303,14 @@ class _OnBatches(PlainOperator):
 
     holds: ClassVar[bool] = True
     function: Any
-    batch: int = 256
+    batch: int | None = 256  # None: items as they come, which are batches already
     linger: Any = "10ms"
 
     def __post_init__(self) -> None:
         check_function(self.function, "function")
-        check_whole("batch", self.batch, 1)
+        if self.batch is not None:
+            check_whole("batch", self.batch, 1)
+        object.__setattr__(self, "holds", self.batch is not None)
         if self.linger is not None:
             object.__setattr__(self, "linger", parse_seconds(self.linger, "linger"))
         object.__setattr__(self, "stateful", is_stateful(self.function))
@@ -325,14 +318,17 @@ class _OnBatches(PlainOperator):
     def _inner(self, context: Context) -> Step:
         raise NotImplementedError
 
-    @property
-    def _gather(self) -> BatchRows:
-        return BatchRows(self.batch, self.linger)
+    def _gathered(self, schema: Schema) -> Schema:
+        return schema if self.batch is None else BatchRows(self.batch, self.linger).check(schema)
 
     def start(self, context: Context) -> Step:
-        return _OnBatchesStep(self._gather, self._inner(context), context)
+        if self.batch is None:
+            return self._inner(context)
+        return _OnBatchesStep(BatchRows(self.batch, self.linger), self._inner(context), context)
 
     def describe(self) -> str:
+        if self.batch is None:
+            return f"{self.kind} {function_name(self.function)}"
         linger = "" if self.linger is None else f" or {seconds_text(self.linger)}"
         return f"{self.kind} {function_name(self.function)}, {self.batch} rows{linger}"
 
@@ -354,7 +350,7 @@ class MapBatches(_OnBatches):
         return _MapBatchStep(self.function, self.returns, context)
 
     def check(self, schema: Schema) -> Schema:
-        return Map(self.function, self.returns).check(self._gather.check(schema))
+        return Map(self.function, self.returns).check(self._gathered(schema))
 
 
 # A batch that gives several results could not be resumed between two of them.
@@ -376,11 +372,17 @@ class FilterBatches(_OnBatches):
         return _RowsFilterStep(self.function, context)
 
     def check(self, schema: Schema) -> Schema:
-        return self._gather.check(schema)
+        return self._gathered(schema)
 
 
 class _RowsFilterStep(FunctionStep):
     def process(self, item: Any, emit: Emit) -> None:
+        if not isinstance(item, list | np.ndarray | Batch) or (
+            isinstance(item, np.ndarray) and not item.ndim
+        ):
+            fail(self.context, f"{items.item_text(item)} is no batch of rows")
+        if not len(item):
+            return
         answer = np.asarray(self.function(item))
         if answer.shape != (len(item),) or answer.dtype != bool:
             fail(
@@ -470,14 +472,12 @@ class RateLimitStep(Step):
         operator: RateLimit,
         context: Context,
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._interval = 1.0 / operator.per_second
         self._ahead = (operator.burst - 1) * self._interval
         self._full = operator.full
         self._context = context
         self._clock = clock
-        self._sleep = sleep
         self._full_at = -math.inf  # theoretical arrival time
         self._waiting: list[Any] = []
         self._offset = 0
@@ -539,7 +539,7 @@ class RateLimitStep(Step):
             self.tick(emit)
             if self._waiting:
                 # Rounded up, so that the clock has passed the deadline when it ends.
-                self._sleep(max(1e-6, self._full_at - self._ahead - self._clock()))
+                self._context.pause(max(1e-6, self._full_at - self._ahead - self._clock()))
 
     def finish(self, emit: Emit) -> None:
         self._offset = 1

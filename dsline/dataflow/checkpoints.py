@@ -79,9 +79,10 @@ class Store:
         self._mutex = threading.Lock()
         try:
             os.makedirs(self._directory, exist_ok=True)
-            _lock(self._directory)
+            first = _lock(self._directory)
             weakref.finalize(self, _unlock, self._directory)
-            self._sweep()
+            if first:  # another store of this process may be saving
+                self._sweep()
         except OSError as error:
             raise PipelineBuildError(
                 f"checkpoints cannot be kept in {self._directory!r}: {error.strerror or error}"
@@ -213,12 +214,13 @@ _locks: dict[str, tuple[int, int]] = {}  # descriptor and number of stores
 _locks_mutex = threading.Lock()
 
 
-def _lock(directory: str) -> None:
+def _lock(directory: str) -> bool:
+    """Take the lock; whether this process did not have it."""
     with _locks_mutex:
         if directory in _locks:
             descriptor, users = _locks[directory]
             _locks[directory] = descriptor, users + 1
-            return
+            return False
         path = os.path.join(directory, "lock")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -232,6 +234,7 @@ def _lock(directory: str) -> None:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         _locks[directory] = descriptor, 1
+        return True
 
 
 def _in_use(directory: str, holder: str) -> NoReturn:

@@ -18,6 +18,7 @@ import numpy as np
 from dsline._core import DeadLetter
 from dsline.broadcast import Broadcast
 from dsline.channel import ShmChannel
+from dsline.dataflow.descriptions import error_text
 from dsline.dataflow.items import Batch, item_text
 from dsline.dataflow.log import LogReader, LogWriter
 from dsline.dataflow.records import pack, unpack
@@ -127,7 +128,7 @@ def write_dead_letter(
         "timestamp_ns": time.time_ns(),
         "deliveries": deliveries,
         "error_type": f"{type(error).__module__}.{type(error).__qualname__}",
-        "error": _cut(str(error), _LONGEST_TEXT),
+        "error": _cut(error_text(error), _LONGEST_TEXT),
         # The end of a traceback says where; the beginning of a long one is of least interest.
         "traceback": text if len(text) <= _LONGEST_TEXT else f"...{text[-_LONGEST_TEXT:]}",
         "description": _describe(item),
@@ -139,7 +140,7 @@ def write_dead_letter(
 
 def _packed(item: Any) -> dict[str, Any]:
     """The item in a form that lists can be made of without unpickling it."""
-    if isinstance(item, Batch) or (isinstance(item, np.ndarray) and not item.dtype.hasobject):
+    if isinstance(item, Batch) or (type(item) is np.ndarray and not item.dtype.hasobject):
         return {"item": item}
     try:
         return {"pickle": pack(item)}

@@ -27,6 +27,7 @@ __all__ = [
     "call_of",
     "check_function",
     "check_whole",
+    "error_text",
     "fail",
     "from_plain",
     "function_from_json",
@@ -212,6 +213,14 @@ class PlainOperator(Operator):
 def fail(context: Context, why: str) -> Never:
     """Raise an OperatorError that names the stage."""
     raise OperatorError(f"stage {context.stage!r}: {why}")
+
+
+def error_text(error: BaseException) -> str:
+    """Return str(error), whatever its own methods do."""
+    try:
+        return str(error)
+    except Exception:
+        return "(it has no text that can be made)"
 
 
 # --- functions --------------------------------------------------------------------------------------------------------

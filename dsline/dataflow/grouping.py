@@ -18,6 +18,7 @@ _SPLITMIX: Final = (
     (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
     (np.uint64(27), np.uint64(0x94D049BB133111EB)),
 )
+_FEW_CODES: Final = 4  # so many passes are faster than a sort
 _FEW: Final = 64  # values that are sorted as fast as hashed
 
 
@@ -97,6 +98,9 @@ def _codes_by_hash(values: Array, by_value: bool) -> tuple[Array, int] | None:
 
 def _order(codes: Array, size: int) -> Array:
     """A stable argsort; NumPy sorts 16 bits by radix."""
+    if size <= _FEW_CODES and len(codes) > 256:
+        small = codes.astype(np.uint8)
+        return np.concatenate([np.flatnonzero(small == code) for code in range(size)])
     if size <= 1 << 16:
         return np.argsort(codes.astype(np.uint16), kind="stable")
     if size <= 1 << 32 and len(codes) > 2048:

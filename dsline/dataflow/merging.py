@@ -147,7 +147,7 @@ class _Piece:
 
     __slots__ = ("at", "item", "keys")
 
-    def __init__(self, item: Any, keys: Array) -> None:
+    def __init__(self, item: Any, keys: Any) -> None:
         self.item = item
         self.keys = keys
         self.at = 0
@@ -187,13 +187,13 @@ class OrderStep(_HoldingStep):
         keys = self._keys(item)
         skip, self._skip[index] = self._skip[index], 0
         if len(keys):
-            if len(keys) > 1 and (keys[1:] < keys[:-1]).any():
+            if len(keys) > 1 and (keys[1:] < keys[:-1]).any():  # only arrays have more than one
                 order = keys.argsort(kind="stable")
                 keys, item = keys[order], items.take(item, order)
-            if self._out is not None:
-                late = int(np.count_nonzero(keys[skip:] < self._out))
+            if self._out is not None and keys[0] < self._out:
+                late = sum(key < self._out for key in keys[skip:])
                 if late:
-                    self._context.count("late", late)
+                    self._context.count("late", int(late))
             piece = _Piece(item, keys)
             piece.at = skip
             if skip < len(keys):
@@ -203,14 +203,18 @@ class OrderStep(_HoldingStep):
         self._seen[index] = self._clock()
         self._release(emit)
 
-    def _keys(self, item: Any) -> Array:
+    def _keys(self, item: Any) -> Any:
+        """The keys of the rows: an array, or a list of the one Python number of an item of one row."""
         if callable(self._order):
-            keys = np.atleast_1d(np.asarray(self._order(item)))
+            given = self._order(item)
         else:
             try:
-                keys = np.atleast_1d(np.asarray(item[self._order]))
+                given = item[self._order]
             except (KeyError, IndexError, TypeError, ValueError):
                 fail(self._context, f"{items.item_text(item)} has no column {self._order!r} to order by")
+        if type(given) in (int, float) and given == given and items.rows_of(item) == 1:
+            return [given]
+        keys = np.atleast_1d(np.asarray(given))
         if keys.shape != (items.rows_of(item),) or keys.dtype.kind not in "iufM":
             fail(
                 self._context,
@@ -253,7 +257,7 @@ class OrderStep(_HoldingStep):
     def _release(self, emit: Emit) -> None:
         now = self._clock() if self._idle is not None else 0.0
         holders = [index for index in range(len(self._ended)) if self._holds_back(index, now)]
-        ready: list[tuple[Any, Array]] = []
+        ready: list[tuple[Any, Any]] = []
         for index, waiting in enumerate(self._waiting):
             while waiting:
                 piece = waiting[0]
@@ -269,14 +273,11 @@ class OrderStep(_HoldingStep):
                 waiting.popleft()
                 self._seen[index] = now  # it was not asked before
         if ready:
-            self._out = (
-                max(keys[-1] for _, keys in ready)
-                if self._out is None
-                else max(self._out, *(keys[-1] for _, keys in ready))
-            )
+            latest = max(keys[-1] for _, keys in ready)
+            self._out = latest if self._out is None else max(self._out, latest)
             self._emit(ready, emit)
 
-    def _out_by(self, index: int, keys: Array, holders: list[int]) -> int:
+    def _out_by(self, index: int, keys: Any, holders: list[int]) -> int:
         """How many of the keys are before whatever the other inputs can still give."""
         stop = len(keys)
         for other in holders:
@@ -285,18 +286,23 @@ class OrderStep(_HoldingStep):
             last = self._last[other]
             if last is None:
                 return 0
-            stop = min(stop, int(np.searchsorted(keys, last, "right" if index < other else "left")))
+            if stop == 1:
+                stop = int(keys[0] < last or (keys[0] == last and index < other))
+            else:
+                stop = min(stop, int(np.searchsorted(keys, last, "right" if index < other else "left")))
+            if not stop:
+                return 0
         return stop
 
-    def _emit(self, ready: list[tuple[Any, Array]], emit: Emit) -> None:
+    def _emit(self, ready: list[tuple[Any, Any]], emit: Emit) -> None:
         if len(ready) == 1:
             emit(ready[0][0])
             return
-        order = np.concatenate([keys for _, keys in ready]).argsort(kind="stable")
         if not any(items.kind_of(rows) in (RECORDS, COLUMNS) for rows, _ in ready):
-            for number in order:
-                emit(ready[number][0])
+            for rows, _ in sorted(ready, key=lambda each: each[1][0]):  # stable: equal ones by their input
+                emit(rows)
             return
+        order = np.concatenate([keys for _, keys in ready]).argsort(kind="stable")
         try:
             rows = items.concatenate([rows for rows, _ in ready])
         except ValueError as error:

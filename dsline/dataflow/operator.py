@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, TypeAlias
 
@@ -52,6 +53,10 @@ class Context:
     allocate : callable or None
         ``allocate(shape, dtype)`` returns a writable array in the output slot, for the last operator before an edge; None
         elsewhere. Emitting that very array publishes the slot without a copy.
+    count : callable
+        ``count("late", 3)`` adds to a named counter of the stage.
+    pause : callable
+        Sleeps for so many seconds; does not return where the pipeline is being aborted meanwhile.
     """
 
     stage: str
@@ -59,9 +64,8 @@ class Context:
     workers: int = 0
     attempt: int = 0
     allocate: Callable[[Any, Any], Any] | None = None
-    count: Callable[[str, int], None] = lambda what, number: (
-        None
-    )  # e.g. count("late", 3): a named counter of the stage
+    count: Callable[[str, int], None] = lambda what, number: None
+    pause: Callable[[float], None] = time.sleep
 
 
 class Step:
@@ -85,6 +89,11 @@ class Step:
     def holding(self) -> bool:
         """Whether rows of items that were processed have not been emitted yet, so that those items must not be
         acknowledged."""
+        return False
+
+    @property
+    def is_full(self) -> bool:
+        """Whether `process` would block until the deadline: no item should come before."""
         return False
 
     @property

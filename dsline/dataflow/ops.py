@@ -88,7 +88,7 @@ def map(function: Function, *, returns: Any = None) -> operators.Map:
 
 
 def map_batches(
-    function: Function, *, batch: int = 256, linger: Any = "10ms", returns: Any = None
+    function: Function, *, batch: int | None = 256, linger: Any = "10ms", returns: Any = None
 ) -> batching.MapBatches:
     """Gather rows into batches and call a function with each.
 
@@ -96,8 +96,8 @@ def map_batches(
     ----------
     function : callable
         As for `map`. Gets records, a `Batch`, an array of frames along a new first axis, or a list of objects: see `batch`.
-    batch : int
-        Rows of a batch.
+    batch : int or None
+        Rows of a batch. None: the items are batches already.
     linger : float or str or None
         How long a batch waits for more rows: seconds, or a text like "10ms". None: until it is full, or the input ends.
     returns
@@ -377,7 +377,9 @@ def map_py_batch(function: Function, *, batch: int = 256, linger: Any = "10ms") 
     return map_batches(function, batch=batch, linger=linger)
 
 
-def filter_py_batch(function: Function, *, batch: int = 256, linger: Any = "10ms") -> batching.FilterBatches:
+def filter_py_batch(
+    function: Function, *, batch: int | None = 256, linger: Any = "10ms"
+) -> batching.FilterBatches:
     """Gather rows, and keep those for which a function of the batch is true.
 
     Parameters
@@ -385,7 +387,7 @@ def filter_py_batch(function: Function, *, batch: int = 256, linger: Any = "10ms
     function : callable
         Gets what `map_batches` gives, and returns one truth value for each row, as a boolean array or a list.
     batch, linger
-        As for `map_batches`.
+        As for `map_batches`; `batch` None: the items are batches already.
 
     Raises
     ------

@@ -201,8 +201,13 @@ class Pipeline:
     def map_batches(
         self, function: Callable[..., Any], *, batch: int = 256, linger: Any = "10ms", **options: Any
     ) -> Pipeline:
-        """Gather rows, and call `function` with every batch. See `ops.map_batches`."""
+        """Gather rows, and call `function` with every batch. See `ops.map_batches`.
+
+        With ``workers=N`` the rows are gathered in a stage of their own before it, and N processes share the batches.
+        """
         stage, own = _split(options)
+        if stage.workers:
+            return self.batch(batch, linger=linger)._add(ops.map(function, **own), stage)
         return self._add(ops.map_batches(function, batch=batch, linger=linger, **own), stage)
 
     def filter(self, condition: str | Callable[..., Any], **stage: Any) -> Pipeline:
@@ -387,10 +392,17 @@ class Pipeline:
         """Call `function` with every batch; the same as `map_batches`."""
         return self.map_batches(function, **options)
 
-    def filter_py_batch(self, function: Callable[..., Any], **options: Any) -> Pipeline:
-        """Keep the rows of every batch for which `function` returns true. See `ops.filter_py_batch`."""
-        stage, own = _split(options)
-        return self._add(ops.filter_py_batch(function, **own), stage)
+    def filter_py_batch(
+        self, function: Callable[..., Any], *, batch: int | None = 256, linger: Any = "10ms", **stage: Any
+    ) -> Pipeline:
+        """Keep the rows of every batch for which `function` returns true. See `ops.filter_py_batch`.
+
+        With ``workers=N`` the rows are gathered in a stage of their own before it, and N processes share the batches.
+        """
+        options = StageOptions.parse(stage)
+        if options.workers and batch is not None:
+            return self.batch(batch, linger=linger)._add(ops.filter_py_batch(function, batch=None), options)
+        return self._add(ops.filter_py_batch(function, batch=batch, linger=linger), options)
 
     # --- running ---
 

@@ -264,11 +264,22 @@ class _Execution:
                 continue
             options = self._options(number)
             for index in range(segment.workers):
-                try:
-                    callables.pack(self._job(number, index, 0))
-                except PipelineBuildError as error:
-                    raise PipelineBuildError(f"stage {segment.name!r}: {error}") from error
+                self._check_job(self._job(number, index, 0))
                 self._workers.append(_Worker(number, index, RestartBudget(options.restart)))
+
+    def _check_job(self, job: Job) -> None:
+        """Raise PipelineBuildError where it cannot be brought to a worker process."""
+        try:
+            callables.pack(job)
+            return
+        except PipelineBuildError as error:
+            name, why = job.name, error
+        for stage in job.stages:  # a function by itself gives the better message
+            try:
+                callables.pack(getattr(stage.part, "function", None))
+            except PipelineBuildError as error:
+                name, why = stage.name, error
+        raise PipelineBuildError(f"stage {name!r}: {why}") from why
 
     def _options(self, number: int) -> Any:
         segment = self.plan.segments[number]
@@ -708,6 +719,7 @@ class _Execution:
         finally:
             self._close()
             self.over.set()
+            self.run._execution_is_over(self)
 
     def _left(self) -> dict[str, int]:
         left = {}
@@ -797,6 +809,9 @@ class Run:
         self._edge_stats: list[EdgeStats] = []
         self._state = "running"
         self._rollbacks = 0
+        self._lock = threading.RLock()
+        self._wish: str | None = None  # "drain" or "abort", once somebody has asked for it
+        self._over = threading.Event()
         self._execution = _Execution(self, resume)
 
     # --- looking ---
@@ -857,46 +872,47 @@ class Run:
         OperatorError, PipelineRuntimeError
             What ended the pipeline.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not self._execution.over.wait(left):
-                return False
-            if not self._roll_back():
-                break
-        self._settle()
+        if not self._over.wait(timeout):
+            return False
         error = self._execution.error
         if error is not None:
             raise error
         return True
 
-    def _roll_back(self) -> bool:
-        """A stage with state died: begin again from the last checkpoint, once everything has ended."""
-        dead = self._execution
-        if not dead.rollback or dead.error is not None:
-            return False
-        self._rollbacks += 1
-        store = dead._store
-        assert store is not None
-        if store.newest(self.plan.fingerprint) is None:
-            dead.error = PipelineRuntimeError(
+    def _execution_is_over(self, execution: _Execution) -> None:
+        """Called by its supervisor, as the last thing: the run has ended, or goes back to the last checkpoint."""
+        try:
+            if execution.rollback and execution.error is None and self._roll_back(execution):
+                return
+        except BaseException as error:
+            execution.error = error
+        self._settle(execution)
+
+    def _roll_back(self, dead: _Execution) -> bool:
+        """A stage with state died: begin again from the last checkpoint, now that everything has ended."""
+        if dead._store.newest(self.plan.fingerprint) is None:
+            raise PipelineRuntimeError(
                 f"pipeline {self.plan.name!r}: a stage with state died before the first checkpoint was complete"
             )
-            return False
-        self._execution = _Execution(self, resume=True)
+        with self._lock:
+            if self._wish == "abort":
+                return False
+            self._rollbacks += 1
+            self._execution = _Execution(self, resume=True)
+            if self._wish == "drain":
+                self._execution.stop_sources()
         self._note("rolled_back", {"number": self._rollbacks})
         return True
 
-    def _settle(self) -> None:
-        if self._ended is None:
-            self._ended = time.monotonic()
-            execution = self._execution
-            if execution.error is not None:
-                self._state = "failed"
-            elif execution.aborting:
-                self._state = "aborted"
-            else:
-                self._state = "stopped" if execution.stopping else "finished"
+    def _settle(self, execution: _Execution) -> None:
+        self._ended = time.monotonic()
+        if execution.error is not None:
+            self._state = "failed"
+        elif execution.aborting:
+            self._state = "aborted"
+        else:
+            self._state = "stopped" if execution.stopping else "finished"
+        self._over.set()
 
     def stop(self, *, drain: bool = True, timeout: float | None = 30.0) -> Report:
         """End the run.
@@ -916,23 +932,30 @@ class Run:
             self.abort()
         else:
             self._drain()
-        if not self._execution.over.wait(timeout):
+        if not self._over.wait(timeout):
             self.abort()
-            self._execution.over.wait()
-        self._settle()
+            self._over.wait()
         return self.report()
 
     def _drain(self) -> None:
-        if not self._execution.stopping and not self._execution.over.is_set():
+        with self._lock:
+            if self._wish is not None or self._over.is_set():
+                return
+            self._wish = "drain"
             self._state = "draining"
-            self._note("draining", {})
-            self._execution.stop_sources()
+            execution = self._execution
+        self._note("draining", {})
+        execution.stop_sources()
 
     def abort(self) -> None:
         """End at once: what is under way is lost, workers are killed if they do not end by themselves in 2 seconds."""
-        if not self._execution.over.is_set():
-            self._note("aborting", {})
-            self._execution.abort()
+        with self._lock:
+            if self._wish == "abort" or self._over.is_set():
+                return
+            self._wish = "abort"
+            execution = self._execution
+        self._note("aborting", {})
+        execution.abort()
 
     def report(self) -> Report:
         """Return what has become of the run so far."""
@@ -942,7 +965,7 @@ class Run:
             self.seconds,
             self.stats(),
             self.events(),
-            self._execution.undrained if self._execution.over.is_set() else {},
+            self._execution.undrained if self._over.is_set() else {},
         )
 
     def supervise(self, *, progress: Any = False, timeout: float | None = None) -> Report:
@@ -987,18 +1010,22 @@ class Run:
 
     def items(self) -> Iterator[Any]:
         """Yield what reaches the end of a pipeline without a sink, in this thread."""
-        execution = self._execution
-        number = execution.collector
-        if number is None:
-            raise InvalidArgumentError("this run has a sink; there is nothing to yield")
-        loop = execution._loops[number]
-        collected = loop.collected
-        assert collected is not None
-        for _ in execution.steps(number, loop):
+        execution = None
+        while execution is not self._execution:  # another one after going back to a checkpoint
+            execution = self._execution
+            number = execution.collector
+            if number is None:
+                raise InvalidArgumentError("this run has a sink; there is nothing to yield")
+            loop = execution._loops[number]
+            collected = loop.collected
+            assert collected is not None
+            for _ in execution.steps(number, loop):
+                while collected:
+                    yield collected.popleft()
             while collected:
                 yield collected.popleft()
-        while collected:
-            yield collected.popleft()
+            while execution is self._execution and not self._over.wait(0.05):
+                pass
         self.wait()
 
     def __enter__(self) -> Self:
@@ -1012,7 +1039,7 @@ class Run:
     ) -> None:
         if kind is not None:
             self.stop(drain=False)
-        elif not self._execution.over.is_set():
+        elif not self._over.is_set():
             self.stop()
         error = self._execution.error
         if kind is None and error is not None:

@@ -25,6 +25,7 @@ import numpy as np
 
 from dsline._core import CounterPage
 from dsline.dataflow.counters import WorkerCounters
+from dsline.dataflow.descriptions import error_text
 from dsline.dataflow.items import Batch, nbytes_of, rows_of
 from dsline.dataflow.operator import Context, Emit, MergeStep, Operator, Router, Sink, Source, Step
 from dsline.dataflow.plan import AHEAD, MAX_HELD, Edge, Stage
@@ -48,6 +49,7 @@ MARKER: Final = 17
 GAP: Final = 19
 _SLICE: Final = 1.0  # seconds; a shut down channel wakes whoever waits for it
 _TURN: Final = 0.05  # seconds to wait for a turn before looking why it does not come
+_NAP: Final = 0.05  # seconds that a pause lasts between looks at whether the pipeline is being aborted
 _SHORT: Final = 0.002  # seconds between looks at two things that cannot be waited for together
 _NOTHING: Final = 50_000  # ns that sending a control frame may take without having waited
 _WHOLE: Final = 1 << 40  # offset of an input whose results are all out, and its control frame
@@ -178,9 +180,10 @@ class _Output:
             try:
                 loan.publish()
                 return
-            except (
-                BufferError
-            ):  # the function kept a reference that could write later: it gets a copy out of here
+            except ChannelClosedError:
+                raise Stopped from None
+            except BufferError:
+                # The function kept a reference that could write later: what is sent is a copy.
                 item = item.copy()
                 loan.abort()
         send = (
@@ -298,8 +301,30 @@ class _Output:
             self._counters.blocked(waited)
 
 
+# What a user's function may raise. Not KeyboardInterrupt in the caller's process: there it may be Ctrl-C. SystemExit would
+# otherwise end a worker, or a thread of the caller, in good order.
+_FAILURES: Final = (Exception, SystemExit, GeneratorExit)
+_FAILURES_OF_WORKERS: Final = (*_FAILURES, KeyboardInterrupt)
+
+
+def _failures(worker: int) -> tuple[type[BaseException], ...]:
+    return _FAILURES if worker < 0 else _FAILURES_OF_WORKERS
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error_text(error)}".rstrip(": ")
+
+
+def _shown(error: BaseException) -> str:
+    """The repr of an error, whatever its own methods do."""
+    try:
+        return repr(error)
+    except Exception:
+        return _said(error)
+
+
 def _operator_error(stage: str, error: BaseException, what: str) -> OperatorError:
-    made = OperatorError(f"stage {stage!r}: {what}: {type(error).__name__}: {error}")
+    made = OperatorError(f"stage {stage!r}: {what}: {_said(error)}")
     made.stage = stage
     made.traceback = "".join(traceback.format_exception(error))
     return made
@@ -322,18 +347,18 @@ class _Chain:
             if isinstance(stage.part, Operator) and not isinstance(stage.part, Router)
         ]
         for stage in operators:
-            context = Context(stage.name, job.worker, job.workers, count=loop.page(stage).add)
+            context = loop.context(stage)
             if stage is operators[-1] and stage is job.stages[-1]:
                 context.allocate = allocate
             self.contexts.append(context)
             self.steps.append((stage, _started(stage, context)))
         last = job.stages[-1] if job.stages else None
         if last is not None and isinstance(last.part, Sink) and not _goes_to_caller(last.part):
-            self.contexts.append(Context(last.name, job.worker, job.workers, count=loop.page(last).add))
+            self.contexts.append(loop.context(last))
             self.sink = _started(last, self.contexts[-1])
             emit = self._guard(last, self.sink.write, None)
         elif last is not None and isinstance(last.part, Router):
-            emit = self._routing(last, _started(last, Context(last.name, job.worker, job.workers)), loop)
+            emit = self._routing(last, _started(last, loop.context(last)), loop)
         self.emits: list[Callable[[Any], None]] = []
         self.counts: list[_Counted] = []
         for stage, step in reversed(self.steps):
@@ -344,7 +369,7 @@ class _Chain:
                 self.merge = step
             emit = self._step(stage, step, counts)
         self.process: Callable[[Any], None] = emit
-        self._timed = [
+        self.timed = [
             (stage, step, counts)
             for (stage, step), counts in zip(self.steps, self.counts, strict=True)
             if type(step).deadline is not Step.deadline
@@ -379,11 +404,12 @@ class _Chain:
         """Errors of a stage are handled where they happen; those of the stages after it pass, as they are no Exception."""
         loop = self._loop
         place = loop.job.stages.index(stage)
+        failures = loop.failures
 
         def guarded(item: Any) -> None:
             try:
                 call(item)
-            except Exception as error:
+            except failures as error:
                 loop.failed(stage, item, error, call)
 
         if place == 0:
@@ -397,7 +423,7 @@ class _Chain:
                 counts.number = 0
             try:
                 call(item)
-            except Exception as error:
+            except failures as error:
                 loop.failed(stage, item, error, call)
             finally:
                 end(1 if counts is None else counts.number)
@@ -408,18 +434,18 @@ class _Chain:
         """Call something of a stage that belongs to no item."""
         try:
             return function()
-        except Exception as error:
+        except self._loop.failures as error:
             raise StageFailed(_operator_error(stage.name, error, what)) from error
 
     def deadline(self) -> float | None:
-        if not self._timed:
+        if not self.timed:
             return None
-        found = [moment for _, step, _ in self._timed if (moment := step.deadline()) is not None]
+        found = [moment for _, step, _ in self.timed if (moment := step.deadline()) is not None]
         return min(found, default=None)
 
     def tick(self) -> None:
         now = time.monotonic()
-        for stage, step, counts in self._timed:
+        for stage, step, counts in self.timed:
             moment = step.deadline()
             if moment is not None and moment <= now:
                 self._late_results(stage, counts, "it failed at a deadline", step.tick)
@@ -452,13 +478,13 @@ class _Chain:
         for _, step in self.steps:
             try:
                 step.close()
-            except Exception as error:
-                self._loop.control.event("warning", text=f"close() failed: {error!r}")
+            except self._loop.failures as error:
+                self._loop.control.event("warning", text=f"close() failed: {_said(error)}")
         if self.sink is not None:
             try:
                 self.sink.close()
-            except Exception as error:
-                self._loop.control.event("warning", text=f"closing the sink failed: {error!r}")
+            except self._loop.failures as error:
+                self._loop.control.event("warning", text=f"closing the sink failed: {_said(error)}")
 
 
 def _goes_to_caller(sink: Sink) -> bool:
@@ -485,7 +511,7 @@ def _started(stage: Stage, context: Context) -> Any:
     """Return the running step, source or sink of a stage; of a router its function."""
     try:
         return stage.part.route(context) if isinstance(stage.part, Router) else stage.part.start(context)
-    except Exception as error:
+    except _failures(context.worker) as error:
         raise StageFailed(_operator_error(stage.name, error, "it could not be started")) from error
 
 
@@ -528,6 +554,7 @@ class SegmentLoop:
         control: Control,
     ) -> None:
         self.job = job
+        self.failures = _failures(job.worker)
         self.counters = counters
         self.control = control
         self._inputs = inputs
@@ -647,18 +674,31 @@ class SegmentLoop:
         """Where the counters of a stage are."""
         return self.counters.stages[self.job.stages.index(stage)]
 
-    def failed(self, stage: Stage, item: Any, error: Exception, again: Callable[[Any], None]) -> None:
+    def context(self, stage: Stage) -> Context:
+        """What a step of a stage may know."""
+        job = self.job
+        return Context(stage.name, job.worker, job.workers, count=self.page(stage).add, pause=self.pause)
+
+    def pause(self, seconds: float) -> None:
+        """Sleep; raises Stopped when the pipeline is being aborted meanwhile."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, _NAP))
+            if self.control.aborting:
+                raise Stopped
+
+    def failed(self, stage: Stage, item: Any, error: BaseException, again: Callable[[Any], None]) -> None:
         """A stage raised: do what its policy says."""
         policy: Any = stage.options.policy
         self.page(stage).add("errors", 1)
         if self.job.asks_on_error:
             answer = self.control.ask(
-                "on_error", stage=stage.name, error=repr(error), attempt=self._attempt, sequence=self._at()
+                "on_error", stage=stage.name, error=_shown(error), attempt=self._attempt, sequence=self._at()
             )
             if answer is not None:
                 policy = parse_policy(answer)
         else:
-            self.control.event("error", stage=stage.name, error=repr(error), sequence=self._at())
+            self.control.event("error", stage=stage.name, error=_shown(error), sequence=self._at())
         if isinstance(policy, Retry):
             for pause in policy.pauses():
                 time.sleep(pause)
@@ -666,7 +706,7 @@ class SegmentLoop:
                 try:
                     again(item)
                     return
-                except Exception as next_error:
+                except self.failures as next_error:
                     error = next_error
             policy = policy.then_policy
         if isinstance(policy, DeadLetterPolicy):
@@ -694,7 +734,7 @@ class SegmentLoop:
                 _operator_error(stage.name, why, "its dead letter could not be written")
             ) from error
         self.page(stage).add("dead_letters", 1)
-        self.control.event("dead_letter", stage=stage.name, sequence=self._at(), error=repr(error))
+        self.control.event("dead_letter", stage=stage.name, sequence=self._at(), error=_shown(error))
 
     # --- running ---
 
@@ -736,7 +776,7 @@ class SegmentLoop:
         stage = self.job.stages[0]
         part = stage.part
         assert isinstance(part, Source)
-        step = _started(stage, Context(stage.name, self.job.worker, self.job.workers))
+        step = _started(stage, self.context(stage))
         self.source = step
         try:
             sequence, passed = self._resume_source(stage, step)
@@ -750,13 +790,16 @@ class SegmentLoop:
                 number = self.control.marker()
                 if number is not None:
                     self._mark(number, {"source": step.position()}, sequence)
+                if self._wait_for_limits():
+                    yield
+                    continue
                 try:
                     item = next(items)
                 except StopIteration:
                     break
                 except ChannelClosedError:
                     break
-                except Exception as error:
+                except self.failures as error:
                     raise StageFailed(_operator_error(stage.name, error, "the source failed")) from error
                 if passed > 0:
                     passed -= 1
@@ -871,6 +914,8 @@ class SegmentLoop:
         moment = self.chain.deadline()
         timeout = _SLICE if moment is None else min(_SLICE, max(0.0, moment - time.monotonic()))
         try:
+            if self._wait_for_limits():
+                return -1, None
             if len(wanted) == 1:
                 return self._receive_from(wanted[0], timeout)
             if not wanted:
@@ -886,6 +931,16 @@ class SegmentLoop:
                 raise Stopped
             if self.control.stopping and self.job.inputs[wanted[0] if wanted else 0].external is not None:
                 self._stopped = True
+
+    def _wait_for_limits(self) -> bool:
+        """Wait until the next deadline where a step can take nothing before it."""
+        timed = self.chain.timed
+        if not timed or not any(step.is_full for _, step, _ in timed):
+            return False
+        moment = self.chain.deadline()
+        self.pause(_NAP if moment is None else min(_SLICE, max(0.0, moment - time.monotonic())))
+        self._tick()
+        return True
 
     _stopped = False
     _turn_of: dict[int, int] | None = None
@@ -986,7 +1041,7 @@ class SegmentLoop:
             else:
                 try:
                     process(item)
-                except Exception as error:
+                except self.failures as error:
                     assert stage is not None
                     self.failed(stage, item, error, process)
         finally:
@@ -1211,11 +1266,10 @@ class _TurnTaking:
         loop, sequence = self._loop, message.sequence
         kind = message._core_kind
         ordered = loop.job.ordered
-        if message.redelivered:
-            if ordered and sequence < self._words.done(0):
-                loop.counters.add("duplicates", 1)
-                _done(message)
-                return
+        if ordered and message.redelivered and sequence < self._words.done(0):
+            loop.counters.add("duplicates", 1)
+            _done(message)
+            return
         finished = _Finished(sequence, sequence, message, [], kind)
         if kind in (END, MARKER, GAP):
             finished.payload = bytes(message.payload)

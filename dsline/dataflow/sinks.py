@@ -34,6 +34,7 @@ from dsline.dataflow.sources import (
     channel_name,
     channel_target,
     file_target,
+    item_schema,
     options_for,
     split_channel_options,
     split_uri,
@@ -195,7 +196,7 @@ class ChannelSink(Sink):
         return _ChannelStep(self)
 
     def check(self, schema: Schema) -> None:
-        spec = self.create.get("spec") if self.channel is None else self.channel.spec
+        spec = item_schema(self.create.get("spec") if self.channel is None else self.channel.spec)
         if spec is None or schema is None:
             return
         if isinstance(spec, ArraySpec) and isinstance(schema, ArraySpec):
@@ -203,8 +204,6 @@ class ChannelSink(Sink):
             fits = spec.ndim == schema.ndim and all(None in pair or pair[0] == pair[1] for pair in dims)
             if fits and spec.dtype == schema.dtype:
                 return
-        elif isinstance(spec, Mapping) and isinstance(schema, Mapping) and list(spec) == list(schema):
-            return
         raise PipelineBuildError(
             f"{self.describe()} carries {schema_text(spec)}, and {schema_text(schema)} comes"
         )
@@ -570,7 +569,7 @@ class NpySink(Sink):
 def _as_rows(item: Any, append: str | None, path: str) -> Array:
     """An array whose first axis counts what is appended."""
     array = item if isinstance(item, np.ndarray) else np.asarray(item)
-    if array.dtype.hasobject or isinstance(item, Mapping):
+    if array.dtype.hasobject or isinstance(item, Mapping | np.ma.MaskedArray):
         raise PipelineRuntimeError(f"{item_text(item)} cannot go into {path!r}, which holds one array")
     by_rows = kind_of(array) == RECORDS if append is None else append == "rows"
     if by_rows and array.ndim == 0:

@@ -1114,7 +1114,7 @@ def _named_channel_source(place: str, broadcast: bool, options: Mapping[str, Any
     source = options_for(
         ChannelSource, rest, f"{scheme}://", name=name, broadcast=broadcast, create=create, channel=None
     )
-    schema = source.schema or _item_schema(create.get("spec") or living_spec(name))
+    schema = source.schema or item_schema(create.get("spec") or living_spec(name))
     return dataclasses.replace(source, start_at=_check_start(source.start_at), schema=schema)
 
 
@@ -1128,11 +1128,11 @@ def _channel_source(channel: Any, options: Mapping[str, Any]) -> ChannelSource:
     source = options_for(ChannelSource, options, "a channel", **fixed)
     if isinstance(channel, Subscriber) and source.group is not None:
         raise PipelineBuildError(f"{channel!r} receives for its own group; leave group={source.group!r} out")
-    schema: Schema = source.schema or _item_schema(channel.spec)
+    schema: Schema = source.schema or item_schema(channel.spec)
     return dataclasses.replace(source, start_at=_check_start(source.start_at), schema=schema)
 
 
-def _item_schema(spec: Any) -> Schema:
+def item_schema(spec: Any) -> Schema:
     """What the items of a channel with a spec are: records arrive as structures without dimensions."""
     return ArraySpec((), record_dtype(spec)) if isinstance(spec, Mapping) else spec
 

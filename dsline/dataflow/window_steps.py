@@ -973,18 +973,25 @@ class SessionStep(WindowStep):
         np.maximum.accumulate(ticks[:-1], out=newest[1:])
         np.maximum(newest, newest[0], out=newest)
         batch = _Batch(item, columns, ticks)
-        done, late = 0, list[int]()
+        late: list[int] = []
+        # Rows from `done` on are not taken yet; those from there to `looked` begin no session that ends before `ends`.
+        done, looked, ends = 0, 0, HIGHEST
         # A row older than the watermark may meet sessions that the rows before it have closed: close those first.
         for row in np.flatnonzero(ticks < newest - layout.lateness).tolist():
+            mark, time = int(newest[row]) - layout.lateness, int(ticks[row])
+            if row > looked:
+                ends = min(ends, int(np.minimum.reduce(ticks[looked:row])) + layout.size)
+                looked = row
+            is_old = time + layout.size <= mark
+            if not is_old and mark < min(ends, self._earliest):
+                continue
             if row > done:
                 self._take(batch.take(slice(done, row)))
             self._close(int(newest[row]), emit)
-            one = batch.take(slice(row, row + 1))
-            if int(ticks[row]) + layout.size <= int(newest[row]) - layout.lateness and not self._joins(one):
+            done, ends = row, HIGHEST
+            if is_old and not self._joins(batch.take(slice(row, row + 1))):
                 late.append(row)
-            else:
-                self._take(one)
-            done = row + 1
+                done = looked = row + 1
         if done < rows:
             self._take(batch.take(slice(done, rows)) if done else batch)
         self._top = max(highest, int(newest[0]))

@@ -77,8 +77,8 @@ class Window(Operator):
 
     Notes
     -----
-    An item is records, columns or a dict of numbers, and what comes out is the same kind of thing: all windows that an item has
-    closed are one item (dicts come one by one), sorted by end and key. Copies what it keeps; nothing refers to the input afterwards.
+    An item is records, columns or a dict of numbers, and what comes out is the same kind of thing: the windows that an item has
+    closed are one item (dicts come one by one), sorted by end and key; docs/dataflow/operators/window.md has all of it. Copies what it keeps; nothing refers to the input afterwards.
 
     Times with NaN or NaT, and missing keys, are errors. The result does not depend on how the rows are split into items, but
     for the last bits of sums of floats.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
+import sys
 import threading
+import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -141,6 +144,11 @@ def main(
         control.failed(failure.error)
     except Stopped:
         pass
+    except BaseException:
+        # As long as the traceback has its frames, the input in hand is not acknowledged: this process ends before it would be.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
     finally:
         if loop is not None:
             loop.close()

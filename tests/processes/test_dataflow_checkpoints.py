@@ -117,7 +117,7 @@ def test_a_stage_with_state_goes_back_to_the_last_checkpoint(tmp_path):
             wait_until(
                 lambda: (
                     len([event for event in run.events() if event.kind == "checkpoint"]) >= before + 1
-                    or run._execution.over.is_set()
+                    or run._over.is_set()
                 ),
                 30,
             )

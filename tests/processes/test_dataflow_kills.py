@@ -47,7 +47,9 @@ def run_killing(pipeline, kills=4, seed=0, stages=None):
         while len(killed) < kills and not ended.wait(choice.uniform(0.02, 0.08)):
             # Who has not begun has taken nothing yet.
             begun = sum(event.kind == "stage_start" and event.data["worker"] >= 0 for event in run.events())
-            pids = [pid for stage, pids in run.pids().items() for pid in pids if stages is None or stage in stages]
+            pids = [
+                pid for stage, pids in run.pids().items() for pid in pids if stages is None or stage in stages
+            ]
             if pids and begun > len(killed):
                 pid = choice.choice(pids)
                 killed.append(pid)
@@ -84,7 +86,8 @@ def test_map(workers):
 def test_map_unordered(seed):
     results = []
     run_killing(
-        source(400).map(functions.uneven_double, workers=2, ordered=False, **OFTEN).sink(kept(results)), seed=seed
+        source(400).map(functions.uneven_double, workers=2, ordered=False, **OFTEN).sink(kept(results)),
+        seed=seed,
     )
     assert sorted(results) == [2 * number for number in range(400)]
 
@@ -105,14 +108,18 @@ def test_map_of_frames_through_two_stages():
 @pytest.mark.parametrize("ordered", [True, False])
 def test_filter(ordered):
     results = []
-    run_killing(source(400).filter(functions.slow_even, workers=2, ordered=ordered, **OFTEN).sink(kept(results)))
+    run_killing(
+        source(400).filter(functions.slow_even, workers=2, ordered=ordered, **OFTEN).sink(kept(results))
+    )
     assert (results if ordered else sorted(results)) == list(range(0, 400, 2))
 
 
 @pytest.mark.parametrize(("workers", "ordered"), [(1, True), (2, True), (2, False)])
 def test_fan_out(workers, ordered):
     results = []
-    run_killing(source(150).map(functions.thrice, workers=workers, ordered=ordered, **OFTEN).sink(kept(results)))
+    run_killing(
+        source(150).map(functions.thrice, workers=workers, ordered=ordered, **OFTEN).sink(kept(results))
+    )
     wanted = [value * 10 + number for value in range(150) for number in range(3)]
     assert (results if ordered else sorted(results)) == wanted
 
@@ -129,6 +136,40 @@ def test_batch(size):
     )
     assert [len(batch) for batch in results] == [size] * (400 // size) + [400 % size] * (400 % size > 0)
     assert [value for batch in results for value in functions.value_of(batch)] == list(range(400))
+
+
+@pytest.mark.parametrize("make", [functions.some_rows, functions.some_records])
+def test_batches_of_items_with_many_rows(make):
+    # An item may be split between two batches, and a worker may die between them.
+    results = []
+    run_killing(
+        source(400)
+        .map(functions.slow_same)
+        .map(make)
+        .batch(5, workers=1, queue=32, **OFTEN)
+        .sink(lambda item: results.append(item["n"].tolist())),
+    )
+    wanted = [10 * value + row for value in range(400) for row in range(value % 9)]
+    assert [row for rows in results for row in rows] == wanted
+    assert all(len(rows) == 5 for rows in results[:-1])
+
+
+def test_batches_that_workers_share():
+    results = []
+    run_killing(
+        source(400)
+        .map(functions.some_rows)
+        .map_batches(functions.count_rows, batch=5, workers=2, linger=None, **OFTEN)
+        .sink(lambda rows: results.append(rows.tolist())),
+    )
+    wanted = [10 * value + row for value in range(400) for row in range(value % 9)]
+    assert results == [wanted[at : at + 5] for at in range(0, len(wanted), 5)]
+
+
+def test_rate_limit():
+    results = []
+    run_killing(source(400).rate_limit(1000, burst=3, workers=1, **OFTEN).sink(kept(results)))
+    assert results == list(range(400))
 
 
 def test_branch_and_merge():
@@ -189,7 +230,12 @@ def test_a_death_around_the_end(workers, ordered, tmp_path):
 @pytest.mark.parametrize(("workers", "ordered"), [(1, True), (2, True), (2, False)])
 def test_an_item_that_is_given_back_late(workers, ordered):
     results = []
-    run = source(200).map(functions.slow_double, workers=workers, ordered=ordered, **OFTEN).sink(kept(results)).start()
+    run = (
+        source(200)
+        .map(functions.slow_double, workers=workers, ordered=ordered, **OFTEN)
+        .sink(kept(results))
+        .start()
+    )
     try:
         channel = run._execution.channels[0]
         for item in (0, 50, 51, 120):
@@ -206,7 +252,9 @@ def test_an_item_that_is_given_back_late(workers, ordered):
 def test_a_source_in_a_worker():
     results = []
     pipeline = Pipeline().source(functions.Numbers(400), workers=1, name="numbers", **OFTEN)
-    run_killing(pipeline.map(functions.slow_double, workers=1, **OFTEN).sink(kept(results)), stages=["numbers"])
+    run_killing(
+        pipeline.map(functions.slow_double, workers=1, **OFTEN).sink(kept(results)), stages=["numbers"]
+    )
     assert results == [2 * number for number in range(400)]
 
 

@@ -3,11 +3,11 @@
 import os
 import random
 import signal
-import threading
 import time
 
 import numpy as np
 import pytest
+from support import wait_until
 
 import dsline
 from dsline.dataflow.processes import WorkerProcess
@@ -117,21 +117,10 @@ def test_killed_workers():
         )
         .sink(lambda result: found.append(np.array(result)))
     )  # fmt: skip
-    over = threading.Event()
-
-    def kill(run):
-        while not over.wait(0.15):
+    with pipeline.start() as run:
+        for killed in range(10):  # each time that there are some more results
+            wait_until(lambda: len(found) >= 15 * (killed + 1) or run.state != "running", 60)  # noqa: B023
             for pid in run.pids().get("negate", [])[:1]:
                 os.kill(pid, signal.SIGKILL)
-
-    with pipeline.start() as run:
-        killer = threading.Thread(target=kill, args=(run,))
-        killer.start()
-        try:
-            while len(found) < 200 and run.state == "running":
-                time.sleep(0.01)
-        finally:
-            over.set()
-            killer.join()
         assert run.supervise(timeout=60).state == "finished"
     check(found, [number for number in range(400) if number % 13 != 12])

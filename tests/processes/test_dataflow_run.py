@@ -441,3 +441,12 @@ def test_stats_of_edges_and_stages():
     assert {edge.policy for edge in report.stats.edges} == {"block"}
     assert "work" in str(report)
     assert sys.getsizeof(report.stats.to_json())
+
+
+def test_the_state_is_known_without_waiting():
+    with Pipeline().source([1]).sink(lambda item: None).start() as run:
+        wait_until(lambda: run.state == "finished")
+    run = Pipeline().source([0]).map(lambda item: 1 / item).sink(lambda item: None).start()
+    wait_until(lambda: run.state == "failed")
+    with pytest.raises(OperatorError, match="ZeroDivisionError"):
+        run.wait()

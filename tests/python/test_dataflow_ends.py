@@ -798,6 +798,9 @@ def test_typed_channels(name):
         assert list(receive_from(channel)) == []
         channel.send({"t": 2.5, "n": np.array([3, 4], "i4")})
         (item,), _ = take(channel, 1)
+        parse_sink(channel).check(parse_source(channel).schema)
+        with pytest.raises(dsline.PipelineBuildError, match="carries"):
+            parse_sink(channel).check(spec)
         assert parse_source(channel).schema.matches(item)
         assert item["t"] == 2.5
 

@@ -57,6 +57,10 @@ ITEMS = [
     uuid.UUID(int=5),
     {"batch": Batch(t=np.arange(1000))},
     2**100,
+    {1, 2},
+    frozenset("ab"),
+    1 + 2j,
+    {"r" * 300: "p1\n", "bytearray": bytearray(b"x"), "many": [str(n) for n in range(300)]},
 ]
 
 
@@ -181,6 +185,13 @@ class Evil:
 
     def __reduce__(self):
         return os.system, (f"touch {self.path}",)
+
+
+def test_a_mask_is_not_lost(tmp_path):
+    masked = np.ma.masked_equal([1, 2, 3], 2)
+    write(tmp_path / "log", [masked])
+    (got,) = read(tmp_path / "log", objects=True)
+    assert got.mask.tolist() == [False, True, False]
 
 
 def test_a_hostile_pickle_is_not_run(tmp_path):
@@ -372,6 +383,21 @@ def test_descriptions_that_were_chosen_do_no_harm(tmp_path, kind, code, dims, nb
         pass
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"Nr\xff\xff\xff\x7f.",  # would take 34 GB
+        b"\x80\x05Np2000000000\n.",
+        b"\x80\x05\x8c\x01r\x94Nr\0\0\0\x70.",
+        b"cbuiltins\nbytearray\n(I99999999999\ntR.",
+        b"cbuiltins\nset\n(cbuiltins\nrange\n(I99999999999\ntRtR.",
+    ],
+)
+def test_pickles_that_want_much_memory_are_refused(data):
+    with pytest.raises(dsline.SerializationError, match=r"no pickler makes|needs builtins"):
+        unpack(data)
+
+
 @settings(max_examples=100, deadline=None)
 @given(data=st.binary(max_size=200))
 def test_pickles_that_were_chosen_do_no_harm(data):
@@ -489,6 +515,22 @@ def test_views_survive_a_restore(tmp_path):
         writer.restore(position)
         assert last_segment(tmp_path / "log").stat().st_size == 64
         assert view.sum() == 4999950000  # would end the process if the file had been cut short
+
+
+def test_a_log_is_cut_also_when_the_disk_is_full(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with LogWriter(tmp_path / "log") as writer:
+        writer.append(1)
+        position = writer.position()
+        writer.append(np.zeros(1000))
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "pwrite", full)  # there is no room for another file
+            writer.restore(position)
+        writer.append(2)
+    assert read(tmp_path / "log") == [1, 2]
+    assert sorted(os.listdir(tmp_path / "log")) == [f"{0:020}.dsl", "writer.lock"]
 
 
 def test_restore_refuses_a_position_behind_the_end(tmp_path):

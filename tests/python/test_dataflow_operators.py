@@ -19,6 +19,7 @@ from dsline.dataflow import batching, descriptions, items, merging, operators, o
 from dsline.dataflow.descriptions import operator_from_json
 from dsline.dataflow.items import Batch, Columns
 from dsline.dataflow.operator import Context
+from dsline.dataflow.processes import WorkerProcess
 from dsline.expressions import Expression
 
 RECORD = np.dtype([("t", "f4"), ("n", "i8"), ("ok", "?")])
@@ -508,6 +509,7 @@ EVERY = [
     ops.merge(3, order="ts", idle="2s"),
     ops.merge(2, order=double),
     ops.filter_py_batch(double, batch=3),
+    ops.filter_py_batch(double, batch=None),
 ]
 
 
@@ -987,20 +989,24 @@ def test_a_checkpoint_keeps_the_rows_that_wait(kind, lengths, size, at):
     assert_same(out, wanted)
 
 
-def test_items_that_are_done_with():
-    step = ops.filter_py_batch(lambda rows: [False] * len(rows), batch=4, linger=None).start(context())
-    for length, held in ((3, 1), (2, 1), (2, 2), (1, 0), (9, 1), (1, 2)):
-        step.process(batch_of(length), [].append)
-        assert step.held_items == held
-        assert step.holding == bool(held)
+def test_batches_that_come_as_batches():
+    keep = ops.filter_py_batch(lambda rows: [row > 2 for row in rows], batch=None)
+    assert not keep.holds
+    assert ops.filter_py_batch(double).holds
+    assert run(keep, [[1, 2, 3], [4], []]) == [[3], [4]]
+    assert keep.check(COLUMNS) == COLUMNS
+    for wrong in (5, np.zeros(())):
+        with pytest.raises(OperatorError, match=r"my stage.*no batch"):
+            run(keep, [wrong])
+    assert run(ops.map_batches(sum, batch=None), [[1, 2, 3], [4]]) == [6, 4]
 
 
 # --- rate ---------------------------------------------------------------------------------------------------------------
 
 
 def limited(clock, **more):
-    where = context()
-    step = batching.RateLimitStep(ops.rate_limit(**more), where, clock, clock.sleep)
+    where = context(pause=clock.sleep)
+    step = batching.RateLimitStep(ops.rate_limit(**more), where, clock)
     return step, where
 
 
@@ -1330,3 +1336,31 @@ def test_expressions_are_compiled_once(monkeypatch):
     batches = [batch_of(10, seed) for seed in range(10)]
     run(ops.filter("t > 20"), [*batches, *(batch.to_records() for batch in batches), *batches])
     assert len(compiled) == 1
+
+
+@pytest.fixture(scope="module")
+def resident():
+    """What multiprocessing keeps for good is there before the test counts."""
+    with WorkerProcess(answer, start_method="forkserver") as process:
+        process.join(20)
+
+
+def answer(connection):
+    pass
+
+
+def count_rows(rows):
+    return len(rows)
+
+
+def keep_even(rows):
+    return [row % 2 == 0 for row in rows]
+
+
+def test_batches_are_shared_by_workers(resident):
+    source = dsline.Pipeline().source(range(20))
+    plan = source.map_batches(count_rows, batch=8, workers=2, linger=None).sink(print).plan()
+    assert [stage.part.kind for stage in plan.stages] == ["iterable", "batch", "map", "callable"]
+    kept = source.filter_py_batch(keep_even, batch=8, workers=2, start_method="forkserver", linger=None)
+    assert kept.collect() == [[0, 2, 4, 6], [8, 10, 12, 14], [16, 18]]
+    assert source.map_batches(count_rows, batch=8, linger=None).collect() == [8, 8, 4]

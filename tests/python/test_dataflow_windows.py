@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dsline
 from dsline.dataflow import aggregates as agg
 from dsline.dataflow.aggregates import Aggregate
 from dsline.dataflow.dead_letters import failed_items
@@ -1210,6 +1211,98 @@ def test_windows_after_key_by_are_those_of_the_whole_stream():
     whole = run(operator, *split(data, range(0, 3000, 200))).rows()
     order = lambda row: (row["window_start"], row["sensor"])  # noqa: E731
     assert repr(sorted(found, key=order)) == repr(sorted(whole, key=order))
+
+
+# --- in a pipeline ---------------------------------------------------------------------------------------------------------
+
+
+def batches():
+    k = np.arange(50) % 3
+    return [Batch(t=np.arange(at, at + 50), k=k, x=np.arange(50.0)) for at in range(0, 500, 50)]
+
+
+def test_windows_of_windows():
+    found = (
+        dsline.Pipeline()
+        .source(batches())
+        .filter("x < 49")
+        .key_by("k")
+        .window(tumbling(50, time="t"), m=agg.mean("x"))
+        .window(tumbling(250, time="window_start"), n=agg.count(), m=agg.max("m"))
+        .collect()
+    )
+    rows = [row for item in found for row in item.to_rows()]
+    assert [(row["window_start"], row["n"], row["m"]) for row in rows] == [(0, 15, 24.5), (250, 15, 24.5)]
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (
+            lambda p: p.window(tumbling(10, time="nope"), n=agg.count(), name="mine"),
+            "stage 'mine': there is no time column",
+        ),
+        (
+            lambda p: p.window(tumbling(10), n=agg.mean("y"), name="mine"),
+            "stage 'mine': there is no column 'y'",
+        ),
+        (
+            lambda p: p.key_by("z").window(tumbling(10), n=agg.count(), name="mine"),
+            "stage 'mine': there is no key",
+        ),
+        (
+            lambda p: p.key_by("z", partitions=2).window(tumbling(10), n=agg.count()),
+            "stage 'key_by': there is no key",
+        ),
+        (
+            lambda p: p.window(tumbling(10), n=agg.count(), name="mine").filter("x > 1"),
+            "there is no column 'x'",
+        ),
+        (lambda p: p.window(tumbling(10), n=agg.count(), workers=2, name="mine"), "mine"),
+    ],
+)
+def test_the_plan_is_checked(build, text):
+    pipeline = dsline.Pipeline().source(batches(), schema=dsline.Columns(t="i8", k="i8", x="f8"))
+    with pytest.raises(PipelineBuildError) as error:
+        build(pipeline).sink(print).plan()
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize("policy", ["skip", "retry"])
+def test_error_policies(policy):
+    calls = []
+
+    def fails_at_100(x):
+        calls.append(x[0])
+        if x[0] == 100 and (policy == "skip" or calls.count(100) == 1):
+            raise ValueError("no")
+        return x[0]
+
+    pipeline = (
+        dsline.Pipeline()
+        .source(batches())
+        .window(
+            tumbling(50, time="t"),
+            first=agg.apply(fails_at_100, "t"),
+            n=agg.count(),
+            on_error="skip" if policy == "skip" else dsline.retry(2, backoff=0),
+            name="mine",
+        )
+    )
+    found = [row for item in pipeline.collect() for row in item.to_rows()]
+    assert [row["first"] for row in found] == [
+        at for at in range(0, 500, 50) if policy == "retry" or at != 100
+    ]
+    assert all(row["n"] == 50 for row in found)
+
+
+def test_an_error_names_the_stage_and_the_function():
+    def broken(x):
+        raise KeyError("oh")
+
+    pipeline = dsline.Pipeline().source(batches()).window(tumbling(9), a=agg.apply(broken, "x"), name="mine")
+    with pytest.raises(OperatorError, match=r"stage 'mine'.*broken raised KeyError"):
+        pipeline.collect()
 
 
 def test_errors_are_dsline_errors():
