@@ -1266,11 +1266,10 @@ class _TurnTaking:
         loop, sequence = self._loop, message.sequence
         kind = message._core_kind
         ordered = loop.job.ordered
-        if message.redelivered:
-            if ordered and sequence < self._words.done(0):
-                loop.counters.add("duplicates", 1)
-                _done(message)
-                return
+        if ordered and message.redelivered and sequence < self._words.done(0):
+            loop.counters.add("duplicates", 1)
+            _done(message)
+            return
         finished = _Finished(sequence, sequence, message, [], kind)
         if kind in (END, MARKER, GAP):
             finished.payload = bytes(message.payload)
