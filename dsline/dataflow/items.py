@@ -12,6 +12,8 @@ A dict of numbers is an object that expressions can work on, as one row.
 
 from __future__ import annotations
 
+import functools
+import pickle
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from typing import Any, Final, TypeAlias, cast
 
@@ -251,18 +253,18 @@ class Batch(Mapping[str, Array]):
         columns = ", ".join(f"{name}: {column.dtype}" for name, column in self._columns.items())
         return f"Batch({self._rows} rows; {columns})"
 
-    def __reduce__(self) -> Any:
-        # Arrays with gaps, and those that export no buffer, would go into the stream of the pickle instead of beside it.
-        columns = tuple(
-            column if column.flags.c_contiguous else np.ascontiguousarray(column)
-            for column in self._columns.values()
-        )
-        times = {place: column.dtype for place, column in enumerate(columns) if column.dtype.kind in "mM"}
-        if times:
-            columns = tuple(
-                column.view("i8") if place in times else column for place, column in enumerate(columns)
-            )
-        return _batch, (tuple(self._columns), times, *columns)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        columns = self._columns
+        if protocol < 5:
+            return _batch, (tuple(columns), self._rows, None, *columns.values())
+        # The memory alone: NumPy's own way of pickling an array costs several times as much, and puts those with gaps, and
+        # times, into the stream of the pickle.
+        dtypes = [_dtype_word(column.dtype) for column in columns.values()]
+        memory = [
+            pickle.PickleBuffer(_exportable(column, word))
+            for column, word in zip(columns.values(), dtypes, strict=True)
+        ]
+        return _batch, (tuple(columns), self._rows, tuple(dtypes), *memory)
 
     def copy(self) -> Batch:
         """Return a batch of writable, contiguous copies."""
@@ -301,12 +303,35 @@ class Batch(Mapping[str, Array]):
         return pa.record_batch(arrays, names=list(self._columns)).__arrow_c_array__(requested_schema)
 
 
-def _batch(names: tuple[str, ...], times: Mapping[int, DType], *columns: Array) -> Batch:
-    """Unpickle a batch: `times` are the dtypes of columns that came as integers."""
-    given = dict(zip(names, columns, strict=True))
-    for place, dtype in times.items():
-        given[names[place]] = columns[place].view(dtype)
-    return Batch._of(given, len(columns[0]))
+def _batch(names: tuple[str, ...], rows: int, dtypes: tuple[Any, ...] | None, *columns: Any) -> Batch:
+    """Unpickle a batch: of arrays, or of their memory and dtypes."""
+    if dtypes is not None:
+        columns = tuple(
+            [
+                np.frombuffer(memory, _dtype_of(word)) if rows else np.empty(0, _dtype_of(word))
+                for word, memory in zip(dtypes, columns, strict=True)
+            ]
+        )
+    return Batch._of(dict(zip(names, columns, strict=True)), rows)
+
+
+@functools.lru_cache(maxsize=1024)
+def _dtype_word(dtype: DType) -> Any:
+    """What stands for a dtype in a pickle: its short text, unless that does not say all."""
+    return dtype if dtype.kind == "V" else dtype.str
+
+
+@functools.lru_cache(maxsize=1024)
+def _dtype_of(word: Any) -> DType:
+    dtype: DType = np.dtype(word)
+    return dtype
+
+
+def _exportable(column: Array, word: Any) -> Any:
+    """The column as one that exports its memory as it lies: without gaps, and no times."""
+    if not column.flags.c_contiguous:
+        column = np.ascontiguousarray(column)
+    return column.view("i8") if isinstance(word, str) and word[1] in "mM" else column
 
 
 def _column(name: Any, value: Any) -> Array:
