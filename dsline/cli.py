@@ -571,7 +571,7 @@ def bench_pipeline(count: int, batch: int, work: float, repeats: int, as_json: b
         ),
         (
             "one stage",
-            f"{result.stage_ns_per_item:,.0f} ns per item, {result.stage_ns_per_batch:,.0f} ns per batch of "
+            f"{result.stage_ns_per_item:,.0f} ns of CPU per item, {result.stage_ns_per_batch:,.0f} ns per batch of "
             f"{result.batch:,} rows",
         ),
         (
