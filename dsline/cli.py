@@ -567,7 +567,7 @@ def bench_pipeline(count: int, batch: int, work: float, repeats: int, as_json: b
     rows = [
         (
             "in process",
-            f"{result.pipeline_ns_per_item:,.0f} ns per item for source, one empty stage and sink",
+            f"{result.pipeline_ns_per_item:,.0f} ns of CPU per item for source, one empty stage and sink",
         ),
         (
             "one stage",
