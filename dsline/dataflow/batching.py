@@ -100,7 +100,6 @@ class GatherStep(Step):
         self._skip = 0
         self._offset = 0
         self._rows = 0  # of the last item
-        self._held = 0  # items with rows in the target
         self._in_hand = False  # an item is being processed and has rows left
 
     @property
@@ -110,12 +109,6 @@ class GatherStep(Step):
     @property
     def offset(self) -> int:
         return self._offset
-
-    @property
-    def held_items(self) -> int:
-        """How many items have rows that wait, counted back from the last one. Those before them are done with, even where a
-        function made nothing of their rows."""
-        return self._held
 
     def resume(self, offset: int) -> None:
         self._skip = offset
@@ -158,7 +151,6 @@ class GatherStep(Step):
                     continue
                 count = min(size - self._filled, rows - at)
                 self._gather(item, at, count)
-                self._held += 1
                 at += count
                 if self._filled == size:
                     batch = self._whole()
@@ -208,7 +200,6 @@ class GatherStep(Step):
     def _forget(self) -> None:
         self._target = None
         self._filled = 0
-        self._held = 0
         self._due = None
 
     def _whole(self) -> Any:

@@ -40,6 +40,7 @@ Function: TypeAlias = Callable[..., Any]
 PICKLING_ERRORS = (pickle.PicklingError, TypeError, AttributeError)
 """What pickling raises for things that cannot be pickled."""
 
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 _DEEPEST = 4  # how far the search for what cannot be pickled goes
 _LARGEST_CLASS = 256 << 10  # bytes: a class of the main program that refers to more is not sent along
 
@@ -176,19 +177,38 @@ def _culprit(thing: Any, depth: int) -> str | None:
     return None
 
 
+class _LimitedFile:
+    """Takes a pickle up to a size, so that nothing large is copied only to be thrown away."""
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+        self._chunks: list[bytes] = []
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        self._left -= size
+        if self._left < 0:
+            raise pickle.PicklingError("larger than the limit")
+        self._chunks.append(bytes(data))
+        return size
+
+    def contents(self) -> bytes:
+        return b"".join(self._chunks)
+
+
 def main_classes() -> dict[str, bytes]:
     """Return the classes that the main program defines, each pickled by value.
 
-    Items may be objects of them, and plain pickle knows only their names. Classes that cannot be pickled, or that drag much
-    along, are left out.
+    Items may be objects of them, and plain pickle knows only their names. Classes that cannot be pickled, or that refer to
+    much, are left out.
     """
     found = {}
     for name, value in tuple(vars(sys.modules["__main__"]).items()):
         if isinstance(value, type) and value.__module__ == "__main__" and value.__qualname__ == name:
+            file = _LimitedFile(_LARGEST_CLASS)
             with contextlib.suppress(Exception):
-                packed = cloudpickle.dumps(value, protocol=5)
-                if len(packed) <= _LARGEST_CLASS:
-                    found[name] = packed
+                cloudpickle.Pickler(file, protocol=5).dump(value)
+                found[name] = file.contents()
     return found
 
 
@@ -304,7 +324,12 @@ def is_class(function: Any) -> bool:
     """Whether objects are made of it, once per worker: a class, or a partial of a class whose objects can be called."""
     if isinstance(function, functools.partial):
         return isinstance(function.func, type) and _defines_call(function.func)
-    return isinstance(function, type)
+    return isinstance(function, type) and (_defines_call(function) or _is_python_class(function))
+
+
+def _is_python_class(cls: type) -> bool:
+    """False for int, float32 and other types of C, which are functions that convert."""
+    return bool(cls.__flags__ & _HEAP_TYPE)
 
 
 def check_callable(function: Any) -> None:

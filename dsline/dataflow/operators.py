@@ -22,7 +22,6 @@ from dsline.dataflow.descriptions import (
     fail,
     is_stateful,
     needs_out,
-    operator_from_json,
     parse_seconds,
     takes_out,
 )
@@ -41,8 +40,7 @@ __all__ = [
     "MapStep",
     "Merge",
     "Select",
-    "operator_from_json",
-    "parse_seconds",
+    "open_rows",
 ]
 
 Array: TypeAlias = np.ndarray[Any, Any]

@@ -213,26 +213,82 @@ def unpack(data: bytes, objects: bool = False) -> Any:
         It needs ``objects=True``, or cannot be unpickled here.
     """
     try:
-        return pickle.loads(data) if objects else _PlainUnpickler(io.BytesIO(data)).load()
+        return pickle.loads(data) if objects else _load_plain(data)
     except SerializationError:
         raise
     except Exception as error:
         raise SerializationError(f"an object cannot be unpickled: {type(error).__name__}: {error}") from error
 
 
-# What unpickling of plain data may call. None of it runs code that a file chose.
+# What unpickling of plain data may call. None of it runs code that a file chose, or takes more memory than its arguments:
+# so no set(range(n)) and no bytearray(n). Pickle has opcodes of its own for sets and bytearrays.
 _PLAIN: Final = {
-    "builtins": ("bytearray", "complex", "frozenset", "range", "set", "slice"),
+    "builtins": ("complex",),
     "collections": ("OrderedDict", "deque"),
     "datetime": ("date", "datetime", "time", "timedelta", "timezone"),
     "decimal": ("Decimal",),
-    "fractions": ("Fraction",),
     "pathlib": ("PosixPath", "PurePosixPath"),
     "pathlib._local": ("PosixPath", "PurePosixPath"),
     "uuid": ("UUID",),
     "dsline.dataflow.records": ("_array", "_scalar"),
     "dsline.dataflow.items": ("_batch",),
 }
+_LONG_BINPUT, _PUT, _STOP = b"rp."
+_TWO_LINES: Final = b"ci"
+
+
+@lru_cache(maxsize=1)
+def _widths() -> tuple[int | None, ...]:
+    """By opcode: bytes of its argument, or a negative number as pickletools has it; None for no opcode."""
+    import pickletools
+
+    found: list[int | None] = [None] * 256
+    for opcode in pickletools.opcodes:
+        found[ord(opcode.code)] = 0 if opcode.arg is None else opcode.arg.n
+    return tuple(found)
+
+
+def _check_memo(stream: bytes) -> None:
+    """Refuse numbers of the memo that no pickle of this length has: the unpickler makes a table that large.
+
+    Raises
+    ------
+    SerializationError
+        There is one.
+    """
+    if b"r" not in stream and b"p" not in stream:
+        return
+    widths, size, at = _widths(), len(stream), 0
+    counted = {-2: 1, -3: 4, -4: 4, -5: 8}
+    while at < size:
+        code = stream[at]
+        width = widths[code]
+        at += 1
+        if width is None or code == _STOP:
+            return  # here the unpickler ends, one way or the other
+        if width >= 0:
+            number = int.from_bytes(stream[at : at + 4], "little") if code == _LONG_BINPUT else 0
+            at += width
+        elif width == -1:
+            end = stream.find(b"\n", at)
+            text = stream[at:end]
+            number = int(text) if code == _PUT and text.isdigit() and len(text) < 20 else 0
+            if code in _TWO_LINES:
+                end = stream.find(b"\n", end + 1)
+            if end < 0:
+                return
+            at = end + 1
+        else:
+            number, lead = 0, counted[width]
+            at += lead + int.from_bytes(stream[at : at + lead], "little")
+        if number > size:
+            raise SerializationError("an object is a pickle with a memo that no pickler makes")
+
+
+def _load_plain(stream: Any, buffers: Sequence[Any] = ()) -> Any:
+    data = bytes(stream)
+    _check_memo(data)
+    return _PlainUnpickler(io.BytesIO(data), buffers=buffers).load()
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -308,7 +364,7 @@ def _decode(kind: int, parts: Sequence[_Part], buffer: Any, start: int, objects:
     stream, *buffers = pieces
     if objects:
         return pickle.loads(stream, buffers=buffers)
-    return _PlainUnpickler(io.BytesIO(stream), buffers=buffers).load()
+    return _load_plain(stream, buffers)
 
 
 def _array_of(part: _Part, buffer: Any, start: int) -> Array:

@@ -815,6 +815,7 @@ class SegmentLoop:
             number = self.control.marker(last=True)
             if number is not None:
                 self._mark(number, {"source": step.position()}, sequence)
+            self.control.event("source_end", segment=self.job.number, position=step.position())
             self._end()
         finally:
             step.close()
@@ -1130,7 +1131,7 @@ class SegmentLoop:
             return False
         error = PipelineRuntimeError(f"the item ended {crashes[0]} worker processes: {crashes[1]}")
         self._item = (0, message.sequence)
-        self._attempt = message.attempt
+        self._attempt = crashes[0]
         self.counters.add("errors", 1)
         policy = stage.options.policy
         if isinstance(policy, Retry):
@@ -1266,11 +1267,10 @@ class _TurnTaking:
         loop, sequence = self._loop, message.sequence
         kind = message._core_kind
         ordered = loop.job.ordered
-        if message.redelivered:
-            if ordered and sequence < self._words.done(0):
-                loop.counters.add("duplicates", 1)
-                _done(message)
-                return
+        if ordered and message.redelivered and sequence < self._words.done(0):
+            loop.counters.add("duplicates", 1)
+            _done(message)
+            return
         finished = _Finished(sequence, sequence, message, [], kind)
         if kind in (END, MARKER, GAP):
             finished.payload = bytes(message.payload)
@@ -1379,8 +1379,11 @@ def _done(message: Any) -> None:
 
 
 def item_of(message: Any) -> Any:
-    """Return the item that a message carries, as read-only views of the slot."""
-    return message.object()
+    """Return the item that a message carries, as read-only views of the slot. A record alone is records of one row."""
+    item = message.object()
+    if type(item) is np.ndarray and item.ndim == 0 and item.dtype.names:
+        return item.reshape(1)
+    return item
 
 
 def _what(stage: Stage) -> str:

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 
+import dsline
 from dsline.dataflow import runtime
 
 
@@ -138,3 +139,18 @@ class Appends:
         time.sleep(0.001)
         with open(self.path, "a") as file:
             file.write(f"{item}\n")
+
+
+def some_rows(value):
+    """0 to 8 rows of columns, by the number."""
+    return dsline.Batch(n=np.arange(value % 9) + 10 * value)
+
+
+def some_records(value):
+    time.sleep(0.001)
+    return some_rows(value).to_records()
+
+
+def count_rows(batch):
+    time.sleep(0.001)
+    return batch.n.copy()

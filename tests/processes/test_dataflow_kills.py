@@ -138,6 +138,40 @@ def test_batch(size):
     assert [value for batch in results for value in functions.value_of(batch)] == list(range(400))
 
 
+@pytest.mark.parametrize("make", [functions.some_rows, functions.some_records])
+def test_batches_of_items_with_many_rows(make):
+    # An item may be split between two batches, and a worker may die between them.
+    results = []
+    run_killing(
+        source(400)
+        .map(functions.slow_same)
+        .map(make)
+        .batch(5, workers=1, queue=32, **OFTEN)
+        .sink(lambda item: results.append(item["n"].tolist())),
+    )
+    wanted = [10 * value + row for value in range(400) for row in range(value % 9)]
+    assert [row for rows in results for row in rows] == wanted
+    assert all(len(rows) == 5 for rows in results[:-1])
+
+
+def test_batches_that_workers_share():
+    results = []
+    run_killing(
+        source(400)
+        .map(functions.some_rows)
+        .map_batches(functions.count_rows, batch=5, workers=2, linger=None, **OFTEN)
+        .sink(lambda rows: results.append(rows.tolist())),
+    )
+    wanted = [10 * value + row for value in range(400) for row in range(value % 9)]
+    assert results == [wanted[at : at + 5] for at in range(0, len(wanted), 5)]
+
+
+def test_rate_limit():
+    results = []
+    run_killing(source(400).rate_limit(1000, burst=3, workers=1, **OFTEN).sink(kept(results)))
+    assert results == list(range(400))
+
+
 def test_branch_and_merge():
     results = []
     ways = source(400).map(functions.slow_same, workers=2, **OFTEN).branch(even=functions.is_even, odd=None)

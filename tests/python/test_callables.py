@@ -158,7 +158,8 @@ except PipelineBuildError as error:
 
 def test_classes_of_the_main_program():
     source = """
-import dataclasses, enum, pickle, threading
+import dataclasses, enum, pickle, resource, threading
+import numpy as np
 from dsline.dataflow import callables
 @dataclasses.dataclass
 class Point:
@@ -169,8 +170,14 @@ class Locked:
     lock = threading.Lock()
 class Huge:
     data = bytes(1 << 20)
+table = np.zeros(1 << 30, np.uint8)  # would take a second to copy, and memory that may not be there
+class Looking:
+    def look(self):
+        return table
 Alias = Point
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(*sorted(callables.main_classes()))
+assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 items = pickle.dumps([Point(3), Colour.RED])
 packed = callables.main_classes()
 other = callables.pack(lambda: Point)

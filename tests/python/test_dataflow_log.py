@@ -57,6 +57,10 @@ ITEMS = [
     uuid.UUID(int=5),
     {"batch": Batch(t=np.arange(1000))},
     2**100,
+    {1, 2},
+    frozenset("ab"),
+    1 + 2j,
+    {"r" * 300: "p1\n", "bytearray": bytearray(b"x"), "many": [str(n) for n in range(300)]},
 ]
 
 
@@ -377,6 +381,21 @@ def test_descriptions_that_were_chosen_do_no_harm(tmp_path, kind, code, dims, nb
             memoryview(item) if isinstance(item, bytes) else repr(item)
     except (dsline.CorruptedMessageError, dsline.SerializationError):
         pass
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"Nr\xff\xff\xff\x7f.",  # would take 34 GB
+        b"\x80\x05Np2000000000\n.",
+        b"\x80\x05\x8c\x01r\x94Nr\0\0\0\x70.",
+        b"cbuiltins\nbytearray\n(I99999999999\ntR.",
+        b"cbuiltins\nset\n(cbuiltins\nrange\n(I99999999999\ntRtR.",
+    ],
+)
+def test_pickles_that_want_much_memory_are_refused(data):
+    with pytest.raises(dsline.SerializationError, match=r"no pickler makes|needs builtins"):
+        unpack(data)
 
 
 @settings(max_examples=100, deadline=None)

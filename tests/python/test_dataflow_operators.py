@@ -1001,14 +1001,6 @@ def test_batches_that_come_as_batches():
     assert run(ops.map_batches(sum, batch=None), [[1, 2, 3], [4]]) == [6, 4]
 
 
-def test_items_that_are_done_with():
-    step = ops.filter_py_batch(lambda rows: [False] * len(rows), batch=4, linger=None).start(context())
-    for length, held in ((3, 1), (2, 1), (2, 2), (1, 0), (9, 1), (1, 2)):
-        step.process(batch_of(length), [].append)
-        assert step.held_items == held
-        assert step.holding == bool(held)
-
-
 # --- rate ---------------------------------------------------------------------------------------------------------------
 
 
