@@ -111,6 +111,9 @@ class Step:
     def load_state_dict(self, state: Any) -> None:
         """Go on from a state that `state_dict` returned."""
 
+    def state_lost(self) -> None:
+        """The process before this one died with its state: what comes out may lack something."""
+
     def close(self) -> None:
         """End: called once, also after an error."""
 

@@ -259,7 +259,7 @@ class Pipeline:
         An aggregate cannot have the name of a stage option; use ``.pipe(ops.window(...))`` for that.
         """
         stage, own = _split(options)
-        if isinstance(self._windows_key, str):
+        if self._windows_key is not None and not callable(self._windows_key):
             own.setdefault("key", self._windows_key)
         return self._add(ops.window(spec, **own), stage)
 

@@ -918,24 +918,23 @@ class SegmentLoop:
         wanted = open_inputs if merge is None else [n for n in open_inputs if merge.wants(n)]
         moment = self.chain.deadline()
         timeout = _SLICE if moment is None else min(_SLICE, max(0.0, moment - time.monotonic()))
-        try:
-            if self._wait_for_limits():
-                return -1, None
-            if len(wanted) == 1:
-                return self._receive_from(wanted[0], timeout)
-            if not wanted:
-                time.sleep(min(timeout, _SHORT))
-                return -1, None
-            ready = wait([self._inputs[n] for n in wanted], timeout)
-            if not ready:
-                return -1, None
-            first = min(ready, key=lambda channel: self._order(channel))
-            return self._receive_from(self._inputs.index(first), 0)
-        finally:
-            if self.control.aborting:
-                raise Stopped
-            if self.control.stopping and self.job.inputs[wanted[0] if wanted else 0].external is not None:
-                self._stopped = True
+        if self.control.aborting:  # not behind the receiving: a message that nobody has would be acknowledged
+            raise Stopped
+        if self.control.stopping and self.job.inputs[wanted[0] if wanted else 0].external is not None:
+            self._stopped = True
+            return -1, None
+        if self._wait_for_limits():
+            return -1, None
+        if len(wanted) == 1:
+            return self._receive_from(wanted[0], timeout)
+        if not wanted:
+            time.sleep(min(timeout, _SHORT))
+            return -1, None
+        ready = wait([self._inputs[n] for n in wanted], timeout)
+        if not ready:
+            return -1, None
+        first = min(ready, key=lambda channel: self._order(channel))
+        return self._receive_from(self._inputs.index(first), 0)
 
     def _wait_for_limits(self) -> bool:
         """Wait until the next deadline where a step can take nothing before it."""
@@ -1005,17 +1004,22 @@ class SegmentLoop:
         self._attempt = message.attempt
         item = item_of(message)
         merge = self.chain.merge
-        if merge is not None:
-            emit = self.chain.emits[0]
-            self._work(
-                index,
-                message.sequence,
-                item,
-                lambda value: merge.process_from(index, value, emit),
-                self.chain.steps[0][0],
-            )
-        else:
-            self._work(index, message.sequence, item)
+        try:
+            if merge is not None:
+                emit = self.chain.emits[0]
+                self._work(
+                    index,
+                    message.sequence,
+                    item,
+                    lambda value: merge.process_from(index, value, emit),
+                    self.chain.steps[0][0],
+                )
+            else:
+                self._work(index, message.sequence, item)
+        except BaseException as error:
+            # Not done: in a channel of the caller's it stays for the next one.
+            message.__exit__(type(error), error, None)
+            raise
         del item
         self._finished_with(message, index)
 
@@ -1122,6 +1126,8 @@ class SegmentLoop:
                 self.chain.holder.resume(offset)
         if self.job.incarnation and self.chain.stateful and self.job.state is None:
             self.control.event("state_lost", segment=self.job.number, stage=self.job.name)
+            for _, step in self.chain.steps:
+                step.state_lost()
         return int(words.done(0))
 
     def _is_poison(self, message: Any) -> bool:
@@ -1207,9 +1213,15 @@ class _TurnTaking:
 
     def _receive(self) -> Any:
         """Take an input; None when there was none in time. What waits for its turn is looked after meanwhile."""
-        waiting = self._waiting
+        waiting, control = self._waiting, self._loop.control
+        if control.aborting:  # not behind the receiving: a message that nobody has would be acknowledged
+            raise Stopped
+        if control.ended or (control.stopping and self._loop.job.inputs[0].external is not None):
+            self._ended = True
         try:
             if self._ended:
+                if not waiting:
+                    return None
                 self._wait_turn(_SLICE)
                 return None
             if not waiting:
@@ -1233,13 +1245,6 @@ class _TurnTaking:
         except ChannelClosedError:
             self._ended = True
             return None
-        finally:
-            if self._loop.control.ended or (
-                self._loop.control.stopping and self._loop.job.inputs[0].external is not None
-            ):
-                self._ended = True
-            if self._loop.control.aborting:
-                raise Stopped
 
     def _wait_turn(self, timeout: float) -> bool:
         turn = self._waiting[0].turn

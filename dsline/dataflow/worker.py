@@ -140,16 +140,17 @@ def main(
         control.serve(loop)
         loop.run()
         control.finished(loop.sent_end)
-    except StageFailed as failure:
-        control.failed(failure.error)
-    except Stopped:
-        pass
-    except BaseException:
-        # As long as the traceback has its frames, the input in hand is not acknowledged: this process ends before it would be.
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    finally:
-        if loop is not None:
+        loop.close()
+        control.event("stage_stop", segment=job.number, worker=job.worker)
+    except BaseException as error:
+        # The inputs in hand belong to whoever reads the channel next. As long as the traceback has its frames they are not
+        # acknowledged: this process ends before they would be.
+        if isinstance(error, StageFailed):
+            control.failed(error.error)
+        elif not isinstance(error, Stopped):
+            traceback.print_exc()
+        if loop is not None and isinstance(error, StageFailed | Stopped):
             loop.close()
-    control.event("stage_stop", segment=job.number, worker=job.worker)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0 if isinstance(error, Stopped) else 1)

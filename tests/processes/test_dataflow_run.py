@@ -321,6 +321,20 @@ def test_stopping_a_pipeline_on_a_channel_from_outside(name, make_channel):
         assert channel.send_object(4)  # it is still the user's
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_an_item_that_fails_stays_in_the_channel_of_the_caller(name, make_channel, workers):
+    with make_channel(name, capacity=64, slot_size=4096) as channel:
+        for number in range(8):
+            channel.send_object(number)
+        pipeline = Pipeline().source(f"shm://{name}").map(plan_functions.fails_at_three, workers=workers).sink(print)
+        with pytest.raises(OperatorError, match="three"):
+            pipeline.run()
+        channel.check_peers()
+        left = sorted(channel.recv_object(timeout=5) for _ in range(len(channel)))
+        # What came before it is done; what was under way is there again.
+        assert left[-5:] == [3, 4, 5, 6, 7]
+
+
 def test_a_channel_that_is_not_there(name):
     with pytest.raises(PipelineBuildError, match=f"there is no channel '{name}'"):
         Pipeline().source(f"shm://{name}", wait=0.01).sink(plan_functions.take).run()
