@@ -567,11 +567,11 @@ def bench_pipeline(count: int, batch: int, work: float, repeats: int, as_json: b
     rows = [
         (
             "in process",
-            f"{result.pipeline_ns_per_item:,.0f} ns per item for source, one empty stage and sink",
+            f"{result.pipeline_ns_per_item:,.0f} ns of CPU per item for source, one empty stage and sink",
         ),
         (
             "one stage",
-            f"{result.stage_ns_per_item:,.0f} ns per item, {result.stage_ns_per_batch:,.0f} ns per batch of "
+            f"{result.stage_ns_per_item:,.0f} ns of CPU per item, {result.stage_ns_per_batch:,.0f} ns per batch of "
             f"{result.batch:,} rows",
         ),
         (

@@ -332,6 +332,10 @@ def _rows(part: str, size: int, rates: dict[str, list[float]]) -> list[dict[str,
     ]
 
 
+def short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+
+
 def show(results: list[dict[str, Any]]) -> None:
     for part in dict.fromkeys(result["part"] for result in results):
         print(f"\n{part}: million rows per second of processor time, median (lowest to highest round)\n")
@@ -344,7 +348,7 @@ def show(results: list[dict[str, Any]]) -> None:
                 low, middle, high = (
                     v / 1e6 for v in (min(found["rates"]), found["rate"], max(found["rates"]))
                 )
-                cells.append(f"{middle:.3g} ({low:.3g} to {high:.3g})")
+                cells.append(f"{short(middle)} ({short(low)} to {short(high)})")
             print(f"| {way} | " + " | ".join(cells) + " |")
 
 

@@ -41,9 +41,9 @@ class PipelineBenchResult:
     count, batch : int
         Items of each run, and rows of a batch.
     pipeline_ns_per_item : float
-        Source, one empty stage and sink in one process.
+        Processor time of source, one empty stage and sink in one process.
     stage_ns_per_item, stage_ns_per_batch : float
-        What one more empty stage costs there.
+        What one more empty stage costs there, in processor time.
     process_ns_per_item, process_ns_per_batch : float
         Source, an empty stage in a worker process, and sink: two channels.
     work_us : float
@@ -122,14 +122,14 @@ def pipeline(
     enough = max(50, min(20_000, int(1e6 / work_us)))  # a second of work for one
     rounds = _calibrate(work_us)
     runs: dict[str, Callable[[], float]] = {
-        "one item": lambda: _seconds(range(count), count, _fused(1)),
-        "many item": lambda: _seconds(range(count), count, _fused(1 + _MORE)),
-        "one batch": lambda: _seconds([columns] * few, few, _fused(1)),
-        "many batch": lambda: _seconds([columns] * few, few, _fused(1 + _MORE)),
-        "process item": lambda: _seconds([short] * few, few, _worker),
-        "process batch": lambda: _seconds([rows] * few, few, _worker),
-        "1": lambda: _seconds([short] * enough, enough, _working(rounds, 1), _SETTLED),
-        "2": lambda: _seconds([short] * enough, enough, _working(rounds, 2), _SETTLED),
+        "one item": lambda: _seconds(range(count), count, _fused(1), time.process_time),
+        "many item": lambda: _seconds(range(count), count, _fused(1 + _MORE), time.process_time),
+        "one batch": lambda: _seconds([columns] * few, few, _fused(1), time.process_time),
+        "many batch": lambda: _seconds([columns] * few, few, _fused(1 + _MORE), time.process_time),
+        "process item": lambda: _seconds([short] * few, few, _worker, time.perf_counter),
+        "process batch": lambda: _seconds([rows] * few, few, _worker, time.perf_counter),
+        "1": lambda: _seconds([short] * enough, enough, _working(rounds, 1), time.perf_counter, _SETTLED),
+        "2": lambda: _seconds([short] * enough, enough, _working(rounds, 2), time.perf_counter, _SETTLED),
     }
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats):  # one after the other, so that a disturbance does not meet one alone
@@ -204,14 +204,15 @@ def _working(rounds: int, workers: int) -> Callable[[Pipeline], Pipeline]:
 class _Clocked:
     """A sink that notes when an item and the last one came, and whether they came in order."""
 
-    def __init__(self, from_item: int) -> None:
+    def __init__(self, clock: Callable[[], float], from_item: int) -> None:
+        self.clock = clock
         self.from_item = from_item
         self.first = self.last = 0.0
         self.count = 0
         self.ordered = True
 
     def __call__(self, item: Any) -> None:
-        now = time.perf_counter()
+        now = self.clock()
         if self.count == self.from_item:
             self.first = now
         self.last = now
@@ -221,10 +222,14 @@ class _Clocked:
 
 
 def _seconds(
-    items: Iterable[Any], count: int, stages: Callable[[Pipeline], Pipeline], settled: float = 0.0
+    items: Iterable[Any],
+    count: int,
+    stages: Callable[[Pipeline], Pipeline],
+    clock: Callable[[], float],
+    settled: float = 0.0,
 ) -> float:
     """Seconds per item at the sink, from the first item behind that share of them to the last."""
-    end = _Clocked(int(settled * count))
+    end = _Clocked(clock, int(settled * count))
     stages(Pipeline("bench").source(items)).sink(end).run()
     if end.count != count or not end.ordered:
         order = "" if end.ordered else ", not in order"

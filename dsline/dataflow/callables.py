@@ -40,6 +40,7 @@ Function: TypeAlias = Callable[..., Any]
 PICKLING_ERRORS = (pickle.PicklingError, TypeError, AttributeError)
 """What pickling raises for things that cannot be pickled."""
 
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 _DEEPEST = 4  # how far the search for what cannot be pickled goes
 _LARGEST_CLASS = 256 << 10  # bytes: a class of the main program that refers to more is not sent along
 
@@ -323,7 +324,12 @@ def is_class(function: Any) -> bool:
     """Whether objects are made of it, once per worker: a class, or a partial of a class whose objects can be called."""
     if isinstance(function, functools.partial):
         return isinstance(function.func, type) and _defines_call(function.func)
-    return isinstance(function, type)
+    return isinstance(function, type) and (_defines_call(function) or _is_python_class(function))
+
+
+def _is_python_class(cls: type) -> bool:
+    """False for int, float32 and other types of C, which are functions that convert."""
+    return bool(cls.__flags__ & _HEAP_TYPE)
 
 
 def check_callable(function: Any) -> None:

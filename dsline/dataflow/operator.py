@@ -256,7 +256,7 @@ class Sink(abc.ABC):
     @abc.abstractmethod
     def start(self, context: Context) -> SinkStep: ...
 
-    def check(self, schema: Schema) -> None:
+    def check(self, schema: Schema) -> None:  # noqa: B027 - most sinks take anything
         """Raise PipelineBuildError where items of this schema cannot be written."""
 
     def describe(self) -> str:

@@ -12,7 +12,7 @@ from dsline.dataflow.operator import Operator, Router, Sink, Source
 from dsline.dataflow.operators import Merge
 from dsline.dataflow.options import StageOptions, parse_bytes
 from dsline.dataflow.plan import CheckpointOptions, Part, Plan, Stage
-from dsline.dataflow.sinks import CollectSink, SinkOptions, parse_sink
+from dsline.dataflow.sinks import ChannelSink, CollectSink, SinkOptions, parse_sink
 from dsline.dataflow.sources import parse_source
 from dsline.errors import PipelineBuildError, PipelineError
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Pipeline"]
 
+_POLICIES = ("drop_oldest", "drop_newest", "latest")
 _STAGE_OPTIONS = frozenset(field.name for field in dataclasses.fields(StageOptions))
 
 
@@ -352,6 +353,13 @@ class Pipeline:
             target = target.target
         stage, own = _split(options)
         part = target if isinstance(target, Sink) and not own else parse_sink(target, **own)
+        if (
+            isinstance(part, ChannelSink)
+            and stage.full in _POLICIES
+            and part.channel is None
+            and part is not target
+        ):
+            part = parse_sink(target, **own, full=stage.full)  # its receivers may be slow as well
         node = _Node(part, stage, (self._end("a sink"),))
         return self._with(None, (*self._sinks, node))
 

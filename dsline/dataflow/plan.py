@@ -447,7 +447,7 @@ def _with_schemas(stages: list[Stage]) -> tuple[Stage, ...]:
                 )
         schemas = [checked[origin].schema for origin, _ in stage.inputs]
         if isinstance(part, Source):
-            schema = part.schema
+            schema = _of_rows(part.schema)
         elif isinstance(part, Sink):
             _of(stage, part.check, schemas[0])
             schema = None
@@ -457,6 +457,13 @@ def _with_schemas(stages: list[Stage]) -> tuple[Stage, ...]:
             schema = _of(stage, part.check, schemas[0])
         checked.append(dataclasses.replace(stage, schema=schema))
     return tuple(checked)
+
+
+def _of_rows(schema: Schema) -> Schema:
+    """A record alone comes as records of one row."""
+    if isinstance(schema, ArraySpec) and schema.shape == () and schema.dtype.names:
+        return ArraySpec((1,), schema.dtype)
+    return schema
 
 
 def _check_ends(stages: tuple[Stage, ...]) -> None:
@@ -744,7 +751,9 @@ class _Compiler:
             full=options.full,
             guarantee=self._guarantee(head, drafts[producer] if producer is not None else None),
             external=edge.get("external"),
-            ahead=self._ahead(slots, consumers, makers, [self._stages[n] for n in drafts[edge["target"]]["numbers"]])
+            ahead=self._ahead(
+                slots, consumers, makers, [self._stages[n] for n in drafts[edge["target"]]["numbers"]]
+            )
             if options.full == "block"
             else 0,
         )

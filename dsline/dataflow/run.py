@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import pickle
 import threading
 import time
 from collections import defaultdict, deque
@@ -182,6 +183,7 @@ class _Execution:
         self._store: Any = None
         self._manifest: Any = None
         self._ended_sources: set[int] = set()
+        self._source_ends: dict[int, Any] = {}  # positions
         self._open_checkpoints(resume)
         self.counters = PipelineCounters(
             [
@@ -217,7 +219,11 @@ class _Execution:
 
     def _open(self, edge: Edge) -> Any:
         if edge.external is not None:
-            return edge.external.open()
+            try:
+                return edge.external.open()
+            except DslineError as error:
+                name, _, _ = edge.name.partition(" → ")
+                raise PipelineBuildError(f"stage {name!r}: {error}") from error
         producers = sum(
             max(1, s.workers) for s in self.plan.segments if self.plan.edges.index(edge) in s.outputs
         )
@@ -567,6 +573,9 @@ class _Execution:
     # --- events, errors, questions ---
 
     def on_event(self, kind: str, data: dict[str, Any]) -> None:
+        if kind == "source_end":
+            self._source_ends[data["segment"]] = data["position"]
+            return
         if "stage" not in data and "segment" in data:
             data = {"stage": self.plan.segments[data["segment"]].name, **data}
         try:
@@ -671,7 +680,16 @@ class _Execution:
                 del self._states[older]
         assert self._store is not None
         self._store.save(number, self.plan.fingerprint, {str(each): blob for each, blob in states.items()})
+        for each in states:
+            if self._is_source(each):
+                self._commit_source(each, pickle.loads(states[each]).get("source"))
         self.on_event("checkpoint", {"number": number})
+
+    def _commit_source(self, number: int, position: Any) -> None:
+        """A source that keeps a group's place goes on from here the next time: all before it has reached the sinks."""
+        commit = getattr(self.plan.stages[self.plan.segments[number].stages[0]].part, "commit", None)
+        if commit is not None and position is not None:
+            commit(position)
 
     # --- ending ---
 
@@ -696,9 +714,10 @@ class _Execution:
                     channel.shutdown(immediate=True)
         for loop in list(self._loops.values()):
             source = getattr(loop, "source", None)
-            if source is not None:
-                with contextlib.suppress(Exception):
-                    source.stop()
+            for end in (source, getattr(loop.chain.sink, "stop", None) and loop.chain.sink):
+                if end is not None:
+                    with contextlib.suppress(Exception):
+                        end.stop()
         self.wake()
 
     def _finish(self) -> None:
@@ -716,6 +735,11 @@ class _Execution:
             for thread in self._threads:
                 if thread is not threading.current_thread():
                     thread.join(max(0.1, deadline - time.monotonic()))
+            if self.error is None and not self.aborting:
+                for number, position in self._source_ends.items():
+                    self._commit_source(number, position)
+        except Exception as error:
+            self.error = self.error or error
         finally:
             self._close()
             self.over.set()

@@ -53,7 +53,9 @@ _NAP: Final = 0.05  # seconds that a pause lasts between looks at whether the pi
 _SHORT: Final = 0.002  # seconds between looks at two things that cannot be waited for together
 _NOTHING: Final = 50_000  # ns that sending a control frame may take without having waited
 _WHOLE: Final = 1 << 40  # offset of an input whose results are all out, and its control frame
-_OVER: Final = 1 << 62  # `done` of a segment whose end is out: a worker that is started again has nothing to do
+_OVER: Final = (
+    1 << 62
+)  # `done` of a segment whose end is out: a worker that is started again has nothing to do
 
 
 class Stopped(BaseException):
@@ -815,6 +817,7 @@ class SegmentLoop:
             number = self.control.marker(last=True)
             if number is not None:
                 self._mark(number, {"source": step.position()}, sequence)
+            self.control.event("source_end", segment=self.job.number, position=step.position())
             self._end()
         finally:
             step.close()
@@ -839,7 +842,9 @@ class SegmentLoop:
                 self.sent_end = True
                 return
         # A channel from outside begins somewhere; one of the pipeline's own at 0.
-        expected: list[int | None] = [None if edge.external is not None else self._behind for edge in self.job.inputs]
+        expected: list[int | None] = [
+            None if edge.external is not None else self._behind for edge in self.job.inputs
+        ]
         ended = [False] * len(self._inputs)
         marked: dict[int, int] = {}  # input -> number of the checkpoint whose marker it is at
         while not all(ended) and not self._stopped:
@@ -1130,7 +1135,7 @@ class SegmentLoop:
             return False
         error = PipelineRuntimeError(f"the item ended {crashes[0]} worker processes: {crashes[1]}")
         self._item = (0, message.sequence)
-        self._attempt = message.attempt
+        self._attempt = crashes[0]
         self.counters.add("errors", 1)
         policy = stage.options.policy
         if isinstance(policy, Retry):
@@ -1378,8 +1383,11 @@ def _done(message: Any) -> None:
 
 
 def item_of(message: Any) -> Any:
-    """Return the item that a message carries, as read-only views of the slot."""
-    return message.object()
+    """Return the item that a message carries, as read-only views of the slot. A record alone is records of one row."""
+    item = message.object()
+    if type(item) is np.ndarray and item.ndim == 0 and item.dtype.names:
+        return item.reshape(1)
+    return item
 
 
 def _what(stage: Stage) -> str:

@@ -243,6 +243,7 @@ class WindowStep(Step):
             except OperatorError:
                 self.load_state_dict(before)
                 self._failed.clear()
+                self._error = None
                 raise
         for result in out:
             emit(result)

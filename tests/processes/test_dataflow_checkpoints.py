@@ -95,6 +95,10 @@ def checkpoints(folder):
     return [name for name in os.listdir(folder) if name.startswith("checkpoint-")] if folder.exists() else []
 
 
+def checkpoints_seen(run):
+    return sum(event.kind == "checkpoint" for event in run.events())
+
+
 def test_a_stage_with_state_goes_back_to_the_last_checkpoint(tmp_path):
     fill(tmp_path / "in", 400)
     pipeline = (
@@ -113,14 +117,8 @@ def test_a_stage_with_state_goes_back_to_the_last_checkpoint(tmp_path):
     )
     with pipeline.start() as run:
         for _ in range(3):
-            before = len([event for event in run.events() if event.kind == "checkpoint"])
-            wait_until(
-                lambda: (
-                    len([event for event in run.events() if event.kind == "checkpoint"]) >= before + 1
-                    or run._over.is_set()
-                ),
-                30,
-            )
+            wanted = checkpoints_seen(run) + 1
+            wait_until(lambda wanted=wanted: checkpoints_seen(run) >= wanted or run._over.is_set(), 30)
             for pid in run.pids().get("sums", []):
                 os.kill(pid, signal.SIGKILL)
             time.sleep(0.2)
@@ -146,8 +144,6 @@ def test_state_is_lost_without_a_checkpoint():
             restart=Restart(max=9, delay=0.0),
         )
     )
-    run = None
-    events = []
     out = []
     pipeline = pipeline.sink(out.append)
     with pipeline.start() as run:
@@ -191,7 +187,7 @@ def test_a_checkpoint_of_another_pipeline(tmp_path):
     )
     with pytest.raises(PipelineBuildError, match="another pipeline"):
         other.run(resume=True)
-    with pytest.raises(PipelineBuildError, match="needs .checkpoint"):
+    with pytest.raises(PipelineBuildError, match=r"needs \.checkpoint"):
         Pipeline().source([1]).sink(print).run(resume=True)
 
 

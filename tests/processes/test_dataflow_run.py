@@ -14,7 +14,7 @@ import pytest
 from support import assert_clean, run_script, wait_until
 
 import dsline
-from dsline import OperatorError, Pipeline, PipelineRuntimeError, Restart
+from dsline import OperatorError, Pipeline, PipelineBuildError, PipelineRuntimeError, Restart
 from dsline.dataflow.processes import WorkerProcess
 
 OFTEN = {"restart": Restart(max=1000, delay=0.0), "max_deliveries": 15}
@@ -278,7 +278,7 @@ def test_full_error():
         .source(range(400))
         .map(plan_functions.sleeps_a_little, workers=1, full="error", queue=3, name="work")
     )
-    with pytest.raises(PipelineRuntimeError, match="is full .3 items. and full='error'"):
+    with pytest.raises(PipelineRuntimeError, match=r"is full \(3 items\) and full='error'"):
         pipeline.collect()
 
 
@@ -286,7 +286,7 @@ def test_an_item_larger_than_the_memory():
     pipeline = (
         Pipeline(memory="4MiB").source([np.zeros(8 << 20, np.uint8)]).map(plan_functions.total, workers=1)
     )
-    with pytest.raises(OperatorError, match="memory=|8388608"):
+    with pytest.raises(OperatorError, match=r"memory=|8388608"):
         pipeline.collect()
 
 
@@ -319,6 +319,18 @@ def test_stopping_a_pipeline_on_a_channel_from_outside(name, make_channel):
         report = run.stop(timeout=20)
         assert report.state == "stopped"
         assert channel.send_object(4)  # it is still the user's
+
+
+def test_a_channel_that_is_not_there(name):
+    with pytest.raises(PipelineBuildError, match=f"there is no channel '{name}'"):
+        Pipeline().source(f"shm://{name}", wait=0.01).sink(plan_functions.take).run()
+
+
+def test_a_log_is_read_on_by_its_group(tmp_path):
+    Pipeline().source(range(5)).sink(f"file://{tmp_path}/log").run()
+    reading = Pipeline().source(f"file://{tmp_path}/log", group="model")
+    assert reading.map(int).collect() == [0, 1, 2, 3, 4]
+    assert reading.collect() == []
 
 
 def test_functions_of_the_main_program_and_no_guard():

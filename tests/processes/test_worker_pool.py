@@ -659,3 +659,31 @@ time.sleep(1000)
         parent.kill()
         parent.wait(TIMEOUT)
         wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
+def test_ctrl_c_ends_it_in_order():
+    """The whole foreground group gets the signal; tasks that were being executed are done."""
+    source = """
+import itertools, time
+import dsline
+with dsline.WorkerPool(2) as pool:
+    for n, same in enumerate(pool.map(lambda n: time.sleep(0.01) or n, itertools.count())):
+        assert n == same
+        if n == 5:
+            print(*pool.pids, flush=True)
+"""
+    parent = subprocess.Popen(
+        [sys.executable, *STRICT, "-c", source],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with parent:
+        pids = parent.stdout.readline().split()
+        assert len(pids) == 2
+        os.killpg(parent.pid, signal.SIGINT)
+        _, errors = parent.communicate(timeout=TIMEOUT)
+        assert parent.returncode == -signal.SIGINT
+        assert errors.count("Traceback") == 1 and errors.rstrip().endswith("KeyboardInterrupt")
+        assert not any(Path(f"/proc/{pid}").exists() for pid in pids)

@@ -29,6 +29,8 @@ ALLOWED: dict[tuple[str, str], int] = {
     ("records.py", "unpickling"): 3,  # without it by an unpickler that knows arrays and plain values only
     ("runtime.py", "pickle imported"): 1,  # states of a checkpoint, in a folder of the user's own
     ("runtime.py", "unpickling"): 1,
+    ("run.py", "pickle imported"): 1,
+    ("run.py", "unpickling"): 1,
     ("queues.pxi", "pickle imported"): 1,  # put() of a queue pickles, and get() unpickles by objects.py
 }
 
