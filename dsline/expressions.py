@@ -20,7 +20,7 @@ import numpy as np
 from dsline import _core
 from dsline.errors import ExpressionError
 
-__all__ = ["BACKENDS", "FUNCTIONS", "Expression", "ExpressionError", "Step"]
+__all__ = ["BACKENDS", "FUNCTIONS", "Expression", "ExpressionError", "Step", "check_text"]
 
 BACKENDS = ("auto", "kernel", "numpy")
 
@@ -410,6 +410,11 @@ class Expression:
         return _UFUNCS[step.op](*args, out=out) if out is not None else _UFUNCS[step.op](*args)
 
 
+def check_text(text: str) -> None:
+    """Raise ExpressionError for a text that is no expression whatever the columns are."""
+    _Compiler(text, {}).check()
+
+
 def _is_plain(out: Any, dtype: np.dtype[Any]) -> bool:
     return isinstance(out, np.ndarray) and out.ndim == 1 and out.dtype == dtype and out.flags.carray
 
@@ -478,6 +483,14 @@ class _Compiler:
     # --- parsing ---
 
     def program(self) -> list[Step]:
+        result = self._any(self.parse(), 0)
+        if result.is_number:
+            result = self._constant(result, np.dtype(type(result.number)))
+        if result.step != len(self._steps) - 1:  # the last step is the result
+            self._steps.append(self._steps[result.step])
+        return self._steps
+
+    def parse(self) -> ast.expr:
         text = self._text
         if not text.strip():
             self._fail("the expression is empty", 0)
@@ -492,12 +505,20 @@ class _Compiler:
             at = getattr(error, "offset", None) or len(text.rstrip()) + 1
             what = getattr(error, "msg", None) or str(error)
             self._fail(f"this is no expression: {what}", self._shift(min(at - 1, len(text))))
-        result = self._any(tree.body, 0)
-        if result.is_number:
-            result = self._constant(result, np.dtype(type(result.number)))
-        if result.step != len(self._steps) - 1:  # the last step is the result
-            self._steps.append(self._steps[result.step])
-        return self._steps
+        return tree.body
+
+    def check(self) -> None:
+        """Refuse what is no expression whatever the columns are."""
+        for node in ast.walk(self.parse()):
+            if isinstance(node, ast.expr) and type(node) not in _HANDLERS:
+                self._fail(f"{_describe(node)} is not part of the language", self._at(node))
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id not in FUNCTIONS
+            ):
+                names = ", ".join(sorted(FUNCTIONS))
+                self._fail(f"there is no function {node.func.id!r}; there are: {names}", self._at(node))
 
     def _shift(self, column: int) -> int:
         return column + len(self._text) - len(self._text.lstrip())

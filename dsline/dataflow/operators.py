@@ -28,7 +28,7 @@ from dsline.dataflow.descriptions import (
 from dsline.dataflow.items import FRAME, OBJECT, RECORDS, Batch, Columns
 from dsline.dataflow.operator import Context, Emit, MergeStep, Router, Schema, Step
 from dsline.errors import ExpressionError, PipelineBuildError
-from dsline.expressions import Expression
+from dsline.expressions import Expression, check_text
 from dsline.specs import ArraySpec
 
 __all__ = [
@@ -260,6 +260,7 @@ def _check_text(text: Any, what: str) -> None:
     """Refuse what is no expression whatever the columns are."""
     if not isinstance(text, str) or not text.strip():
         raise PipelineBuildError(f"{what} is {text!r}, must be an expression")
+    check_text(text)
 
 
 def _no_columns(item: Any) -> str:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import dsline
 from dsline import _core
-from dsline.expressions import Expression, ExpressionError
+from dsline.expressions import Expression, ExpressionError, check_text
 
 COLUMNS = {
     "b": np.dtype(bool),
@@ -630,3 +630,33 @@ def test_rows_of_many_numbers():
     names = {f"c{number}": "f8" for number in range(40)}
     total = Expression(" + ".join(names), names)
     assert total(dict.fromkeys(names, 1.0)) == 40
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "empty"),
+        ("a >", "no expression"),
+        ("a.real", "Attribute|attribute|part of the language"),
+        ("a[0]", "part of the language"),
+        ("lambda: 1", "part of the language"),
+        ("open(a)", "no function 'open'"),
+        ("(a if b else c) > 1", "part of the language"),
+        ("(" * 50 + "a" + ")" * 50, "nested"),
+        ("a" * 3000, "2000"),
+    ],
+)
+def test_texts_that_are_no_expressions_whatever_the_columns(text, why):
+    with pytest.raises(ExpressionError, match=why):
+        check_text(text)
+
+
+def test_texts_that_may_be_expressions():
+    for text in (
+        "a",
+        "1.5",
+        "a > 1 and not b or isnan(c)",
+        "where(b, min(a, 2), -c) / 3 != +1e3",
+        "0 < a <= 1",
+    ):
+        check_text(text)
