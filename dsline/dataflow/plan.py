@@ -29,6 +29,7 @@ Part: TypeAlias = Source | Operator | Sink
 
 _FORMAT = 1
 _SLOT_OF_OBJECTS = 1 << 16  # bytes; slots grow with what is sent
+_SLOT_OF_ROWS = 1 << 12  # the same where there are many
 _MOST_SLOTS = 4096
 MAX_HELD = 0.75  # of the slots of an edge, for an operator that keeps inputs
 AHEAD = 4  # finished results that a worker keeps while it waits for its turn
@@ -732,10 +733,15 @@ class _Compiler:
             queue = max(1, min(queue, parse_bytes(options.queue_bytes) // max(1, size or _SLOT_OF_OBJECTS)))
         # Each consumer holds the item it works on and what it keeps until its turn; each producer writes into one.
         slots = queue + consumers * (1 + (AHEAD if consumers > 1 else 1)) + makers
-        if head.part.kind in ("batch", "map_batches"):
-            slots += queue
         share = self._plan.memory // max(1, own)
         slot_size = max(64, size or _SLOT_OF_OBJECTS)
+        rows = getattr(head.part, "size", None) or getattr(head.part, "batch", None)
+        if drafts[edge["target"]]["workers"] and getattr(head.part, "holds", False) and isinstance(rows, int):
+            # It keeps its items until the batch is out, and these may be of one row each.
+            if size is None:
+                slot_size = _SLOT_OF_ROWS
+            wanted = slots + int(rows / MAX_HELD) + 1
+            slots = max(slots + queue, min(wanted, _MOST_SLOTS, share // (2 * slot_size)))
         if slots * slot_size > share and "external" not in edge:
             raise PipelineBuildError(
                 f"stage {head.name!r}: {slots} slots of {_size(slot_size)} before it need {_size(slots * slot_size)}, and its "

@@ -50,6 +50,11 @@ def test_arrays_arrive_as_views_of_the_slot(start_method):
     assert seen == [((100, 50), "uint16", False, n * 5000) for n in range(20)]
 
 
+def test_a_large_batch_of_single_items_in_a_worker():
+    batches = Pipeline().source(range(600)).batch(256, workers=1).collect()
+    assert [len(batch) for batch in batches] == [256, 256, 88]
+
+
 def test_out_writes_into_the_slot():
     frames = [np.full((64, 64), n, np.float32) for n in range(10)]
     spec = dsline.ArraySpec((64, 64), np.float32)
