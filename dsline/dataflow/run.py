@@ -184,6 +184,7 @@ class _Execution:
         self._manifest: Any = None
         self._ended_sources: set[int] = set()
         self._source_ends: dict[int, Any] = {}  # positions
+        self._ended_segments: set[int] = set()
         self._open_checkpoints(resume)
         self.counters = PipelineCounters(
             [
@@ -269,9 +270,10 @@ class _Execution:
             if not segment.workers:
                 continue
             options = self._options(number)
+            budget = RestartBudget(options.restart)  # of the stage's workers together
             for index in range(segment.workers):
                 self._check_job(self._job(number, index, 0))
-                self._workers.append(_Worker(number, index, RestartBudget(options.restart)))
+                self._workers.append(_Worker(number, index, budget))
 
     def _check_job(self, job: Job) -> None:
         """Raise PipelineBuildError where it cannot be brought to a worker process."""
@@ -418,6 +420,12 @@ class _Execution:
             )
         except DslineError as error:
             self.fail(type(error)(f"stage {segment.name!r}: {error}"))
+            return
+        # What the others were told before this one could be told. `process` is there: who sets a flag from now on tells it.
+        if self.stopping:
+            self._tell(each, "stop")
+        if each.segment in self._ended_segments:
+            self._tell(each, "ended")
 
     def _watch(self, pause: float) -> None:
         running = [each for each in self._workers if each.process is not None]
@@ -454,6 +462,7 @@ class _Execution:
 
     def _worker_event(self, each: _Worker, kind: str, data: dict[str, Any]) -> None:
         if kind == "ended":
+            self._ended_segments.add(each.segment)
             for other in self._workers:
                 if other.segment == each.segment and other.process is not None:
                     self._tell(other, "ended")

@@ -53,9 +53,8 @@ _NAP: Final = 0.05  # seconds that a pause lasts between looks at whether the pi
 _SHORT: Final = 0.002  # seconds between looks at two things that cannot be waited for together
 _NOTHING: Final = 50_000  # ns that sending a control frame may take without having waited
 _WHOLE: Final = 1 << 40  # offset of an input whose results are all out, and its control frame
-_OVER: Final = (
-    1 << 62
-)  # `done` of a segment whose end is out: a worker that is started again has nothing to do
+_LAST_DELIVERY: Final = 15  # max_deliveries of the channels of a pipeline
+_OVER: Final = 1 << 62  # `done` of a segment whose end is out: a worker that is started again has nothing to do
 
 
 class Stopped(BaseException):
@@ -1082,6 +1081,7 @@ class SegmentLoop:
         if any(self._emitted):
             self._words.commit(0, sequence)
             self._release_all()
+        self._emitted = [0] * len(self._outputs)  # a gap, or an item that is left out, emits nothing
         self._retained.append((sequence, message))
         if len(self._retained) > MAX_HELD * self.job.inputs[index].slots:
             raise StageFailed(
@@ -1137,8 +1137,10 @@ class SegmentLoop:
         if crashes and stage.options.on_crash == "skip":
             self.counters.add("skipped", 1)
             return True
-        if not crashes or crashes[0] < stage.options.max_deliveries:
+        # The channel buries, and nobody hears of it, what comes once more after its last delivery: that one is an error here.
+        if message.attempt < _LAST_DELIVERY and (not crashes or crashes[0] < stage.options.max_deliveries):
             return False
+        crashes = crashes or (message.attempt - 1, "before it was processed")
         error = PipelineRuntimeError(f"the item ended {crashes[0]} worker processes: {crashes[1]}")
         self._item = (0, message.sequence)
         self._attempt = crashes[0]
@@ -1222,11 +1224,10 @@ class _TurnTaking:
             if self._ended:
                 if not waiting:
                     return None
-                self._wait_turn(_SLICE)
-                return None
-            if not waiting:
+                # but what it waits for may have been given back by a dead worker
+            elif not waiting:
                 return self._channel.recv_message(timeout=_SLICE)
-            if len(waiting) <= AHEAD:
+            elif len(waiting) <= AHEAD:
                 try:
                     return self._channel.recv_message(timeout=0)
                 except BufferEmptyError:
