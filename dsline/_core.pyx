@@ -1397,6 +1397,11 @@ cdef class Receiver:
         out._lease._nack = True
         return out
 
+    def _core_first_available(self):
+        """Sequence of the oldest message that the group could take now; the end of the order where there is none."""
+        require_open(self)
+        return self._cpp.first_available()
+
     # --- dead letters, the newest message ------------------------------------------------------------------------
 
     def _core_dead_letter(self):

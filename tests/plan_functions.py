@@ -107,3 +107,51 @@ def answers(connection):
 def slowly(item):
     time.sleep(0.005)
     return item
+
+
+class Keeps:
+    """Keeps the first argument and the last one."""
+
+    def __call__(self, frame):
+        self.first = getattr(self, "first", frame)
+        self.last = frame
+        return int(frame[0, 0])
+
+
+class DiesAtTens:
+    def __call__(self, value):
+        if value % 10 == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return value
+
+
+def slow_total(array):
+    time.sleep(0.005)
+    return float(array.sum())
+
+
+class UnpicklableState:
+    def __call__(self, item):
+        time.sleep(0.005)
+        return item
+
+    def state_dict(self):
+        return lambda: None
+
+    def load_state_dict(self, state):
+        pass
+
+
+class DiesOfItem:
+    """Has a state, and dies over the row 200, always."""
+
+    def __call__(self, item):
+        if 200 in item["ts"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item
+
+    def state_dict(self):
+        return 1
+
+    def load_state_dict(self, state):
+        pass

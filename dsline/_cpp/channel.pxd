@@ -261,6 +261,7 @@ cdef extern from "dsline/channel.hpp" namespace "dsline" nogil:
         cbool anyone_entering() noexcept
         uint64_t end_of_order() noexcept
         cbool is_outstanding(uint64_t) noexcept
+        uint64_t first_available() noexcept
         cbool anything_outstanding_before(uint64_t) noexcept
         cbool any_control_before(uint64_t) noexcept
 

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from dsline.dataflow.descriptions import operator_from_json
 from dsline.dataflow.drawing import mermaid, svg
@@ -170,6 +170,7 @@ class Plan:
         self.checkpoint = checkpoint
         self.stages = _with_schemas(_sorted(_with_names(stages)))
         _check_ends(self.stages)
+        _check_merges(self.stages)
         _check_places(self.stages, checkpoint)
         self.segments, self.edges = _Compiler(self).result()
 
@@ -544,6 +545,43 @@ def _check_places(stages: tuple[Stage, ...], checkpoint: CheckpointOptions | Non
             raise PipelineBuildError(
                 f"stage {stage.name!r}: full={options.full!r} is not possible with a checkpoint"
             )
+
+
+_ONE_FOR_ONE: Final = frozenset({"map", "derive", "select", "broadcast"})
+
+
+def _check_merges(stages: tuple[Stage, ...]) -> None:
+    """Refuse merges that would wait for one branch while the other one keeps the common source from going on."""
+    for stage in stages:
+        part = stage.part
+        if not isinstance(part, Merge) or part.order == "arrival" or (part.by_key and part.idle is not None):
+            continue
+        ways = [dict(_way(stages, origin)) for origin, _ in stage.inputs]
+        for place, way in enumerate(ways):
+            for other in ways[place + 1 :]:
+                common = [
+                    number for number in way if number in other and isinstance(stages[number].part, Router)
+                ]
+                if not common:
+                    continue
+                router = stages[max(common)]
+                kinds = way[max(common)] | other[max(common)]
+                if part.order == "zip" and router.part.kind == "broadcast" and kinds <= _ONE_FOR_ONE:
+                    continue
+                raise PipelineBuildError(
+                    f"stage {stage.name!r}: an order of {part.order!r} waits for every input, and its inputs are branches of "
+                    f"{router.name!r}, which waits for room in each of them: it can stand still for ever; use order='arrival', "
+                    f"{'idle= for an order by a column, ' if part.by_key else ''}or sources of their own"
+                )
+
+
+def _way(stages: tuple[Stage, ...], number: int) -> Iterator[tuple[int, frozenset[str]]]:
+    """Yield every stage upstream of one, with the kinds of the stages between."""
+    todo: list[tuple[int, frozenset[str]]] = [(number, frozenset())]
+    while todo:
+        here, kinds = todo.pop()
+        yield here, kinds
+        todo += [(origin, kinds | {stages[here].part.kind}) for origin, _ in stages[here].inputs]
 
 
 def _size(count: int) -> str:

@@ -45,6 +45,7 @@ _POLICY: Final = {
     "block": "block", "error": "raise", "drop_newest": "drop_newest", "drop_oldest": "drop_oldest", "latest": "drop_oldest"
 }  # fmt: skip
 _TICK: Final = 0.25  # seconds between looks at what nothing wakes the supervisor for
+_MOMENT: Final = 0.02  # seconds from a worker's last lock to its end
 _GRACE: Final = 2.0  # seconds that workers and threads have to notice an abort
 _MOST_EVENTS: Final = 10_000
 _MOST_CRASHES: Final = 15  # deliveries after which the channel itself gives up
@@ -144,9 +145,9 @@ class _ThreadControl:
         return self._execution.answer(kind, data)
 
     def marker(self, last: bool = False) -> int | None:
-        if last:
-            return self._execution.last_marker(self._segment)
-        return self.markers.popleft() if self.markers else None
+        if self.markers:
+            return self.markers.popleft()
+        return self._execution.last_marker(self._segment) if last else None
 
     def report_state(self, number: int, segment: int, state: bytes) -> None:
         self._execution.on_state(number, segment, state)
@@ -184,6 +185,7 @@ class _Execution:
         self._manifest: Any = None
         self._ended_sources: set[int] = set()
         self._source_ends: dict[int, Any] = {}  # positions
+        self._begins: dict[int, int] = {}  # first sequence of segments that read a channel from outside
         self._ended_segments: set[int] = set()
         self._open_checkpoints(resume)
         self.counters = PipelineCounters(
@@ -246,7 +248,10 @@ class _Execution:
         words = _core.StageWords.create(1, max(1, len(segment.outputs)), tickets=tickets)
         for edge in segment.inputs:
             if self.plan.edges[edge].external is not None and segment.ordered:
-                words.set_done(0, self.channels[edge].stats().head_sequence)
+                self.channels[edge].check_peers()  # what dead receivers held is there again
+                first = self.channels[edge]._core_first_available()
+                self._begins[self.plan.segments.index(segment)] = first
+                words.set_done(0, first)
         return words
 
     def _job(self, number: int, index: int, incarnation: int) -> Job:
@@ -261,6 +266,7 @@ class _Execution:
             outputs=tuple(self.plan.edges[n] for n in segment.outputs),
             worker=index,
             incarnation=incarnation,
+            begin_at=self._begins.get(number, 0),
             state=None if self._manifest is None else self._manifest.states.get(str(number)),
             asks_on_error="on_error" in self.run.hooks,
         )
@@ -270,7 +276,8 @@ class _Execution:
             if not segment.workers:
                 continue
             options = self._options(number)
-            budget = RestartBudget(options.restart)  # of the stage's workers together
+            # Of the stage's workers together, and of all that come after going back to a checkpoint.
+            budget = self.run._budgets.setdefault(number, RestartBudget(options.restart))
             for index in range(segment.workers):
                 self._check_job(self._job(number, index, 0))
                 self._workers.append(_Worker(number, index, budget))
@@ -316,7 +323,7 @@ class _Execution:
                 loop.restore_sink()
             if self.run.collects and self._collects(segment):
                 loop.collected = deque()
-                self.collector = number
+                self.collector = number, loop
                 continue
             self._threads.append(
                 threading.Thread(
@@ -326,7 +333,7 @@ class _Execution:
         for thread in self._threads:
             thread.start()
 
-    collector: int | None = None
+    collector: tuple[int, SegmentLoop] | None = None  # what `Run.items` runs
 
     def _collects(self, segment: Segment) -> bool:
         return bool(segment.stages) and isinstance(self.plan.stages[segment.stages[-1]].part, CollectSink)
@@ -354,6 +361,14 @@ class _Execution:
                 self._done_segments.add(number)
             self.on_event("stage_stop", {"segment": number, "worker": -1})
             self.wake()
+
+    def refuse_own_threads(self, call: str) -> None:
+        """Nobody may wait for the end of what he is a part of."""
+        if threading.current_thread() in (self._supervisor, *self._threads):
+            raise PipelineRuntimeError(
+                f"{call} in a hook, a function or a sink of the running pipeline would wait for itself; use abort(), or call it "
+                "from another thread"
+            )
 
     # --- the supervisor ---
 
@@ -405,10 +420,7 @@ class _Execution:
                 worker.main,
                 (
                     callables.pack(self._job(each.segment, each.index, each.incarnation)),
-                    [
-                        None if self.plan.edges[n].external is not None else self.channels[n]
-                        for n in segment.inputs
-                    ],
+                    [self.channels[n] for n in segment.inputs],
                     [self.channels[n] for n in segment.outputs],
                     self._words[each.segment],
                     self.counters.ticket(each.segment, each.index),
@@ -446,19 +458,26 @@ class _Execution:
                 self._ended(each, process)
 
     def _read(self, each: _Worker, process: WorkerProcess) -> None:
-        with contextlib.suppress(EOFError, OSError):
-            while process.connection.poll():
+        """Take what a worker has said."""
+        while True:
+            try:
+                if not process.connection.poll():
+                    return
                 what, kind, data = process.connection.recv()
-                if what == "event":
-                    self._worker_event(each, kind, data)
-                elif what == "ask":
-                    process.connection.send(("answer", self._answer_worker(each, kind, data)))
-                elif what == "state":
-                    self.on_state(kind, *data)
-                elif what == "finished":
-                    each.finished, each.sent_end = True, data
-                elif what == "failed":
-                    self.fail(worker.error_from_plain(data))
+            except (EOFError, OSError):
+                return
+            if what == "event":
+                self._worker_event(each, kind, data)
+            elif what == "ask":
+                answer = self._answer_worker(each, kind, data)
+                with contextlib.suppress(OSError):
+                    process.connection.send(("answer", answer))
+            elif what == "state":
+                self.on_state(kind, *data)
+            elif what == "finished":
+                each.finished, each.sent_end = True, data
+            elif what == "failed":
+                self.fail(worker.error_from_plain(data))
 
     def _worker_event(self, each: _Worker, kind: str, data: dict[str, Any]) -> None:
         if kind == "ended":
@@ -471,13 +490,19 @@ class _Execution:
 
     def _answer_worker(self, each: _Worker, kind: str, data: dict[str, Any]) -> Any:
         if kind == "crashes":
-            self._note_the_dead()
+            self._note_the_dead(data["segment"], data["sequence"])
         if kind == "last_marker":
             return self.last_marker(each.segment)
         return self.answer(kind, {"worker": each.index, **data})
 
-    def _note_the_dead(self) -> None:
+    def _note_the_dead(self, segment: int, sequence: int) -> None:
         """Deaths that have not been looked at yet count, too, for a worker that asks about an item."""
+        if (segment, sequence) not in self._crashes:
+            # The item is there again once the kernel has dropped the locks of the dead, a moment before that is its end.
+            mates = [
+                each.process.sentinel for each in self._workers if each.segment == segment and each.process
+            ]
+            wait(mates, _MOMENT)
         for each in self._workers:
             if each.process is not None and not each.process.alive:
                 self._ended(each, each.process)
@@ -489,6 +514,8 @@ class _Execution:
 
     def _ended(self, each: _Worker, process: WorkerProcess) -> None:
         self._read(each, process)
+        if each.process is not process:
+            return  # a question in what it had said led here before
         each.process = None
         cause = process.cause_of_death or "it ended"
         current = self.counters.current(each.segment, each.index)
@@ -742,8 +769,10 @@ class _Execution:
                     self._read(each, each.process)
                     each.process.close(patience=0)
             for thread in self._threads:
-                if thread is not threading.current_thread():
-                    thread.join(max(0.1, deadline - time.monotonic()))
+                # Before it begins again from a checkpoint, nobody writes any more.
+                thread.join(
+                    None if self.rollback and self.error is None else max(0.1, deadline - time.monotonic())
+                )
             if self.error is None and not self.aborting:
                 for number, position in self._source_ends.items():
                     self._commit_source(number, position)
@@ -769,6 +798,10 @@ class _Execution:
                     channel.close()
         for loop in self._loops.values():
             loop.close()
+        # A pipeline that is kept keeps no memory and no descriptor.
+        self._words, self.channels = {}, []
+        self._loops.clear()
+        self._threads.clear()
         self.counters.close()
         self._wake.close()
         self._wake_read.close()
@@ -842,6 +875,7 @@ class Run:
         self._edge_stats: list[EdgeStats] = []
         self._state = "running"
         self._rollbacks = 0
+        self._budgets: dict[int, RestartBudget] = {}  # by segment
         self._lock = threading.RLock()
         self._wish: str | None = None  # "drain" or "abort", once somebody has asked for it
         self._over = threading.Event()
@@ -905,6 +939,7 @@ class Run:
         OperatorError, PipelineRuntimeError
             What ended the pipeline.
         """
+        self._execution.refuse_own_threads("wait()")
         if not self._over.wait(timeout):
             return False
         error = self._execution.error
@@ -965,6 +1000,7 @@ class Run:
             self.abort()
         else:
             self._drain()
+        self._execution.refuse_own_threads("stop()")
         if not self._over.wait(timeout):
             self.abort()
             self._over.wait()
@@ -1046,10 +1082,9 @@ class Run:
         execution = None
         while execution is not self._execution:  # another one after going back to a checkpoint
             execution = self._execution
-            number = execution.collector
-            if number is None:
+            if execution.collector is None:
                 raise InvalidArgumentError("this run has a sink; there is nothing to yield")
-            loop = execution._loops[number]
+            number, loop = execution.collector
             collected = loop.collected
             assert collected is not None
             for _ in execution.steps(number, loop):

@@ -54,7 +54,9 @@ _SHORT: Final = 0.002  # seconds between looks at two things that cannot be wait
 _NOTHING: Final = 50_000  # ns that sending a control frame may take without having waited
 _WHOLE: Final = 1 << 40  # offset of an input whose results are all out, and its control frame
 _LAST_DELIVERY: Final = 15  # max_deliveries of the channels of a pipeline
-_OVER: Final = 1 << 62  # `done` of a segment whose end is out: a worker that is started again has nothing to do
+_OVER: Final = (
+    1 << 62
+)  # `done` of a segment whose end is out: a worker that is started again has nothing to do
 
 
 class Stopped(BaseException):
@@ -102,6 +104,7 @@ class Job:
     outputs: tuple[Edge, ...]
     worker: int = -1
     incarnation: int = 0
+    begin_at: int = 0  # first sequence of its input
     state: bytes | None = None  # of a checkpoint
     asks_on_error: bool = False  # there is a hook that decides
 
@@ -605,7 +608,9 @@ class SegmentLoop:
 
     def _allocate(self, shape: Any, dtype: Any) -> Any:
         output, array = self._outputs[0], None
-        if self._parallel:
+        if output.edge.full != "block":
+            pass  # a full queue has to be seen when the result is sent
+        elif self._parallel:
             array = output.allocate_ahead(shape, dtype, self._waits)
         elif not self._skip[0]:  # else its result is out already
             array = output.allocate(shape, dtype)
@@ -702,7 +707,7 @@ class SegmentLoop:
             self.control.event("error", stage=stage.name, error=_shown(error), sequence=self._at())
         if isinstance(policy, Retry):
             for pause in policy.pauses():
-                time.sleep(pause)
+                self.pause(pause)
                 self.page(stage).add("retried", 1)
                 try:
                     again(item)
@@ -865,7 +870,10 @@ class SegmentLoop:
                 if next_one is None or sequence >= next_one:
                     expected[index] = sequence + 1
                 kind = message._core_kind
-                if kind == END:
+                if kind != END and message.redelivered and self._is_out(sequence):
+                    self.counters.add("duplicates", 1)
+                    _done(message)
+                elif kind == END:
                     ended[index] = True
                     self._end_for_all(index, message)
                     self._ended(index)
@@ -883,9 +891,6 @@ class SegmentLoop:
                 elif kind == GAP:
                     self.counters.add("lost", int(bytes(message.payload)))
                     self._finished_with(message, index)
-                elif self._words is not None and message.redelivered and sequence < self._words.done(0):
-                    self.counters.add("duplicates", 1)
-                    _done(message)
                 else:
                     self._one(index, message)
                 del message
@@ -899,6 +904,10 @@ class SegmentLoop:
             _done(self._last)
 
     _last: Any = None
+
+    def _is_out(self, sequence: int) -> bool:
+        """Whether a redelivered input is committed. One from before the stage's time is not: another receiver gave it back."""
+        return self._words is not None and bool(self.job.begin_at <= sequence < self._words.done(0))
 
     def _end_for_all(self, index: int, message: Any) -> None:
         """The end of a channel from outside may be one that all its receivers shall see."""
@@ -1171,7 +1180,14 @@ class SegmentLoop:
             stage = self.job.stages[-1]
             self.chain.call(stage, "the sink could not be flushed", self.chain.sink.flush)
             state["sink"] = self.chain.call(stage, "the sink has no position", self.chain.sink.position)
-        self.control.report_state(number, self.job.number, pickle.dumps(state))
+        name = self.job.stages[-1].name if self.job.stages else self.job.name
+        try:
+            saved = pickle.dumps(state)
+        except Exception as error:
+            raise StageFailed(
+                _operator_error(name, error, "its state cannot be pickled for a checkpoint")
+            ) from error
+        self.control.report_state(number, self.job.number, saved)
         for output in range(len(self._outputs)):
             self._control(output, MARKER, str(number).encode(), done)
 
@@ -1277,6 +1293,14 @@ class _TurnTaking:
         loop, sequence = self._loop, message.sequence
         kind = message._core_kind
         ordered = loop.job.ordered
+        if ordered and sequence < loop.job.begin_at:
+            # It would never have its turn, and must not be lost: it stays in the channel for whoever reads that next.
+            raise StageFailed(
+                PipelineRuntimeError(
+                    f"stage {loop.job.name!r}: another receiver gave message {sequence} of the channel back, and the stage began "
+                    f"with message {loop.job.begin_at}; use workers=1 or ordered=False where others take from the same group"
+                )
+            )
         if ordered and message.redelivered and sequence < self._words.done(0):
             loop.counters.add("duplicates", 1)
             _done(message)
@@ -1289,7 +1313,7 @@ class _TurnTaking:
         elif not (message.redelivered and loop._is_poison(message)):
             loop._attempt = message.attempt
             loop._results = finished.results
-            item = item_of(message)
+            item = item_of(message, copy=not ordered)
             try:
                 loop._work(0, sequence, item)
             finally:
@@ -1388,9 +1412,13 @@ def _done(message: Any) -> None:
     message.__exit__(None, None, None)
 
 
-def item_of(message: Any) -> Any:
-    """Return the item that a message carries, as read-only views of the slot. A record alone is records of one row."""
-    item = message.object()
+def item_of(message: Any, copy: bool = False) -> Any:
+    """Return the item that a message carries, as read-only views of the slot. A record alone is records of one row.
+
+    `copy`: in memory of its own. The tickets of an unordered stage go round, so an input must not be held for as long as
+    somebody keeps a view.
+    """
+    item = message.object(copy=copy)
     if type(item) is np.ndarray and item.ndim == 0 and item.dtype.names:
         return item.reshape(1)
     return item

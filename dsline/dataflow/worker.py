@@ -79,6 +79,7 @@ class WorkerControl:
                 return
             if kind == "abort":
                 self.aborting = True
+                self._answers.put(None)  # nobody answers any more
             elif kind == "stop":
                 self.stopping = True
                 source = getattr(self._loop, "source", None)
@@ -106,13 +107,10 @@ class WorkerControl:
         return answer
 
     def marker(self, last: bool = False) -> int | None:
-        if last:
-            number: int | None = self.ask("last_marker")
-            return number
-        try:
+        with contextlib.suppress(queue.Empty):
             return self._markers.get_nowait()
-        except queue.Empty:
-            return None
+        number: int | None = self.ask("last_marker") if last else None
+        return number
 
     def report_state(self, number: int, segment: int, state: bytes) -> None:
         self._send("state", number, (segment, state))
@@ -132,10 +130,6 @@ def main(
     loop = None
     try:
         job: Job = callables.unpack(packed)
-        inputs = [
-            channel if edge.external is None else edge.external.open()
-            for edge, channel in zip(job.inputs, inputs, strict=True)
-        ]
         loop = SegmentLoop(job, inputs, outputs, words, ticket.open(), control)
         control.serve(loop)
         loop.run()

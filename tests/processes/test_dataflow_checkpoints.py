@@ -14,7 +14,7 @@ import pytest
 from support import STRICT, wait_until
 
 import dsline
-from dsline import Pipeline, PipelineBuildError, Restart
+from dsline import OperatorError, Pipeline, PipelineBuildError, PipelineRuntimeError, Restart
 from dsline.dataflow.log import LogReader
 
 
@@ -128,6 +128,45 @@ def test_a_stage_with_state_goes_back_to_the_last_checkpoint(tmp_path):
     assert "rolled_back" in kinds
     found = rows_of(tmp_path / "out", "total")
     assert found == [sum(n * 0.5 for n in range(first, first + 40)) for first in range(0, 400, 40)]
+
+
+def test_a_poisonous_item_does_not_roll_back_for_ever(tmp_path):
+    fill(tmp_path / "in", 300)
+    pipeline = (
+        Pipeline("poison")
+        .source(f"file://{tmp_path / 'in'}", start="earliest")
+        .map(plan_functions.slowly)
+        .map(plan_functions.DiesOfItem, workers=1, name="counts", restart=Restart(max=2, delay=0.0))
+        .checkpoint(tmp_path / "ck", every=0.05)
+        .sink(f"file://{tmp_path / 'out'}")
+    )
+    with pytest.raises(PipelineRuntimeError, match="stage 'counts': .*3 deaths"):
+        pipeline.run()
+
+
+def test_a_state_that_cannot_be_saved(tmp_path):
+    fill(tmp_path / "in", 100)
+    for workers in (0, 1):
+        pipeline = (
+            Pipeline("bad")
+            .source(f"file://{tmp_path / 'in'}", start="earliest")
+            .map(plan_functions.UnpicklableState, workers=workers, name="keeper")
+            .checkpoint(tmp_path / "ck", every=0.05)
+            .sink(f"file://{tmp_path / f'out{workers}'}")
+        )
+        with pytest.raises(OperatorError, match="its state cannot be pickled"):
+            pipeline.run()
+
+
+def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
+    fill(tmp_path / "in", 100)
+
+    def refuse(self, number, fingerprint, states):
+        raise PipelineRuntimeError("no space is left on the disk")
+
+    monkeypatch.setattr("dsline.dataflow.checkpoints.Store.save", refuse)
+    with pytest.raises(PipelineRuntimeError, match="no space"):
+        copying(tmp_path / "in", tmp_path / "out", tmp_path / "ck").run()
 
 
 def test_state_is_lost_without_a_checkpoint():

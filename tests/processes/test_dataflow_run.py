@@ -11,7 +11,7 @@ import time
 import numpy as np
 import plan_functions
 import pytest
-from support import assert_clean, run_script, wait_until
+from support import Child, assert_clean, run_script, wait_until
 
 import dsline
 from dsline import OperatorError, Pipeline, PipelineBuildError, PipelineRuntimeError, Restart
@@ -331,13 +331,106 @@ def test_an_item_that_fails_stays_in_the_channel_of_the_caller(name, make_channe
     with make_channel(name, capacity=64, slot_size=4096) as channel:
         for number in range(8):
             channel.send_object(number)
-        pipeline = Pipeline().source(f"shm://{name}").map(plan_functions.fails_at_three, workers=workers).sink(print)
+        pipeline = (
+            Pipeline().source(f"shm://{name}").map(plan_functions.fails_at_three, workers=workers).sink(print)
+        )
         with pytest.raises(OperatorError, match="three"):
             pipeline.run()
         channel.check_peers()
         left = sorted(channel.recv_object(timeout=5) for _ in range(len(channel)))
         # What came before it is done; what was under way is there again.
         assert left[-5:] == [3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_a_dead_receiver_held_is_not_taken_for_done(name, make_channel, workers):
+    with make_channel(name, capacity=64, slot_size=4096) as channel:
+        for number in range(6):
+            channel.send_object(number)
+        with Child("hold", name, 3) as holder:
+            holder.read()
+            holder.process.kill()
+            holder.process.wait()
+        found = []
+        run = (
+            Pipeline()
+            .source(f"shm://{name}")
+            .map(plan_functions.same, workers=workers)
+            .sink(found.append)
+            .start()
+        )
+        wait_until(lambda: len(found) == 6, 20)
+        assert run.stop(timeout=20).state == "stopped"
+        assert sorted(found) == list(range(6))
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.05])
+def test_stopping_before_the_workers_have_begun(name, make_channel, moment):
+    with make_channel(name, capacity=64, slot_size=4096):
+        run = (
+            Pipeline()
+            .source(f"shm://{name}")
+            .map(plan_functions.same, workers=2)
+            .sink(plan_functions.take)
+            .start()
+        )
+        time.sleep(moment)
+        assert run.stop(timeout=30).state == "stopped"
+
+
+def test_unordered_functions_that_keep_their_arguments():
+    frames = [np.full((64, 64), n % 256, np.uint8) for n in range(300)]
+    found = Pipeline().source(frames).map(plan_functions.Keeps, workers=2, ordered=False, queue=4).collect()
+    assert sorted(found) == sorted(n % 256 for n in range(300))
+
+
+def test_a_hook_that_waits_for_its_own_pipeline():
+    runs = []
+
+    def hook(event):
+        runs[0].stop()
+
+    pipeline = (
+        Pipeline().source(range(50)).map(plan_functions.always_fails, workers=1, on_error="skip").sink(print)
+    )
+    with (
+        pytest.raises(PipelineRuntimeError, match=r"stop\(\) in a hook"),
+        pipeline.start(on_error=hook) as run,
+    ):
+        runs.append(run)
+        run.wait(30)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_queue_behind_results_in_slots(workers):
+    frames = [np.full((64, 64), n, np.float32) for n in range(200)]
+    spec = dsline.ArraySpec((64, 64), np.float32)
+    pipeline = (
+        Pipeline().source(frames).map(plan_functions.add_one, returns=spec, workers=workers, name="add")
+    )
+    with pytest.raises(PipelineRuntimeError, match="stage 'add': the queue .* is full"):
+        pipeline.map(plan_functions.slow_total, workers=1, full="error", queue=3).collect()
+    dropping = pipeline.map(plan_functions.slow_total, workers=1, full="drop_newest", queue=3, name="slow")
+    found = dropping.collect()
+    assert 0 < len(found) < 200
+    assert len(found) + dropping.stats()["slow"].lost == 200
+
+
+def test_deaths_count_for_the_whole_stage():
+    pipeline = (
+        Pipeline()
+        .source(range(40))
+        .map(
+            plan_functions.DiesAtTens,
+            workers=2,
+            name="work",
+            restart=Restart(max=2, delay=0.0),
+            on_error="skip",
+            max_deliveries=1,
+        )
+    )
+    with pytest.raises(PipelineRuntimeError, match="3 deaths within 60 s, and Restart allows 2"):
+        pipeline.collect()
 
 
 def test_a_channel_that_is_not_there(name):

@@ -214,6 +214,17 @@ def test_what_cannot_be_built(make, message):
         make()
 
 
+@pytest.mark.parametrize("order", ["zip", "sequence", "ts"])
+def test_merges_that_could_stand_still(order):
+    branches = Pipeline().source([1, 2]).branch(even=plan_functions.is_even, odd=plan_functions.is_odd)
+    with pytest.raises(PipelineBuildError, match="can stand still for ever"):
+        branches["even"].merge(branches["odd"], order=order).sink(print).plan()
+    first, second = Pipeline().source([1, 2]).broadcast(2)
+    with pytest.raises(PipelineBuildError, match="can stand still for ever"):
+        first.filter(plan_functions.is_even).merge(second, order="zip").sink(print).plan()
+    assert first.map(plan_functions.double).merge(second, order="zip").collect() == [(2, 1), (4, 2)]
+
+
 def test_a_branch_that_goes_nowhere():
     branches = Pipeline().source([1, 2]).branch(even=plan_functions.is_even, odd=plan_functions.is_odd)
     with pytest.raises(PipelineBuildError, match="output 'odd' goes nowhere"):

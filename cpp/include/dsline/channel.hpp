@@ -396,6 +396,9 @@ class Channel {
   /// Whether the group of this handle is still to get or to release the message, or it is not sent yet. False once it was
   /// released, dropped, or became a dead letter; it stays false unless a dead letter is revived. Looks at every slot.
   bool is_outstanding(std::uint64_t sequence) const noexcept;
+  /// Sequence of the oldest message that the group could take now: never taken, or given back; the end of the order where
+  /// there is none.
+  std::uint64_t first_available() const noexcept;
   /// Whether any message before `sequence` is outstanding.
   bool anything_outstanding_before(std::uint64_t sequence) const noexcept;
   /// The same of the control frames alone. Requires: the message of that sequence has been received.

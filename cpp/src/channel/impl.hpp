@@ -149,6 +149,7 @@ struct Channel::Impl {
   template <class Wanted>
   bool any_outstanding(Wanted wanted) const noexcept;
   bool is_outstanding(std::uint64_t sequence) const noexcept;
+  std::uint64_t first_available() const noexcept;
   bool anything_before(std::uint64_t sequence, bool control) const noexcept;
 
   // --- waiting.cpp ---

@@ -56,6 +56,21 @@ bool Channel::Impl::anything_before(std::uint64_t sequence, bool control) const 
   });
 }
 
+std::uint64_t Channel::Impl::first_available() const noexcept {
+  std::uint64_t first = ring.end();  // first: what enters later is behind it
+  if (group_number == kNoGroup) return first;
+  for (std::uint32_t s = 0; s < region->geometry().slots; ++s) {
+    const SlotWord word = pool.word(s);
+    if (!word.is(SlotPhase::Committed) || (word.pending() & group.bit()) == 0) continue;
+    const std::uint64_t position = region->slot(s).position.load(std::memory_order_acquire);
+    const std::uint32_t who = group.claim(s).who();
+    if (position != slots::kNoPosition && position < first &&
+        (who == Claim::kNobody || who == Claim::kRedeliver))
+      first = position;
+  }
+  return first;
+}
+
 bool Channel::anyone_entering() const noexcept { return impl_->anyone_entering(); }
 std::uint64_t Channel::end_of_order() const noexcept { return impl_->ring.end(); }
 bool Channel::is_outstanding(std::uint64_t sequence) const noexcept {
@@ -67,5 +82,7 @@ bool Channel::anything_outstanding_before(std::uint64_t sequence) const noexcept
 bool Channel::any_control_before(std::uint64_t sequence) const noexcept {
   return impl_->anything_before(sequence, true);
 }
+
+std::uint64_t Channel::first_available() const noexcept { return impl_->first_available(); }
 
 }  // namespace dsline
