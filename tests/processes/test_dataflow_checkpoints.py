@@ -140,7 +140,7 @@ def test_a_poisonous_item_does_not_roll_back_for_ever(tmp_path):
         .checkpoint(tmp_path / "ck", every=0.05)
         .sink(f"file://{tmp_path / 'out'}")
     )
-    with pytest.raises(PipelineRuntimeError, match="stage 'counts': .*3 deaths"):
+    with pytest.raises(PipelineRuntimeError, match=r"stage 'counts': .*3 deaths"):
         pipeline.run()
 
 

@@ -408,7 +408,7 @@ def test_a_full_queue_behind_results_in_slots(workers):
     pipeline = (
         Pipeline().source(frames).map(plan_functions.add_one, returns=spec, workers=workers, name="add")
     )
-    with pytest.raises(PipelineRuntimeError, match="stage 'add': the queue .* is full"):
+    with pytest.raises(PipelineRuntimeError, match=r"stage 'add': the queue .* is full"):
         pipeline.map(plan_functions.slow_total, workers=1, full="error", queue=3).collect()
     dropping = pipeline.map(plan_functions.slow_total, workers=1, full="drop_newest", queue=3, name="slow")
     found = dropping.collect()
