@@ -19,6 +19,7 @@ import numpy as np
 from dsline import _core
 from dsline.channel import ShmChannel
 from dsline.dataflow import callables, worker
+from dsline.dataflow.control import END, LAST_DELIVERY, Job, StageFailed, Stopped
 from dsline.dataflow.counters import EdgeStats, PipelineCounters, PipelineStats, SegmentPages
 from dsline.dataflow.items import Batch
 from dsline.dataflow.operator import Sink, Source
@@ -27,7 +28,7 @@ from dsline.dataflow.policies import ErrorBudget, parse_policy
 from dsline.dataflow.processes import WorkerProcess, choose_cpus
 from dsline.dataflow.progress import Progress
 from dsline.dataflow.restart import RestartBudget
-from dsline.dataflow.runtime import END, Job, SegmentLoop, StageFailed, Stopped
+from dsline.dataflow.runtime import SegmentLoop
 from dsline.dataflow.sinks import CollectSink
 from dsline.errors import (
     BufferFullError,
@@ -48,7 +49,6 @@ _TICK: Final = 0.25  # seconds between looks at what nothing wakes the superviso
 _MOMENT: Final = 0.02  # seconds from a worker's last lock to its end
 _GRACE: Final = 2.0  # seconds that workers and threads have to notice an abort
 _MOST_EVENTS: Final = 10_000
-_MOST_CRASHES: Final = 15  # deliveries after which the channel itself gives up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +238,7 @@ class _Execution:
             max_message_size=edge.max_message_size,
             backpressure=_POLICY[edge.full],
             max_handles=min(256, 2 * (producers + consumers) + 16),
-            max_deliveries=_MOST_CRASHES,
+            max_deliveries=LAST_DELIVERY,
             zero_copy=True,
         )
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from dsline import errors
 from dsline.dataflow import callables
-from dsline.dataflow.runtime import Job, SegmentLoop, StageFailed, Stopped
+from dsline.dataflow.control import Job, StageFailed, Stopped
+from dsline.dataflow.runtime import SegmentLoop
 from dsline.errors import DslineError, OperatorError, PipelineRuntimeError
 
 __all__ = ["WorkerControl", "error_from_plain", "error_to_plain", "main"]

@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 import dsline
-from dsline.dataflow import runtime
+from dsline.dataflow import control, edges, runtime, turns
 
 
 def slow_double(value):
@@ -90,8 +90,8 @@ class DiesAt:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def _arm(self):
-        intend, send, done = runtime._Output._intend, runtime._Output.send, runtime._done
-        control = runtime._Output.control
+        intend, send, done = edges.Output._intend, edges.Output.send, runtime.acknowledge
+        send_control = edges.Output.control
 
         def intending(output, *arguments):
             self._reached("intent")
@@ -103,18 +103,19 @@ class DiesAt:
             self._reached("sent")
 
         def controlling(output, kind, *arguments):
-            control(output, kind, *arguments)
-            if kind == runtime.END:
+            send_control(output, kind, *arguments)
+            if kind == control.END:
                 self._reached("end sent")
 
         def releasing(message):
-            of = "end " if message._core_kind == runtime.END else ""
+            of = "end " if message._core_kind == control.END else ""
             self._reached(f"{of}release")
             done(message)
             self._reached(f"{of}released")
 
-        runtime._Output._intend, runtime._Output.send, runtime._done = intending, sending, releasing
-        runtime._Output.control = controlling
+        edges.Output._intend, edges.Output.send = intending, sending
+        runtime.acknowledge = turns.acknowledge = releasing
+        edges.Output.control = controlling
 
 
 class Numbers:
