@@ -57,6 +57,7 @@ PROOFS = (
     Proof("soak", "robust/robust_soak", (), ("--seconds", "600")),
     Proof("python", "python_kills.py", ("--seconds", "15"), ("--seconds", "60"), needs_wheel=True),
     Proof("loans", "python_loans.py", ("--seconds", "20"), ("--seconds", "300"), needs_wheel=True),
+    Proof("pipelines", "python_pipelines.py", ("--seconds", "15"), ("--seconds", "600"), needs_wheel=True),
 )
 
 
