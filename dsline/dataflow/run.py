@@ -171,6 +171,7 @@ class _Execution:
         self.over = threading.Event()
         self._lock = threading.RLock()
         self._wake_read, self._wake = _pipe()
+        self._supervisor = threading.Thread(target=self._supervise, name="dsline-supervisor", daemon=True)
         self._loops: dict[int, SegmentLoop] = {}
         self._controls: dict[int, _ThreadControl] = {}
         self._threads: list[threading.Thread] = []
@@ -215,7 +216,6 @@ class _Execution:
         except BaseException:
             self._close()
             raise
-        self._supervisor = threading.Thread(target=self._supervise, name="dsline-supervisor", daemon=True)
         self._supervisor.start()
 
     # --- making ---
