@@ -25,6 +25,7 @@ ALLOWED: dict[tuple[str, str], int] = {
     ("callables.py", "pickle imported"): 2,  # functions for workers, from the process that started them
     ("callables.py", "unpickling"): 1,
     ("accelerate.py", "pickle imported"): 1,  # for the number of its default protocol
+    ("items.py", "pickle imported"): 1,  # a Batch pickles; PickleBuffer for its columns
     ("records.py", "pickle imported"): 1,  # items of a file:// log, which is trusted where objects=True
     ("records.py", "unpickling"): 3,  # without it by an unpickler that knows arrays and plain values only
     ("runtime.py", "pickle imported"): 1,  # states of a checkpoint, in a folder of the user's own
