@@ -165,7 +165,7 @@ def _pickled(popen: Any, process: _Process) -> memoryview:
         multiprocessing.reduction.dump(process, stream)
     finally:
         set_spawning_popen(None)
-    return stream.getbuffer()
+    return memoryview(stream.getvalue())
 
 
 def _write_all(fd: int, data: memoryview) -> None:

@@ -182,7 +182,7 @@ def _encode_object(item: Any) -> Encoded:
         pickler.dump(item)
     except Exception as error:
         raise SerializationError(f"{item_text(item)} cannot be written to a log: {error}") from error
-    pieces = [stream.getbuffer(), *buffers]
+    pieces = [memoryview(stream.getvalue()), *buffers]
     return joined(OBJECT, [_describe_part(b"", (), False, each.nbytes, b"") for each in pieces], pieces)
 
 
