@@ -77,7 +77,7 @@ class _PolarsFrames:
             return frame.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
         stream = io.BytesIO()
         frame.write_ipc_stream(stream)
-        return _polars_frame, (pickle.PickleBuffer(stream.getbuffer()),)
+        return _polars_frame, (pickle.PickleBuffer(stream.getvalue()),)
 
 
 def _polars_frame(data: Any) -> Any:
@@ -128,7 +128,7 @@ def write_pickle(
     else:
         writer = pickler(stream, 5, True, keep)
     writer.dump(obj)
-    return stream.getbuffer()
+    return stream.getvalue()
 
 
 dumps = pickle.dumps
