@@ -48,6 +48,7 @@ PYTHON_TESTS = tuple(
             "accelerate",
             "aio",
             "buffers",
+            "callables",
             "downstream",
             "dtypes",
             "errors",
@@ -60,7 +61,10 @@ PYTHON_TESTS = tuple(
 )
 PROCESS_TESTS = tuple(
     f"tests/processes/test_{name}.py"
-    for name in ("cpython_queues", "fork", "loans_processes", "queues_processes", "start_methods")
+    for name in (
+        *("cpython_queues", "dataflow_out", "fork", "loans_processes", "queues_processes", "start_methods"),
+        *("worker_pool", "worker_processes"),
+    )
 )
 STEP_SECONDS = 900
 TEST_SECONDS = 120
