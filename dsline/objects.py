@@ -107,9 +107,7 @@ def extra_reducers() -> dict[type, Any]:
     return _reducers
 
 
-def write_pickle(
-    obj: Any, keep: Callable[[Any], bool], pickler: type[pickle.Pickler] | None = None
-) -> memoryview:
+def write_pickle(obj: Any, keep: Callable[[Any], bool], pickler: type[pickle.Pickler] | None = None) -> bytes:
     """Pickle an object, protocol 5, by a pickler class or with the reducers of loaded packages.
 
     Parameters
