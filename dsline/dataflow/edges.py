@@ -109,7 +109,7 @@ class Output:
                 loan.abort()
         send = (
             self.channel.send
-            if isinstance(item, np.ndarray) and item.dtype.kind != "O"
+            if isinstance(item, np.ndarray) and not item.dtype.hasobject
             else self.channel.send_object
         )
         if not self._blocks:
