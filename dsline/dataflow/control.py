@@ -11,6 +11,7 @@ from dsline.dataflow.plan import Edge, Stage
 from dsline.errors import DslineError, OperatorError
 
 __all__ = [
+    "ANNOUNCED",
     "END",
     "FAILURES",
     "FAILURES_OF_WORKERS",
@@ -39,6 +40,7 @@ __all__ = [
 END: Final = 16
 MARKER: Final = 17
 GAP: Final = 19
+ANNOUNCED: Final = "announced"  # counter: dropped items that gap frames have told of
 SLICE: Final = 1.0  # seconds; a shut down channel wakes whoever waits for it
 TURN: Final = 0.05  # seconds to wait for a turn before looking why it does not come
 NAP: Final = 0.05  # seconds that a pause lasts between looks at whether the pipeline is being aborted

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from dsline.dataflow.control import (
+    ANNOUNCED,
+    END,
     GAP,
     NOTHING,
     SHORT,
@@ -192,16 +194,23 @@ class Output:
         self._intend(*self._intent)
         try:
             if self.channel._core_send_control(GAP, str(self._dropped).encode(), 0):
-                self._dropped = 0
+                self._told()
         except (BufferFullError, ChannelClosedError):
             pass
 
     def control(self, kind: int, payload: bytes, done: int = 0) -> None:
         """Send the control frame that input `done` is; one is never dropped."""
+        if kind == END and self._words is not None and self.edge.full == "drop_newest":
+            # What workers have dropped that died, or have not sent anything since.
+            self._dropped = self._control.ask("untold")
         if self._dropped:
             self._send_surely(GAP, str(self._dropped).encode(), *self._intent)
-            self._dropped = 0
+            self._told()
         self._send_surely(kind, payload, WHOLE, done)
+
+    def _told(self) -> None:
+        self._counters.add(ANNOUNCED, self._dropped)
+        self._dropped = 0
 
     def _send_surely(self, kind: int, payload: bytes, offset: int, done: int) -> None:
         self._intend(offset, done)

@@ -19,7 +19,7 @@ import numpy as np
 from dsline import _core
 from dsline.channel import ShmChannel
 from dsline.dataflow import callables, worker
-from dsline.dataflow.control import END, LAST_DELIVERY, Job, StageFailed, Stopped
+from dsline.dataflow.control import ANNOUNCED, END, LAST_DELIVERY, Job, StageFailed, Stopped
 from dsline.dataflow.counters import EdgeStats, PipelineCounters, PipelineStats, SegmentPages
 from dsline.dataflow.items import Batch
 from dsline.dataflow.operator import Sink, Source
@@ -491,6 +491,9 @@ class _Execution:
     def _answer_worker(self, each: _Worker, kind: str, data: dict[str, Any]) -> Any:
         if kind == "crashes":
             self._note_the_dead(data["segment"], data["sequence"])
+        if kind == "untold":
+            stages = [stage for stage in self.stats().stages if stage.segment == each.segment]
+            return sum(stage.dropped - stage.counters.get(ANNOUNCED, 0) for stage in stages)
         if kind == "last_marker":
             return self.last_marker(each.segment)
         return self.answer(kind, {"worker": each.index, **data})
