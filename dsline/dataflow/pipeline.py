@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from dsline.dataflow import ops
 from dsline.dataflow.descriptions import parse_seconds
 from dsline.dataflow.operator import Operator, Router, Sink, Source
 from dsline.dataflow.operators import Merge
 from dsline.dataflow.options import StageOptions, parse_bytes
-from dsline.dataflow.plan import CheckpointOptions, Part, Plan, Stage
+from dsline.dataflow.plan import CheckpointOptions, Part, Plan, Stage, in_stage
 from dsline.dataflow.sinks import ChannelSink, CollectSink, SinkOptions, parse_sink
 from dsline.dataflow.sources import parse_source
 from dsline.errors import PipelineBuildError, PipelineError
@@ -39,6 +40,22 @@ def _split(options: dict[str, Any]) -> tuple[StageOptions, dict[str, Any]]:
     """Take the stage options out of keyword arguments; the rest is the operator's."""
     stage = {name: value for name, value in options.items() if name in _STAGE_OPTIONS}
     return StageOptions.parse(stage), {name: value for name, value in options.items() if name not in stage}
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _names_stage(method: _Method) -> _Method:
+    """Let what is wrong with an operator name the stage that it would have been."""
+
+    @functools.wraps(method)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except PipelineBuildError as error:
+            raise in_stage(str(kwargs.get("name") or method.__name__), error) from error.__cause__
+
+    return cast(_Method, named)
 
 
 class Pipeline:
@@ -195,10 +212,12 @@ class Pipeline:
             )
         return self._add(operator, StageOptions.parse(options))
 
+    @_names_stage
     def map(self, function: Callable[..., Any], *, returns: Any = None, **stage: Any) -> Pipeline:
         """Call `function` with every item. None drops the item; a generator gives several. See `ops.map`."""
         return self._add(ops.map(function, returns=returns), StageOptions.parse(stage))
 
+    @_names_stage
     def map_batches(
         self, function: Callable[..., Any], *, batch: int = 256, linger: Any = "10ms", **options: Any
     ) -> Pipeline:
@@ -211,10 +230,12 @@ class Pipeline:
             return self.batch(batch, linger=linger)._add(ops.map(function, **own), stage)
         return self._add(ops.map_batches(function, batch=batch, linger=linger, **own), stage)
 
+    @_names_stage
     def filter(self, condition: str | Callable[..., Any], **stage: Any) -> Pipeline:
         """Keep the items or rows for which an expression or a function is true. See `ops.filter`."""
         return self._add(ops.filter(condition), StageOptions.parse(stage))
 
+    @_names_stage
     def derive(self, **options: Any) -> Pipeline:
         """Add columns that are computed by expressions. See `ops.derive`.
 
@@ -223,11 +244,13 @@ class Pipeline:
         stage, own = _split(options)
         return self._add(ops.derive(**own), stage)
 
+    @_names_stage
     def select(self, *columns: str, **options: Any) -> Pipeline:
         """Keep some columns. See `ops.select`."""
         stage, own = _split(options)
         return self._add(ops.select(*columns, **own), stage)
 
+    @_names_stage
     def batch(
         self, size: int, *, linger: Any = None, drop_last: bool = False, pad: Any = None, **stage: Any
     ) -> Pipeline:
@@ -236,10 +259,12 @@ class Pipeline:
             ops.batch(size, linger=linger, drop_last=drop_last, pad=pad), StageOptions.parse(stage)
         )
 
+    @_names_stage
     def unbatch(self, **stage: Any) -> Pipeline:
         """Give the rows of every item one by one. See `ops.unbatch`."""
         return self._add(ops.unbatch(), StageOptions.parse(stage))
 
+    @_names_stage
     def key_by(self, key: Any, *, partitions: int | None = None, **stage: Any) -> Pipeline:
         """Make `key` the key of the windows that follow, and spread the keys over `partitions` processes.
 
@@ -253,6 +278,7 @@ class Pipeline:
             (_Node(router, StageOptions.parse(stage), (self._end("key_by"),)), 0), windows_key=key
         )
 
+    @_names_stage
     def window(self, spec: Any, **options: Any) -> Pipeline:
         """Aggregate rows over windows of rows or of time. See `ops.window`.
 
@@ -263,6 +289,7 @@ class Pipeline:
             own.setdefault("key", self._windows_key)
         return self._add(ops.window(spec, **own), stage)
 
+    @_names_stage
     def rate_limit(self, per_second: float, *, burst: int = 1, **options: Any) -> Pipeline:
         """Let at most `per_second` items through. See `ops.rate_limit`."""
         stage, own = _split({name: value for name, value in options.items() if name != "full"})
@@ -400,6 +427,7 @@ class Pipeline:
         """Call `function` with every batch; the same as `map_batches`."""
         return self.map_batches(function, **options)
 
+    @_names_stage
     def filter_py_batch(
         self, function: Callable[..., Any], *, batch: int | None = 256, linger: Any = "10ms", **stage: Any
     ) -> Pipeline:

@@ -360,7 +360,7 @@ def _stages_from_json(entries: list[dict[str, Any]]) -> list[Stage]:
             part = _part_from_json(entry["part"])
             options = StageOptions.parse({**entry.get("options", {}), "name": name})
         except PipelineBuildError as error:
-            raise _in_stage(name, error) from error
+            raise in_stage(name, error) from error
         stages.append(Stage(name, part, options, tuple(inputs)))
     return stages
 
@@ -373,10 +373,13 @@ def _part_from_json(entry: dict[str, Any]) -> Part:
     return operator_from_json(entry)
 
 
-def _in_stage(name: str, error: DslineError) -> PipelineBuildError:
+def in_stage(name: str, error: DslineError) -> PipelineBuildError:
+    """Return the error with the stage in its text."""
     text = str(error)
     kind = type(error) if isinstance(error, PipelineBuildError) else PipelineBuildError
-    return kind(text if text.startswith("stage ") else f"stage {name!r}: {text}")
+    made = kind(text if text.startswith("stage ") else f"stage {name!r}: {text}")
+    made.__dict__.update(error.__dict__)  # the column of an expression
+    return made
 
 
 def _of(stage: Stage, call: Any, *args: Any) -> Any:
@@ -384,7 +387,7 @@ def _of(stage: Stage, call: Any, *args: Any) -> Any:
     try:
         return call(*args)
     except DslineError as error:
-        raise _in_stage(stage.name, error) from error
+        raise in_stage(stage.name, error) from error
 
 
 def _with_names(stages: Sequence[Stage]) -> list[Stage]:

@@ -87,6 +87,14 @@ def test_schemas_are_checked_when_the_plan_is_made():
         Pipeline().source(records, rows=2).filter("pressure > 3").sink(print).plan()
 
 
+def test_what_is_wrong_names_the_stage_before_there_is_one():
+    with pytest.raises(dsline.ExpressionError, match=r"^stage 'warm': .*column 4") as caught:
+        Pipeline().source([1]).filter("a >", name="warm")
+    assert caught.value.column == 4
+    with pytest.raises(PipelineBuildError, match=r"^stage 'batch': "):
+        Pipeline().source([1]).batch(0)
+
+
 def test_explain_says_what_runs_where():
     pipeline = (
         Pipeline("frames", memory="64MiB")
