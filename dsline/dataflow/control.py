@@ -98,6 +98,9 @@ class Job:
     incarnation: int = 0
     begin_at: int = 0  # first sequence of its input
     state: bytes | None = None  # of a checkpoint
+    first_marker: int | None = (
+        None  # of the checkpoint before the first item, where the run does not go on from one
+    )
     asks_on_error: bool = False  # there is a hook that decides
 
 

@@ -181,6 +181,8 @@ class _Execution:
         self._errors: dict[str, int] = defaultdict(int)
         self._states: dict[int, dict[int, bytes]] = {}
         self._next_marker = 1
+        self._first_marker: int | None = None
+        self._first_saved = False
         self._next_checkpoint = time.monotonic()
         self._store: Any = None
         self._manifest: Any = None
@@ -267,6 +269,7 @@ class _Execution:
             worker=index,
             incarnation=incarnation,
             begin_at=self._begins.get(number, 0),
+            first_marker=self._first_marker,
             state=None if self._manifest is None else self._manifest.states.get(str(number)),
             asks_on_error="on_error" in self.run.hooks,
         )
@@ -639,6 +642,8 @@ class _Execution:
             self.fail(PipelineRuntimeError(f"stage {name!r}: {count} errors, and max_errors={limit}"))
 
     def answer(self, kind: str, data: dict[str, Any]) -> Any:
+        if kind == "first_saved":
+            return self._first_saved
         if kind == "crashes":
             causes = self._crashes.get((data["segment"], data["sequence"]))
             return None if not causes else (len(causes), causes[-1])
@@ -677,6 +682,11 @@ class _Execution:
                 self._next_marker = self._manifest.number + 1
         else:
             self._store.clear()
+        if self._manifest is None:
+            self._first_marker = self._next_marker
+            self._states[self._next_marker] = {}
+            self._next_marker += 1
+        self._next_checkpoint += options.every
 
     def _begin_checkpoint(self) -> int:
         with self._lock:
@@ -719,6 +729,7 @@ class _Execution:
                 del self._states[older]
         assert self._store is not None
         self._store.save(number, self.plan.fingerprint, {str(each): blob for each, blob in states.items()})
+        self._first_saved = True
         for each in states:
             if self._is_source(each):
                 self._commit_source(each, pickle.loads(states[each]).get("source"))

@@ -315,6 +315,8 @@ class SegmentLoop:
             if self.control.aborting:
                 raise Stopped
             items = iter(step)
+            if self.job.first_marker is not None and self.job.incarnation == 0:
+                self.mark(self.job.first_marker, {"source": step.position()}, sequence)
             while not self.control.stopping:
                 number = self.control.marker()
                 if number is not None:
@@ -712,6 +714,10 @@ class SegmentLoop:
                 operator_error(name, error, "its state cannot be pickled for a checkpoint")
             ) from error
         self.control.report_state(number, self.job.number, saved)
+        if self.chain.sink is not None and number == self.job.first_marker:
+            # Nothing is written before there is a checkpoint to go back to.
+            while not self.control.ask("first_saved"):
+                self.pause(SHORT)
         for output in range(len(self.outputs)):
             self.send_control(output, MARKER, str(number).encode(), done)
 

@@ -15,6 +15,7 @@ from support import STRICT, wait_until
 
 import dsline
 from dsline import OperatorError, Pipeline, PipelineBuildError, PipelineRuntimeError, Restart
+from dsline.dataflow.checkpoints import Store
 from dsline.dataflow.log import LogReader
 
 
@@ -167,6 +168,25 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr("dsline.dataflow.checkpoints.Store.save", refuse)
     with pytest.raises(PipelineRuntimeError, match="no space"):
         copying(tmp_path / "in", tmp_path / "out", tmp_path / "ck").run()
+
+
+def test_nothing_is_written_before_the_first_checkpoint(tmp_path, monkeypatch):
+    """A program that is killed before it would begin anew behind the rows that it had written."""
+    fill(tmp_path / "in", 50)
+    order, save = [], Store.save
+
+    def slowly(self, *arguments):
+        time.sleep(0.2)
+        save(self, *arguments)
+        order.append("saved")
+
+    monkeypatch.setattr(Store, "save", slowly)
+    pipeline = (
+        Pipeline().source(f"file://{tmp_path / 'in'}", start="earliest").map(plan_functions.same, workers=2)
+    )
+    pipeline.checkpoint(tmp_path / "ck", every="1h").sink(lambda item: order.append("written")).run()
+    assert order[0] == "saved"
+    assert order.count("written") == 10
 
 
 def test_state_is_lost_without_a_checkpoint():
