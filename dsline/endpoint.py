@@ -9,10 +9,10 @@ import multiprocessing.reduction
 import multiprocessing.util
 import threading
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 from dsline import _core, interop
+from dsline.closing import Closing
 from dsline.errors import FeatureUnavailableError
 from dsline.options import CHECKSUM_CODES, Checksum
 from dsline.report import ChannelReport
@@ -95,7 +95,7 @@ class Stats:
         return dataclasses.asdict(self)
 
 
-class Endpoint(_core.Receiver):
+class Endpoint(Closing, _core.Receiver):
     """A handle of a channel."""
 
     _name: str | None
@@ -209,17 +209,6 @@ class Endpoint(_core.Receiver):
             seen.add((letter.group, letter.sequence))
             yield letter
             del letter  # an exception must not find it here
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 # --- the end of the process ---------------------------------------------------------------------------------------------

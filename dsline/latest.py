@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Self
 
 from dsline import _core
 from dsline.broadcast import Broadcast
 from dsline.channel import Stats
+from dsline.closing import Closing
 from dsline.errors import BufferEmptyError, ChannelMismatchError
 from dsline.options import Backpressure, Checksum, OnStale, Storage
 from dsline.report import PeerDeath
@@ -45,7 +45,7 @@ class Reading:
     meta: dict[str, Any]
 
 
-class Latest:
+class Latest(Closing):
     """A cell in shared memory that holds one value: the one that was set last.
 
     For state that is overwritten: a pose, a set of weights, the newest frame. Any number of processes set and get. Nobody
@@ -314,17 +314,6 @@ class Latest:
     def unlink(self) -> None:
         """Remove the name now. Open handles go on."""
         self._channel.unlink()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __reduce__(self) -> Any:
         return _over_again, (type(self), self._channel)

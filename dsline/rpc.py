@@ -15,12 +15,12 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from dsline import _core
 from dsline.broadcast import Broadcast
 from dsline.channel import ShmChannel
+from dsline.closing import Closing
 from dsline.errors import (
     BufferEmptyError,
     BufferFullError,
@@ -40,7 +40,7 @@ __all__ = ["RemoteTraceback", "Rpc"]
 
 
 class RemoteTraceback(Exception):
-    """Shows where on the server an error came from."""
+    """The traceback of an error in another process, as text: the cause of the error that the caller gets."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -79,7 +79,7 @@ class _Call(concurrent.futures.Future[Any]):
             pass  # cancelled meanwhile
 
 
-class Rpc:
+class Rpc(Closing):
     """Calls the functions that servers offer under a name.
 
     Parameters
@@ -302,17 +302,6 @@ class Rpc:
 
     def __reduce__(self) -> Any:
         return _client_again, (self._name, self._timeout, self._options)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self._pending)} under way"

@@ -11,12 +11,12 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any, Self
 
 from dsline import _core
 from dsline.broadcast import Broadcast
 from dsline.channel import ShmChannel
+from dsline.closing import Closing
 from dsline.errors import (
     BufferEmptyError,
     BufferFullError,
@@ -135,7 +135,7 @@ class _ReplyChannels:
             self._open.clear()
 
 
-class RpcServer:
+class RpcServer(Closing):
     """Offers functions under a name. Servers of the same name share the requests.
 
     Parameters
@@ -307,14 +307,6 @@ class RpcServer:
 
     def __enter__(self) -> Self:
         return self.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self._closing.is_set() else f"{len(self._functions)} functions"

@@ -28,6 +28,7 @@ from numpy.typing import DTypeLike, NDArray
 from dsline import _core, dtypes
 from dsline.broadcast import Broadcast
 from dsline.channel import ShmChannel
+from dsline.closing import Closing
 from dsline.errors import (
     BufferEmptyError,
     BufferFullError,
@@ -239,7 +240,7 @@ class _HeldBatch:
         self.end()
 
 
-class SharedBatch:
+class SharedBatch(Closing):
     """Batches of `n` arrays in shared memory: producers write rows straight into place, consumers get full batches.
 
     No copy between the producer's write and the consumer's read. Any number of processes produce and consume. A row that a dead
@@ -651,17 +652,6 @@ class SharedBatch:
                     self._ready.unlink()
         for channel in (self._ready, self._todo, self._memory):
             channel.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<dsline.SharedBatch {self.name or 'anonymous'!r}: {self._geometry}>"

@@ -553,8 +553,14 @@ def take(item: Any, index: Array) -> Any:
 
 
 def own(item: Any) -> Any:
-    """Return a copy of the arrays of an item, to be kept for long; an object as it is."""
-    return item.copy() if isinstance(item, np.ndarray | Batch) else item
+    """Return the item with copies of its arrays, to be kept for long: it lies in no slot."""
+    if isinstance(item, np.ndarray | Batch):
+        return item.copy()
+    if isinstance(item, dict):
+        return {name: own(value) for name, value in item.items()}
+    if type(item) in (list, tuple):
+        return type(item)(own(value) for value in item)
+    return item
 
 
 def concatenate(items: Sequence[Any]) -> Any:

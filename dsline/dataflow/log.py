@@ -20,10 +20,10 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from dsline._core import crc32c
+from dsline.closing import Closing
 from dsline.dataflow.npy_files import sync_folder
 from dsline.dataflow.operator import Schema
 from dsline.dataflow.records import (
@@ -149,7 +149,7 @@ class Cut:
     saved: str | None
 
 
-class LogWriter:
+class LogWriter(Closing):
     """Appends items to a log.
 
     Parameters
@@ -622,14 +622,6 @@ class LogWriter:
             lock, self._lock = self._lock, -1
             os.close(lock)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
     def __del__(self) -> None:
         if getattr(self, "_lock", -1) >= 0:
             self.close()
@@ -692,7 +684,7 @@ class _Syncer:
 # --- reading ------------------------------------------------------------------------------------------------------------
 
 
-class LogReader:
+class LogReader(Closing):
     """Reads the records of a log, also while somebody writes it.
 
     Parameters
@@ -1067,14 +1059,6 @@ class LogReader:
         self._leave()
         if self._group is not None:
             self._group.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if hasattr(self, "_group"):

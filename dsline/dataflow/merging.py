@@ -54,10 +54,6 @@ class _HoldingStep(MergeStep):
     def holding(self) -> bool:
         return any(self._waiting)
 
-    def holding_of(self, index: int) -> int:
-        """How many items of an input wait, the latest ones that were processed."""
-        return len(self._waiting[index])
-
     def wants(self, index: int) -> bool:
         return not self._waiting[index]
 
@@ -172,32 +168,18 @@ class OrderStep(_HoldingStep):
         self._last: list[Any] = [None] * operator.inputs  # the largest key of each that has come
         self._seen = [clock()] * operator.inputs  # when
         self._out: Any = None  # the largest key that is out
-        self._skip = [0] * operator.inputs
-
-    def offset_of(self, index: int) -> int:
-        """Rows that are out of the first item of an input that waits."""
-        waiting = self._waiting[index]
-        return waiting[0].at if waiting else 0
-
-    def resume_from(self, index: int, offset: int) -> None:
-        """Skip the first rows of the next item of an input."""
-        self._skip[index] = offset
 
     def process_from(self, index: int, item: Any, emit: Emit) -> None:
         keys = self._keys(item)
-        skip, self._skip[index] = self._skip[index], 0
         if len(keys):
             if len(keys) > 1 and (keys[1:] < keys[:-1]).any():  # only arrays have more than one
                 order = keys.argsort(kind="stable")
                 keys, item = keys[order], items.take(item, order)
             if self._out is not None and keys[0] < self._out:
-                late = sum(key < self._out for key in keys[skip:])
+                late = sum(key < self._out for key in keys)
                 if late:
                     self._context.count("late", int(late))
-            piece = _Piece(item, keys)
-            piece.at = skip
-            if skip < len(keys):
-                self._waiting[index].append(piece)
+            self._waiting[index].append(_Piece(item, keys))
             last = self._last[index]
             self._last[index] = keys[-1] if last is None else max(last, keys[-1])
         self._seen[index] = self._clock()

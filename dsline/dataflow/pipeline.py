@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from dsline.dataflow import ops
 from dsline.dataflow.descriptions import parse_seconds
+from dsline.dataflow.items import own
 from dsline.dataflow.operator import Operator, Router, Sink, Source
 from dsline.dataflow.operators import Merge
 from dsline.dataflow.options import StageOptions, parse_bytes
@@ -534,7 +535,7 @@ class Pipeline:
         run = self._remember(_run_module().Run(self._plan(collect=True), collect=True, **options))
         with run:
             for item in run.items():
-                found.append(_run_module().own(item))
+                found.append(own(item))
         return found
 
     def __iter__(self) -> Iterator[Any]:

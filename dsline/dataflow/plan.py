@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, TypeAlias
 
 from dsline.dataflow.descriptions import operator_from_json
@@ -473,7 +473,7 @@ def _of_rows(schema: Schema) -> Schema:
 
 def _check_ends(stages: tuple[Stage, ...]) -> None:
     takers: dict[tuple[int, int], list[str]] = {}
-    for number, stage in enumerate(stages):
+    for stage in stages:
         wanted = (
             "none"
             if isinstance(stage.part, Source)
@@ -486,7 +486,6 @@ def _check_ends(stages: tuple[Stage, ...]) -> None:
             raise PipelineBuildError(f"stage {stage.name!r} has {has} inputs, needs {wanted}")
         for link in stage.inputs:
             takers.setdefault(link, []).append(stage.name)
-        _ = number
     for number, stage in enumerate(stages):
         for output in range(stage.outputs):
             found = takers.get((number, output), [])
@@ -834,13 +833,3 @@ class _Compiler:
                 else "; the state is lost if the process dies"
             )
         return text
-
-
-def stages_of(plan: Plan, segment: Segment) -> Iterator[Stage]:
-    """Yield the stages of a segment."""
-    return (plan.stages[number] for number in segment.stages)
-
-
-def columns_schema(columns: Mapping[str, Any]) -> dict[str, ArraySpec]:
-    """Return the schema of named columns from their dtypes."""
-    return {name: ArraySpec((None,), dtype) for name, dtype in columns.items()}

@@ -34,11 +34,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import set_spawning_popen
-from types import TracebackType
 from typing import Any, Final, Self, TypeAlias
 
 import threadpoolctl
 
+from dsline.closing import Closing
 from dsline.dataflow import callables
 from dsline.dataflow.restart import Restart, RestartBudget
 from dsline.errors import PipelineBuildError, PipelineRuntimeError
@@ -468,7 +468,7 @@ class _StderrTail:
 _open_processes: set[WorkerProcess] = set()
 
 
-class WorkerProcess:
+class WorkerProcess(Closing):
     """One worker process, started by the constructor.
 
     Parameters
@@ -536,7 +536,6 @@ class WorkerProcess:
         self._owner = os.getpid()
         self._closed = False
         self._words: list[tuple[str, str, str]] = []
-        self._killed_by_us: int | None = None
         chosen = None if cpus is None else choose_cpus(list(cpus), 0)
         environment = dict(os.environ)
         if threads is not None:
@@ -723,17 +722,6 @@ class WorkerProcess:
             one.close()
         self._popen.release()
         _open_processes.discard(self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<WorkerProcess {self.name} pid={self.pid} {self.cause_of_death or 'running'}>"

@@ -12,9 +12,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, TextIO
 
+from dsline.closing import Closing
 from dsline.dataflow.stats import PipelineStats
 from dsline.errors import InvalidArgumentError
 
@@ -26,7 +26,7 @@ FIRST_LINE = 5.0
 RAREST_LINE = 600.0
 
 
-class Progress:
+class Progress(Closing):
     """Shows how a pipeline gets on, between `__enter__` and `__exit__`.
 
     Parameters
@@ -75,14 +75,6 @@ class Progress:
             self._thread = threading.Thread(target=self._run, name="dsline-progress", daemon=True)
             self._thread.start()
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Show the last figures and end. A second call does nothing."""

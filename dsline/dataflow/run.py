@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import pickle
 import threading
 import time
@@ -14,14 +13,11 @@ from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any, Final, Self
 
-import numpy as np
-
 from dsline import _core
 from dsline.channel import ShmChannel
 from dsline.dataflow import callables, worker
 from dsline.dataflow.control import ANNOUNCED, END, LAST_DELIVERY, Job, StageFailed, Stopped
 from dsline.dataflow.counters import EdgeStats, PipelineCounters, PipelineStats, SegmentPages
-from dsline.dataflow.items import Batch
 from dsline.dataflow.operator import Sink, Source
 from dsline.dataflow.plan import Edge, Plan, Segment
 from dsline.dataflow.policies import ErrorBudget, parse_policy
@@ -202,7 +198,6 @@ class _Execution:
             ],
             self.plan.name,
         )
-        self._externals: dict[int, Any] = {}
         self.channels: list[Any] = []
         self._workers: list[_Worker] = []
         try:
@@ -884,8 +879,6 @@ class Run:
         self._began = time.monotonic()
         self._ended: float | None = None
         self._events: deque[Event] = deque(maxlen=_MOST_EVENTS)
-        self._event_count = itertools.count(1)
-        self._listeners = threading.Condition()
         self._edge_stats: list[EdgeStats] = []
         self._state = "running"
         self._rollbacks = 0
@@ -1146,16 +1139,3 @@ def _total(plan: Plan) -> int | None:
                 return None
             total += length
     return total
-
-
-def own(item: Any) -> Any:
-    """Return an item that lies in no slot."""
-    if isinstance(item, np.ndarray):
-        return item.copy()
-    if isinstance(item, Batch):
-        return item.copy()
-    if isinstance(item, dict):
-        return {name: own(value) for name, value in item.items()}
-    if isinstance(item, (list, tuple)) and type(item) in (list, tuple):
-        return type(item)(own(value) for value in item)
-    return item

@@ -100,13 +100,13 @@ class SegmentLoop:
         self._out_rows = self._out_bytes = 0  # of the results of the item at work
         self._alone = len(job.stages) == 1
         self.results: list[tuple[int, Any]] | None = None  # of the item at work, where they have to wait
-        self._item: tuple[int, int] | None = None  # (input, sequence) that is being processed
+        self._item: int | None = None  # sequence of the input that is being processed
+        self._behind = 0  # sequence behind the last input that was processed
         self._emitted = [0] * len(outputs)  # results of that item so far, per output
         self.skip = [0] * len(outputs)  # of them: those that were published before a death
         self.attempt = self._last_attempt = 1
         self._early: list[tuple[int, Any]] = []  # a heap of (sequence, message): they came before their turn
         self._retained: deque[tuple[int, Any]] = deque()  # (sequence, message) of inputs that a holder keeps
-        self._passed: list[int] = []
         allocate = self._allocate if len(outputs) == 1 else None
         self.chain = Chain(job, self, lambda item: self.publish(0, item), allocate)
         self.waiting: list[Finished] = []  # processed, but not their turn: a heap, by turn
@@ -174,28 +174,16 @@ class SegmentLoop:
                 self._emitted[output] += 1
                 self.counters.add("duplicates", 1)
                 return
-            done, offset = self._at(), self._emitted[output] + 1
-        elif self._item is None:
-            done, offset = self._next, 0
+            offset = self._emitted[output] + 1
         else:
-            done, offset = self._item[1], holder.offset
-        self.outputs[output].send(item, offset, done)
+            offset = 0 if self._item is None else holder.offset
+        self.outputs[output].send(item, offset, self._sequence)
         self._emitted[output] += 1
 
     @property
-    def sequence(self) -> int:
-        """Number of the item at work."""
-        return self._at()
-
-    def _at(self) -> int:
-        return self._next if self._item is None else self._item[1]
-
-    @property
-    def _next(self) -> int:
-        """Sequence behind the last input that was processed."""
-        return self._behind
-
-    _behind = 0
+    def _sequence(self) -> int:
+        """Number of the item at work; between two of them, of the next one."""
+        return self._behind if self._item is None else self._item
 
     # --- errors ---
 
@@ -222,12 +210,16 @@ class SegmentLoop:
         self.page(stage).add("errors", 1)
         if self.job.asks_on_error:
             answer = self.control.ask(
-                "on_error", stage=stage.name, error=shown(error), attempt=self.attempt, sequence=self._at()
+                "on_error",
+                stage=stage.name,
+                error=shown(error),
+                attempt=self.attempt,
+                sequence=self._sequence,
             )
             if answer is not None:
                 policy = parse_policy(answer)
         else:
-            self.control.event("error", stage=stage.name, error=shown(error), sequence=self._at())
+            self.control.event("error", stage=stage.name, error=shown(error), sequence=self._sequence)
         if isinstance(policy, Retry):
             for pause in policy.pauses():
                 self.pause(pause)
@@ -238,12 +230,18 @@ class SegmentLoop:
                 except self.failures as next_error:
                     error = next_error
             policy = policy.then_policy
+        if not self._leaves_out(stage, policy, error, lambda: item):
+            raise StageFailed(operator_error(stage.name, error, f"{_what(stage)} failed")) from error
+
+    def _leaves_out(self, stage: Stage, policy: Any, error: BaseException, item: Callable[[], Any]) -> bool:
+        """Skip or bury the item at work, where the policy says so."""
         if isinstance(policy, DeadLetterPolicy):
-            self._bury(stage, item, error, policy)
+            self._bury(stage, item(), error, policy)
         elif isinstance(policy, Skip):
             self.page(stage).add("skipped", 1)
         else:
-            raise StageFailed(operator_error(stage.name, error, f"{_what(stage)} failed")) from error
+            return False
+        return True
 
     def _bury(self, stage: Stage, item: Any, error: BaseException, policy: DeadLetterPolicy) -> None:
         from dsline.dataflow.dead_letters import write_dead_letter  # only where there are any
@@ -253,7 +251,7 @@ class SegmentLoop:
                 policy.uri,
                 stage=stage.name,
                 worker=self.job.worker,
-                sequence=self._at(),
+                sequence=self._sequence,
                 deliveries=self.attempt,
                 error=error,
                 item=item,
@@ -263,7 +261,7 @@ class SegmentLoop:
                 operator_error(stage.name, why, "its dead letter could not be written")
             ) from error
         self.page(stage).add("dead_letters", 1)
-        self.control.event("dead_letter", stage=stage.name, sequence=self._at(), error=shown(error))
+        self.control.event("dead_letter", stage=stage.name, sequence=self._sequence, error=shown(error))
 
     # --- running ---
 
@@ -335,7 +333,7 @@ class SegmentLoop:
                 if passed > 0:
                     passed -= 1
                     continue
-                self.work(0, sequence, item)
+                self.work(sequence, item)
                 del item
                 sequence += 1
                 if self.words is not None and self.chain.holder is None:
@@ -409,9 +407,7 @@ class SegmentLoop:
                         self._last = message
                 elif kind == MARKER:
                     marked[index] = int(bytes(message.payload))
-                    if len(marked) + sum(ended) >= len(self.inputs):
-                        self.mark(marked[index], {}, sequence)
-                        marked.clear()
+                    self._mark_if_all(marked, ended, sequence)
                     self._emitted = [0] * len(self.outputs)
                     self._finished_with(message, index)
                 elif kind == GAP:
@@ -420,9 +416,7 @@ class SegmentLoop:
                 else:
                     self._one(index, message)
                 del message
-            if marked and len(marked) + sum(ended) >= len(self.inputs):
-                self.mark(next(iter(marked.values())), {}, 0)
-                marked.clear()
+            self._mark_if_all(marked, ended, self._behind)
             self._tick()
             yield
         self._end()
@@ -430,6 +424,12 @@ class SegmentLoop:
             acknowledge(self._last)
 
     _last: Any = None
+
+    def _mark_if_all(self, marked: dict[int, int], ended: list[bool], done: int) -> None:
+        """Every input is at the marker, or has ended: what came before it is in, what comes after is not."""
+        if marked and len(marked) + sum(ended) >= len(self.inputs):
+            self.mark(next(iter(marked.values())), {}, done)
+            marked.clear()
 
     def _is_out(self, sequence: int) -> bool:
         """Whether a redelivered input is committed. One from before the stage's time is not: another receiver gave it back."""
@@ -542,14 +542,13 @@ class SegmentLoop:
             if merge is not None:
                 emit = self.chain.emits[0]
                 self.work(
-                    index,
                     message.sequence,
                     item,
                     lambda value: merge.process_from(index, value, emit),
                     self.chain.steps[0][0],
                 )
             else:
-                self.work(index, message.sequence, item)
+                self.work(message.sequence, item)
         except BaseException as error:
             # Not done: in a channel of the caller's it stays for the next one.
             message.__exit__(type(error), error, None)
@@ -559,14 +558,13 @@ class SegmentLoop:
 
     def work(
         self,
-        index: int,
         sequence: int,
         item: Any,
         process: Callable[[Any], None] | None = None,
         stage: Stage | None = None,
     ) -> None:
         """Push one item through the chain."""
-        self._item = (index, sequence)
+        self._item = sequence
         if self.outputs:
             self._emitted = [0] * len(self.outputs)
         if self.attempt != self._last_attempt:
@@ -677,17 +675,13 @@ class SegmentLoop:
             return False
         crashes = crashes or (message.attempt - 1, "before it was processed")
         error = PipelineRuntimeError(f"the item ended {crashes[0]} worker processes: {crashes[1]}")
-        self._item = (0, message.sequence)
+        self._item = message.sequence
         self.attempt = crashes[0]
         self.counters.add("errors", 1)
         policy = stage.options.policy
         if isinstance(policy, Retry):
             policy = policy.then_policy
-        if isinstance(policy, DeadLetterPolicy):
-            self._bury(stage, item_of(message), error, policy)
-        elif isinstance(policy, Skip):
-            self.counters.add("skipped", 1)
-        else:
+        if not self._leaves_out(stage, policy, error, lambda: item_of(message)):
             raise StageFailed(
                 PipelineRuntimeError(
                     f"stage {stage.name!r}: item {message.sequence} ended {crashes[0]} worker processes ({crashes[1]}); "

@@ -60,7 +60,6 @@ __all__ = [
     "NpySink",
     "NpzSink",
     "SinkOptions",
-    "SinkTo",
     "VideoSink",
     "collect",
     "own",
@@ -126,9 +125,6 @@ class SinkOptions:
     def __repr__(self) -> str:
         options = "".join(f", {key}={value!r}" for key, value in self.options.items())
         return f"Sink({self.target!r}{options})"
-
-
-SinkTo = SinkOptions
 
 
 def _check_full(full: str) -> str:

@@ -143,7 +143,7 @@ class TurnTaking:
             loop.results = finished.results
             item = item_of(message, copy=not ordered)
             try:
-                loop.work(0, sequence, item)
+                loop.work(sequence, item)
             finally:
                 loop.results = None
                 del item

@@ -16,19 +16,9 @@ from dsline.dataflow import callables
 from dsline.dataflow.control import Job, StageFailed, Stopped
 from dsline.dataflow.runtime import SegmentLoop
 from dsline.errors import DslineError, OperatorError, PipelineRuntimeError
+from dsline.rpc import RemoteTraceback
 
 __all__ = ["WorkerControl", "error_from_plain", "error_to_plain", "main"]
-
-
-class RemoteTraceback(Exception):
-    """The traceback of an error in a worker, as text: the cause of the error that the caller gets."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.text = text
-
-    def __str__(self) -> str:
-        return f'\n"""\n{self.text}"""'
 
 
 def error_to_plain(error: DslineError) -> dict[str, Any]:
