@@ -155,3 +155,24 @@ class DiesOfItem:
 
     def load_state_dict(self, state):
         pass
+
+
+def place(value):
+    """Where this process may run, and how many threads it was told to use."""
+    return sorted(os.sched_getaffinity(0)), os.environ["OMP_NUM_THREADS"]
+
+
+def slept(seconds, item):
+    time.sleep(seconds)
+
+
+def a_is_even(batch):
+    return batch["a"] % 2 == 0
+
+
+def a_is_large(batch):
+    return bool(batch["a"][0] >= 4)
+
+
+def b_of(batch):
+    return int(batch["b"][0])

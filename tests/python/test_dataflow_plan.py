@@ -20,7 +20,7 @@ def test_stages_of_the_caller_are_one_segment():
     plan = (
         Pipeline().source([1, 2]).map(plan_functions.double).filter(plan_functions.is_even).sink(print).plan()
     )
-    assert names(plan) == [["iterable", "double", "is_even", "callable"]] or len(plan.segments) == 1
+    assert names(plan) == [["iterable", "double", "filter", "print"]]
     assert plan.edges == ()
     assert plan.worker_processes == 0
 
@@ -138,7 +138,7 @@ def test_what_json_cannot_say():
         (lambda plain: plain["stages"][1].update(inputs=["nobody"]), "'nobody' is no stage"),
         (
             lambda plain: plain["stages"][1].update(inputs=["take"]),
-            "needs none|no output|has no output|goes nowhere|cycle",
+            "cycle: double → take → double",
         ),
         (lambda plain: plain["stages"][1].update(inputs=["double"]), "cycle: double → double"),
         (lambda plain: plain["stages"][1]["options"].update(workers=-1), "stage 'double'.*workers is -1"),
@@ -172,7 +172,7 @@ def test_a_cycle_over_two_stages():
         .to_json()
     )
     plain["stages"][1]["inputs"] = ["b"]
-    with pytest.raises(PipelineBuildError, match=r"cycle: (a → b → a|b → a → b)"):
+    with pytest.raises(PipelineBuildError, match="cycle: a → b → a"):
         Plan.from_json(json.dumps(plain))
 
 
